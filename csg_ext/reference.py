@@ -1,0 +1,80 @@
+"""The definition of every operator in plain PyTorch: slow, obvious, differentiable. The oracle of the tests.
+
+Nothing here calls the extension, so these functions also document what the kernels compute.
+Symbols: x feature map (N, K, *spatial), G gate (C, K), y labels (N,) or weights (N, C).
+Source: Liang et al., "Training Interpretable Convolutional Neural Networks by Differentiating Class-specific
+Filters", ECCV 2020, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
+    """Projection onto V_G = {G in [0,1]^(C x K) : every column's maximum is 1}; differentiable.
+
+    "scale": divide each column by the inf-norm of its positive part and clip to [0, 1].
+    "euclidean": the nearest point of V_G: clip to [0, 1], then set the (first) largest entry to 1.
+    A column without a positive entry becomes one-hot at its (first) largest entry; one with a NaN becomes NaN.
+    """
+    if gate.shape[0] == 0 or gate.shape[1] == 0:
+        return gate.clone()
+    top, where = gate.max(dim=0)  # NaN wins over every number
+    one_hot = torch.zeros_like(gate).scatter(0, where[None], 1.0)
+    if method == "scale":
+        alive = top > 0
+        projected = (gate / torch.where(alive, top, 1.0)).clamp(0, 1)
+        projected = torch.where(alive, projected, one_hot)
+    elif method == "euclidean":
+        projected = torch.where(one_hot.bool(), torch.ones_like(gate), gate.clamp(0, 1))
+    else:
+        raise ValueError(f"project_gate: method must be 'scale' or 'euclidean', got {method!r}")
+    return torch.where(torch.isnan(top), top, projected)
+
+
+def gate_rows(gate: Tensor, labels: Tensor, project: bool = False) -> Tensor:
+    """The gate's row of every sample, (N, K): gate[labels], or labels @ gate for float weights."""
+    if project:
+        gate = project_gate(gate)
+    return labels.to(gate.dtype) @ gate if labels.is_floating_point() else gate[labels]
+
+
+def gated_pool(
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor,
+    *,
+    pool: str = "avg",
+    return_pooled: bool = False,
+    project: bool = False,
+    channel_dim: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """row * pool(x): the class-specific gate applied to a globally pooled feature map (the CSG path)."""
+    x = x.movedim(channel_dim, 1).flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+    x = x.to(torch.promote_types(x.dtype, gate.dtype))
+    pooled = x.mean(2) if pool == "avg" else x.max(2).values
+    out = gate_rows(gate, labels, project) * pooled
+    return (out, pooled) if return_pooled else out
+
+
+def gate_step(
+    gate: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    first_step: bool = False,
+    method: str = "scale",
+) -> tuple[Tensor, Tensor | None]:
+    """One step of torch.optim.SGD on the gate, then its projection; returns (gate, momentum_buffer)."""
+    d = grad + weight_decay * gate
+    if momentum_buffer is not None:
+        momentum_buffer = d if first_step else momentum * momentum_buffer + (1 - dampening) * d
+        d = d + momentum * momentum_buffer if nesterov else momentum_buffer
+    return project_gate(gate - lr * d, method), momentum_buffer
