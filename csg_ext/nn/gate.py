@@ -1,0 +1,134 @@
+"""The class-specific gate as a module, its sparsity penalty, and a model that holds one between pooling and classifier."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from csg_ext.ops import gated_pool, project_gate_
+
+
+def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") -> Tensor:
+    """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar.
+
+    budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
+    entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
+    Source: Liang et al., ECCV 2020, section 3.3.
+    """
+    if gate.dim() != 2:
+        raise ValueError(f"gate_penalty: gate must be (C, K), got shape {tuple(gate.shape)}")
+    excess = F.relu(gate.abs().sum() - (gate.shape[1] if budget is None else budget))
+    if norm == "l1":
+        return excess
+    if norm == "l2":
+        return excess.square()
+    if norm == "smooth_l1":
+        return F.smooth_l1_loss(excess, torch.zeros_like(excess))
+    raise ValueError(f"gate_penalty: norm must be 'l1', 'l2' or 'smooth_l1', got {norm!r}")
+
+
+def l1_density(gate: Tensor) -> Tensor:
+    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar."""
+    if gate.dim() != 2:
+        raise ValueError(f"l1_density: gate must be (C, K), got shape {tuple(gate.shape)}")
+    return gate.abs().sum() / gate.numel()
+
+
+class ClassSpecificGate(nn.Module):
+    """A learnable gate G (C, K) on the globally pooled features of a layer with K filters.
+
+    The parameter `gate` starts at `init` everywhere, which is outside V_G (no column reaches 1) on purpose: the first
+    projection follows the first gradients. Call `project_()` after every update by an optimizer that does not project
+    (`csg_ext.optim.ProjectedSGD` does).
+    """
+
+    def __init__(self, num_classes: int, num_filters: int, init: float = 0.5) -> None:
+        super().__init__()
+        if num_classes < 1 or num_filters < 1:
+            raise ValueError(
+                "ClassSpecificGate: num_classes and num_filters must be at least 1, "
+                f"got {num_classes} and {num_filters}"
+            )
+        self.gate = nn.Parameter(torch.full((num_classes, num_filters), float(init)))
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.gate.shape[0]
+
+    @property
+    def num_filters(self) -> int:
+        """K."""
+        return self.gate.shape[1]
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """G[labels] * avgpool(x): (N, K) from x (N, K, *spatial) and labels (N,), or float weights (N, C)."""
+        return gated_pool(x, self.gate, labels)
+
+    @torch.no_grad()
+    def project_(self, method: str = "scale") -> ClassSpecificGate:
+        """Projects the gate onto V_G in place; see `csg_ext.project_gate_`."""
+        project_gate_(self.gate, method)
+        return self
+
+    def penalty(self, budget: float | None = None, norm: str = "l1") -> Tensor:
+        """The sparsity penalty; see `gate_penalty`."""
+        return gate_penalty(self.gate, budget, norm)
+
+    def density(self) -> float:
+        """The L1-density; see `l1_density`."""
+        return float(l1_density(self.gate.detach()))
+
+    def extra_repr(self) -> str:
+        """What repr() shows."""
+        return f"num_classes={self.num_classes}, num_filters={self.num_filters}, l1_density={self.density():.4f}"
+
+
+class GatedModel(nn.Module):
+    """A backbone, a class-specific gate and a linear classifier: the two forward paths of the method.
+
+    forward(x)          STD path: classifier(avgpool(features)), the only one to evaluate with (labels are unknown then)
+    forward(x, labels)  CSG path: classifier(G[labels] * avgpool(features))
+
+    Arguments: backbone maps x to a feature map (N, K, *spatial); num_filters is K, taken from `backbone.num_filters`
+    when not given. The state dict holds the gate beside the weights.
+    Source: Liang et al., ECCV 2020, figure 2.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, num_filters: int | None = None, init: float = 0.5) -> None:
+        super().__init__()
+        if num_filters is None:
+            found = getattr(backbone, "num_filters", None)
+            if not isinstance(found, int):
+                raise ValueError(
+                    "GatedModel: num_filters must be given when the backbone has no attribute num_filters, "
+                    f"got {type(backbone).__name__}"
+                )
+            num_filters = found
+        self.backbone = backbone
+        self.csg = ClassSpecificGate(num_classes, num_filters, init)
+        self.classifier = nn.Linear(num_filters, num_classes)
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """The gate's parameter, (C, K)."""
+        return self.csg.gate
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The feature map of the last convolutional layer, (N, K, *spatial)."""
+        return self.backbone(x)
+
+    def pooled_features(self, x: Tensor) -> Tensor:
+        """The ungated pooled features, (N, K): what mutual information is measured on."""
+        return self.forward_features(x).flatten(2).mean(2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (N, C) of the STD path, or of the CSG path when labels are given."""
+        features = self.forward_features(x)
+        pooled = features.flatten(2).mean(2) if labels is None else self.csg(features, labels)
+        return self.classifier(pooled)
+
+    def weights(self) -> list[nn.Parameter]:
+        """Every parameter but the gate."""
+        return [p for p in self.parameters() if p is not self.csg.gate]
