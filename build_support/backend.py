@@ -1,0 +1,65 @@
+"""The in-tree PEP 517 backend: setuptools' own, plus a check that torch can be found before anything is downloaded.
+
+torch is no build requirement: an isolated build would fetch a second torch, often another version than the one that
+the environment runs. The sources need torch's headers and libraries only, which build_support.native finds on disk.
+"""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from typing import Any
+
+import setuptools
+from setuptools import build_meta
+from setuptools.build_meta import (
+    build_sdist,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+from build_support import native
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # the first to read pyproject.toml's license expression
+    raise SystemExit(f"csg-ext: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools.")
+
+
+def _require_torch() -> None:
+    try:
+        native.find_torch()
+    except native.BuildError as error:
+        raise SystemExit(f"csg-ext: {error}") from None
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    _require_torch()
+    return build_meta.get_requires_for_build_wheel(config_settings)
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    _require_torch()
+    return build_meta.get_requires_for_build_editable(config_settings)
+
+
+def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+    _require_torch()
+    for stale in glob.glob("build/lib*"):  # setuptools would pack files that the sources no longer have
+        shutil.rmtree(stale, ignore_errors=True)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+    _require_torch()
+    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

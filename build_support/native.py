@@ -1,0 +1,449 @@
+"""Compiles csrc/ into the three libraries of csg_ext: what is built, with which flags, against which torch and CUDA.
+
+  _C.so      operator schemas and CPU kernels    csrc/ext.cpp, csrc/*/*.cpp             torch's stable ABI
+  _cuda.so   CUDA kernels                        csrc/*/*.cu, csrc/<op>/<op>.cpp again  torch's stable ABI
+  _bind.*    build facts, a Python module        csrc/bind.cpp, csrc/common/*.cpp       pybind11, no torch
+
+torch is never imported, only its headers and libraries are used, so a build works whatever the interpreter's path is.
+Each object keeps its command and its dependencies beside it and is compiled again when either has changed.
+
+Environment: CSG_EXT_CUDA=0|1 (default: when torch and the machine have CUDA), TORCH_CUDA_ARCH_LIST, CUDA_HOME,
+MAX_JOBS, CSG_EXT_WERROR=1, CXX, CPPFLAGS, CXXFLAGS, LDFLAGS.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_TORCH = (2, 10)
+TARGET_VERSION = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"  # TORCH_TARGET_VERSION: oldest torch to run with
+DEFAULT_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0;12.0"}
+JOB_BYTES = 1.5 * 2**30  # memory that one compiler process may need
+
+
+class BuildError(Exception):
+    """The build cannot go on; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch: its folder and what its version.py says."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def include(self) -> Path:
+        return self.root / "include"
+
+    @property
+    def lib(self) -> Path:
+        return self.root / "lib"
+
+
+@dataclass(frozen=True)
+class CudaToolkit:
+    """A CUDA toolkit: its folder, its version and the architectures that its nvcc compiles for."""
+
+    home: Path
+    version: str
+    architectures: tuple[str, ...]
+
+    @property
+    def nvcc(self) -> Path:
+        return self.home / "bin" / "nvcc"
+
+
+def torch_folders(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:
+    """Where torch may be: what this interpreter imports, then the environment that an isolated build hides."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders += site.getsitepackages()
+    for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if environ.get(name):
+            folders += [f"{environ[name]}/{lib}/{python}/site-packages" for lib in ("lib", "lib64")]
+    yield from (Path(folder) / "torch" for folder in folders)
+
+
+def find_torch(folders: Iterable[Path] | None = None) -> Torch:
+    """The first torch that has headers; BuildError when there is none or it is too old."""
+    for root in torch_folders() if folders is None else folders:
+        version_file = root / "version.py"
+        if not version_file.is_file() or not (root / "include").is_dir():
+            continue
+        facts = _assignments(version_file)
+        version = str(facts["__version__"])
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+            raise BuildError(f"torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]} is needed, got torch {version} in {root.parent}.")
+        cuda = facts.get("cuda")
+        return Torch(root, version, None if cuda is None else str(cuda))
+    raise BuildError(
+        f"no torch was found for {sys.executable}: install it first (pip install torch), or activate its environment, "
+        "or pass --no-build-isolation."
+    )
+
+
+def _assignments(path: Path) -> dict[str, object]:
+    """Constants that a module assigns at its top level, read without running it."""
+    found: dict[str, object] = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
+            found[target.id] = value.value
+    return found
+
+
+def find_cuda(environ: Mapping[str, str] = os.environ) -> CudaToolkit | None:
+    """The CUDA toolkit of CUDA_HOME or CUDA_PATH, of nvcc on PATH, or of /usr/local/cuda; None when there is none."""
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    if home:
+        nvcc = Path(home) / "bin" / "nvcc"
+        if not nvcc.is_file():
+            raise BuildError(f"CUDA_HOME must be a folder that holds bin/nvcc, got {home}.")
+    elif on_path:
+        nvcc = Path(on_path)
+    else:
+        nvcc = Path("/usr/local/cuda/bin/nvcc")
+        if not nvcc.is_file():
+            return None
+    # nvcc on PATH may be a wrapper script: the dry run names the folder that it really works in.
+    dry_run = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ _HERE_=(.+)$", dry_run.stderr, re.MULTILINE)
+    home = Path(top.group(1)).resolve().parent if top else nvcc.resolve().parent.parent
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    release = re.search(
+        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    if release is None:
+        raise BuildError(f"{nvcc} --version does not name a release: is it NVIDIA's nvcc?")
+    numbers = re.findall(r"compute_(\d+)(\d)\b", listed)
+    return CudaToolkit(home, release.group(1), tuple(f"{major}.{minor}" for major, minor in numbers))
+
+
+def cuda_architectures(wanted: str | None, supported: Iterable[str]) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as a list such as ["8.0", "9.0a", "12.0+PTX"]; unset: the default that nvcc knows."""
+    if not wanted:
+        known = [arch for arch in DEFAULT_ARCHITECTURES if arch in set(supported)]
+        if not known:
+            raise BuildError(f"nvcc compiles for none of {', '.join(DEFAULT_ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST.")
+        return [*known[:-1], f"{known[-1]}+PTX"]
+    result: list[str] = []
+    for entry in re.split(r"[;,\s]+", wanted.strip("; ,\t\n")):
+        name, plus, ptx = entry.partition("+")
+        numbers = NAMED_ARCHITECTURES.get(name, name).split(";")
+        if not all(re.fullmatch(r"\d+\.\d[af]?", number) for number in numbers) or (plus and ptx != "PTX"):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must hold entries such as 8.0, 9.0a, 12.0+PTX or Hopper, got {entry!r}."
+            )
+        result += numbers[:-1] + [numbers[-1] + plus + ptx]
+    return list(dict.fromkeys(result))
+
+
+def gencode_flags(architectures: Iterable[str]) -> list[str]:
+    """nvcc's -gencode options of cuda_architectures()."""
+    flags = []
+    for entry in architectures:
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def max_jobs(environ: Mapping[str, str] = os.environ) -> int:
+    """Compilers to run at once: MAX_JOBS, or the CPUs of this process as far as memory allows."""
+    given = environ.get("MAX_JOBS")
+    if given:
+        if not given.isdigit() or int(given) < 1:
+            raise BuildError(f"MAX_JOBS must be a positive integer, got {given!r}.")
+        return int(given)
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if available:
+            jobs = min(jobs, int(int(available.group(1)) * 1024 / JOB_BYTES))
+    except OSError:
+        pass
+    return max(1, jobs)
+
+
+@dataclass(frozen=True)
+class Object:
+    """One source to compile; `command` lacks the source, the output and the dependency file."""
+
+    source: Path
+    output: Path
+    command: tuple[str, ...]
+
+    def compile(self, env: Mapping[str, str]) -> bool:
+        """Compile unless the output is newer than all that it was made from and came from the same command."""
+        depfile, commandfile = self.output.with_suffix(".d"), self.output.with_suffix(".cmd")
+        line = [*self.command, "-MD", "-MF", str(depfile), "-c", str(self.source), "-o", str(self.output)]
+        if _unchanged(self.output, commandfile, line, depfile):
+            return False
+        _make(line, self.output, commandfile, env, f"compiling {self.source}")
+        return True
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library and how it is linked: command, objects, then `libraries`."""
+
+    output: Path
+    objects: tuple[Object, ...]
+    command: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+
+    def link(self, env: Mapping[str, str]) -> bool:
+        """Link unless the library is newer than its objects and came from the same command."""
+        commandfile = self.output.with_suffix(".cmd")
+        objects = [str(item.output) for item in self.objects]
+        line = [*self.command, "-o", str(self.output), *objects, *self.libraries]
+        if _unchanged(self.output, commandfile, line, inputs=objects):
+            return False
+        _make(line, self.output, commandfile, env, f"linking {self.output.name}")
+        return True
+
+
+def _unchanged(
+    output: Path, commandfile: Path, line: list[str], depfile: Path | None = None, inputs: Iterable[str] = ()
+) -> bool:
+    try:
+        if commandfile.read_text() != shlex.join(line):
+            return False
+        if depfile is not None:
+            listed = depfile.read_text().replace("\\\n", " ").partition(": ")[2].strip()
+            inputs = [name.replace("\\ ", " ") for name in re.split(r"(?<!\\)\s+", listed)]
+        made = output.stat().st_mtime_ns
+        return all(os.stat(name).st_mtime_ns <= made for name in inputs)
+    except OSError:
+        return False
+
+
+def _make(line: list[str], output: Path, commandfile: Path, env: Mapping[str, str], what: str) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    commandfile.unlink(missing_ok=True)
+    started = time.time_ns()
+    run(line, env, what)
+    os.utime(output, ns=(started, started))  # a file edited meanwhile counts as newer
+    commandfile.write_text(shlex.join(line))
+
+
+def run(command: list[str], env: Mapping[str, str], what: str) -> None:
+    """Run a tool; print what it says, and raise with the command when it fails."""
+    try:
+        done = subprocess.run(command, env=dict(env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{what} failed: {command[0]} does not run ({error.strerror}).") from None
+    if done.stdout.strip():
+        say(done.stdout.rstrip())
+    if done.returncode != 0:
+        raise BuildError(f"{what} failed with exit status {done.returncode}: {shlex.join(command)}")
+
+
+def say(text: str) -> None:
+    """Print at once: pip shows it with -v, and all of it when the build fails."""
+    print(f"csg-ext: {text}" if "\n" not in text else text, flush=True)
+
+
+def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> tuple[CudaToolkit | None, str]:
+    """The toolkit to build the CUDA kernels with, or None and the reason why they are left out."""
+    wish = environ.get("CSG_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise BuildError(f"CSG_EXT_CUDA must be 0, 1 or unset, got {wish!r}.")
+    if wish == "0":
+        return None, "CSG_EXT_CUDA=0"
+    if wish == "" and torch.cuda is None:
+        return None, f"torch {torch.version} has no CUDA (CSG_EXT_CUDA=1 builds them all the same)"
+    toolkit = find_cuda(environ)
+    if toolkit is None:
+        if wish == "1":
+            raise BuildError("CSG_EXT_CUDA=1 needs nvcc on PATH or CUDA_HOME set to a CUDA toolkit, found neither.")
+        return None, f"torch {torch.version} has CUDA {torch.cuda} but no nvcc was found: put it on PATH or set CUDA_HOME"
+    if wish == "" and torch.cuda is not None and torch.cuda.split(".")[0] != toolkit.version.split(".")[0]:
+        return None, f"torch {torch.version} uses CUDA {torch.cuda} but nvcc is of CUDA {toolkit.version}"
+    return toolkit, ""
+
+
+def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The C++ compiler of CXX, or the first of c++, g++ and clang++ on PATH."""
+    if environ.get("CXX"):
+        return shlex.split(environ["CXX"])
+    for name in ("c++", "g++", "clang++"):
+        found = shutil.which(name, path=environ.get("PATH"))
+        if found:
+            return [found]
+    raise BuildError("a C++20 compiler is needed and none was found: install one (Debian, Ubuntu: apt install g++).")
+
+
+def sources(root: Path) -> dict[str, list[Path]]:
+    """The sources of each library, relative to the project's root."""
+    csrc = root / "csrc"
+    kernels = sorted(csrc.glob("*/*.cpp"))
+    bindings = [path for path in kernels if path.stem == path.parent.name]  # compiled for the CPU and again for CUDA
+    found = {
+        "_C": [csrc / "ext.cpp", *kernels],
+        "_cuda": [*sorted(csrc.glob("*/*.cu")), *bindings],
+        "_bind": [csrc / "bind.cpp", csrc / "common" / "cpu.cpp"],
+    }
+    return {name: [path.relative_to(root) for path in paths] for name, paths in found.items()}
+
+
+def build(root: Path, build_dir: Path, version: str, environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
+    """Build what can be built and return {file name inside csg_ext: library}. Runs with `root` as current folder."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+    started = time.time()
+    torch = find_torch()
+    compiler = find_compiler(environ)
+    toolkit, reason = choose_cuda(torch, environ)
+    python_include = Path(sysconfig.get_path("include"))
+    if not (python_include / "Python.h").is_file():
+        raise BuildError(f"{python_include} lacks Python.h: install Python's headers (Debian, Ubuntu: python3-dev).")
+
+    strict = ["-Werror"] if environ.get("CSG_EXT_WERROR", "0") != "0" else []
+    extra = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+    link_extra = shlex.split(environ.get("LDFLAGS", ""))
+    optimise = ["-std=c++20", "-O3", "-DNDEBUG"]
+    # gcc warns of its own AVX-512 header (GCC bug 105593); clang does not know the option.
+    warn = ["-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", *strict]
+    hide = ["-fPIC", "-fvisibility=hidden"]
+    stable_abi = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", str(torch.include)]
+    cxx = [*compiler, *optimise, *hide, "-fvisibility-inlines-hidden", *warn, *extra]
+    link = [*compiler, "-shared", *extra, *link_extra]
+    libtorch = ["-Wl,--no-as-needed", f"-L{torch.lib}", "-ltorch_cpu"]
+    paths = sources(root)
+
+    def objects(name: str, command: list[str]) -> tuple[Object, ...]:
+        folder = build_dir / name
+        return tuple(
+            Object(path, folder / ("_".join(path.parts[1:]) + ".o"), tuple(command))
+            for path in paths[name]
+            if path.suffix != ".cu"
+        )
+
+    facts = {
+        "version": version,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "torch": torch.version,
+        "torch_minimum": ".".join(map(str, MIN_TORCH)),
+        "torch_cuda": torch.cuda or "",
+        "cuda": "",
+        "cuda_architectures": "",
+        "cuda_left_out": reason,
+        "compiler": _first_line([*compiler, "--version"]),
+        "flags": shlex.join([*optimise, *extra]),
+    }
+    libraries = {
+        "_C.so": Library(
+            build_dir / "_C.so", objects("_C", [*cxx, *stable_abi]), tuple(link), (*libtorch, "-Wl,--as-needed")
+        )
+    }
+    if toolkit is None:
+        say(f"building the CPU kernels for torch {torch.version}; CUDA kernels left out: {reason}.")
+    else:
+        architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
+        facts |= {"cuda": toolkit.version, "cuda_architectures": " ".join(architectures)}
+        say(
+            f"building the CPU and CUDA kernels for torch {torch.version}, nvcc {toolkit.version}, "
+            f"architectures {' '.join(architectures)}."
+        )
+        nvcc = [str(toolkit.nvcc), *(["-ccbin", compiler[-1]] if environ.get("CXX") else [])]
+        device = [*nvcc, *optimise, "-lineinfo", *gencode_flags(architectures), "-DUSE_CUDA", "-DCSG_CUDA"]
+        device += [f"-Xcompiler={','.join([*hide, *warn])}", *(["-Werror", "all-warnings"] if strict else [])]
+        kernels = tuple(
+            Object(path, build_dir / "_cuda" / ("_".join(path.parts[1:]) + ".o"), tuple(device))
+            for path in paths["_cuda"]
+            if path.suffix == ".cu"
+        )
+        host = [*cxx, *stable_abi, "-DUSE_CUDA", "-DCSG_CUDA", "-isystem", str(toolkit.home / "include")]
+        libraries["_cuda.so"] = Library(
+            build_dir / "_cuda.so",
+            (*kernels, *objects("_cuda", host)),
+            # The CUDA runtime is linked statically: nothing to find at load time, any minor version of torch's CUDA.
+            (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
+            ("-Xlinker=--no-as-needed", *_libtorch_cuda(torch, compiler, build_dir, environ), f"-L{torch.lib}", "-ltorch_cpu"),
+        )
+        threads = max(1, min(len(architectures), max_jobs(environ) // max(1, len(kernels))))
+        appended = environ.get("NVCC_APPEND_FLAGS", "")
+        environ = {**environ, "NVCC_APPEND_FLAGS": f"{appended} --threads {threads}".strip()}
+
+    facts_header = build_dir / "facts" / "build_facts.h"
+    _write_if_changed(facts_header, _facts_header(facts))
+    module = f"_bind{sysconfig.get_config_var('EXT_SUFFIX')}"
+    # torch ships pybind11's headers: the same file at every build, where a build requirement lies in a folder that
+    # pip deletes afterwards.
+    bind_include = ["-isystem", str(torch.include), "-isystem", str(python_include), "-I", str(facts_header.parent)]
+    libraries[module] = Library(build_dir / module, objects("_bind", [*cxx, *bind_include]), tuple(link))
+
+    todo = [item for library in libraries.values() for item in library.objects]
+    todo.sort(key=lambda item: item.source.suffix != ".cu")  # the slow ones first
+    with ThreadPoolExecutor(max_jobs(environ)) as pool:
+        compiled = sum(pool.map(lambda item: item.compile(environ), todo))
+        linked = sum(pool.map(lambda library: library.link(environ), libraries.values()))
+    say(f"compiled {compiled} of {len(todo)} files, linked {linked} libraries in {time.time() - started:.0f} s.")
+    return {name: library.output for name, library in libraries.items()}
+
+
+def _libtorch_cuda(torch: Torch, compiler: list[str], build_dir: Path, environ: Mapping[str, str]) -> list[str]:
+    """Link options for libtorch_cuda; an empty library of that name stands in where torch has no CUDA."""
+    if (torch.lib / "libtorch_cuda.so").exists():
+        return [f"-L{torch.lib}", "-ltorch_cuda"]
+    stub = build_dir / "stub" / "libtorch_cuda.so"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    command = [*compiler, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull, "-o", str(stub)]
+    run(command, environ, "making a stand-in for libtorch_cuda.so")
+    return [f"-L{stub.parent}", "-ltorch_cuda"]
+
+
+def _facts_header(facts: Mapping[str, str]) -> str:
+    rows = "".join(f"  {{{json.dumps(key)}, {json.dumps(value)}}}, \\\n" for key, value in facts.items())
+    return f"// What this build is made of (generated).\n#pragma once\n#define CSG_BUILD_FACTS \\\n{rows}\n"
+
+
+def _first_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.partition("\n")[0].strip()
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def install(built: Mapping[str, Path], package: Path) -> None:
+    """Copy the libraries into the package folder and remove those of an earlier build that this one leaves out."""
+    package.mkdir(parents=True, exist_ok=True)
+    if "_cuda.so" not in built:
+        (package / "_cuda.so").unlink(missing_ok=True)
+    for name, library in built.items():
+        target = package / name
+        if target.is_file() and target.stat().st_mtime_ns == library.stat().st_mtime_ns:
+            continue
+        # A new file, moved into place: a process that has the old one loaded keeps it.
+        fresh = target.with_name(f".{name}.new")
+        shutil.copy2(library, fresh)
+        os.replace(fresh, target)
