@@ -1,0 +1,171 @@
+"""Readers of packed data sets: our .npz, IDX files (the MNISTs) and torchvision's CIFAR batches."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csg_ext.data.images import ImageData
+
+
+def read_npz(path: Path, name: str | None = None) -> ImageData:
+    """An .npz with train_images, train_labels, test_images, test_labels and classes; (N, H, W) means grey."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a readable .npz file, got one that fails with: {error}") from None
+    missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
+    if missing:
+        raise ValueError(f"{path}: expected the array {min(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
+    for part in ("train", "test"):
+        images = arrays[f"{part}_images"]
+        arrays[f"{part}_images"] = images[:, None] if images.ndim == 3 else images
+        arrays[f"{part}_labels"] = arrays[f"{part}_labels"].astype(np.int64)
+    classes = arrays.get("classes", np.arange(arrays["train_labels"].max(initial=0) + 1))
+    return ImageData(
+        name or path.stem,
+        arrays["train_images"],
+        arrays["train_labels"],
+        arrays["test_images"],
+        arrays["test_labels"],
+        [str(c) for c in classes],
+    )
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An IDX file of unsigned bytes, gzipped or not, as an array."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected a readable IDX file, got: {error}") from None
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != 8 or raw[3] == 0 or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path}: expected an IDX header of unsigned bytes, got {raw[:4].hex() or 'an empty file'}")
+    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
+    body = len(raw) - 4 - 4 * raw[3]
+    if body != int(np.prod(shape, dtype=np.int64)):
+        raise ValueError(f"{path}: expected {'x'.join(map(str, shape))} bytes after the header, got {body}")
+    return np.frombuffer(raw, np.uint8, offset=len(raw) - body).reshape(shape)
+
+
+def _idx_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
+    for stem in stems:
+        for name in (stem, f"{stem}.gz", stem.replace("-idx", ".idx"), stem.replace("-idx", ".idx") + ".gz"):
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+def read_idx_folder(root: Path) -> ImageData | None:
+    """The four IDX files in root, root/raw or root/<name>/raw (torchvision); None when there are none."""
+    folders = [f for f in (root, root / "raw", *sorted(root.glob("*/raw"))) if _idx_file(f, ("train-images-idx3-ubyte",))]
+    if not folders:
+        return None
+    if len(folders) > 1:
+        raise ValueError(
+            f"data: expected one data set, got several in {root}: {', '.join(str(f.parent.name) for f in folders)}; "
+            "name one of these folders"
+        )
+    parts: dict[str, np.ndarray] = {}
+    for part, prefixes in (("train", ("train",)), ("test", ("t10k", "test"))):
+        for kind, dims in (("images", 3), ("labels", 1)):
+            stems = tuple(f"{p}-{kind}-idx{dims}-ubyte" for p in prefixes)
+            path = _idx_file(folders[0], stems)
+            if path is None:
+                raise FileNotFoundError(f"data: expected {stems[0]} or {stems[0]}.gz in {folders[0]}, which has neither")
+            parts[f"{part}_{kind}"] = read_idx(path)
+            if parts[f"{part}_{kind}"].ndim != dims:
+                raise ValueError(f"{path}: expected {dims} dimensions, got {parts[f'{part}_{kind}'].ndim}")
+    # EMNIST counts some of its classes from 1: labels become positions among those that occur.
+    values = np.unique(np.concatenate([parts["train_labels"], parts["test_labels"]]))
+    name = folders[0].parent.name if folders[0].name == "raw" else folders[0].name
+    return ImageData(
+        name,
+        parts["train_images"][:, None],
+        np.searchsorted(values, parts["train_labels"]),
+        parts["test_images"][:, None],
+        np.searchsorted(values, parts["test_labels"]),
+        [str(v) for v in values],
+    )
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    """Rebuilds numpy arrays out of plain containers, and nothing else: a pickle can otherwise run any code."""
+
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR batch needs")
+        return super().find_class(module, name)
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            content = _CifarUnpickler(file, encoding="latin1").load()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise ValueError(f"{path}: expected a pickled CIFAR batch, got one that fails with: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a pickled dict, got {type(content).__name__}")
+    return content
+
+
+def _cifar_part(paths: list[Path], label_key: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = [], []
+    for path in paths:
+        batch = _unpickle(path)
+        data, label = batch.get("data"), batch.get(label_key)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+            raise ValueError(f"{path}: expected 'data' as uint8 (N, 3072), got {getattr(data, 'shape', type(data).__name__)}")
+        if not isinstance(label, list) or len(label) != len(data):
+            raise ValueError(f"{path}: expected {label_key!r} as a list of {len(data)} labels, got {type(label).__name__}")
+        images.append(data.reshape(-1, 3, 32, 32))
+        labels.append(np.asarray(label, np.int64))
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def read_cifar(root: Path) -> ImageData | None:
+    """CIFAR-10 or CIFAR-100 in root or in torchvision's subfolder of it; None when there is neither."""
+    found = []
+    for name, subfolder, marker in (
+        ("CIFAR-10", "cifar-10-batches-py", "batches.meta"),
+        ("CIFAR-100", "cifar-100-python", "meta"),
+    ):
+        for folder in (root, root / subfolder):
+            if (folder / marker).is_file() and (folder / ("data_batch_1" if name == "CIFAR-10" else "train")).is_file():
+                found.append((name, folder, marker))
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"data: expected one data set, got CIFAR-10 and CIFAR-100 in {root}; name one of the two folders")
+    name, folder, marker = found[0]
+    ten = name == "CIFAR-10"
+    train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
+    test = ["test_batch"] if ten else ["test"]
+    for file in train + test:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"data: expected the file {file} of {name} in {folder}, which has none")
+    label_key = "labels" if ten else "fine_labels"
+    classes = _unpickle(folder / marker).get("label_names" if ten else "fine_label_names")
+    if not isinstance(classes, list):
+        raise ValueError(f"{folder / marker}: expected the list of class names, got {type(classes).__name__}")
+    train_images, train_labels = _cifar_part([folder / f for f in train], label_key)
+    test_images, test_labels = _cifar_part([folder / f for f in test], label_key)
+    return ImageData(name, train_images, train_labels, test_images, test_labels, [str(c) for c in classes])
