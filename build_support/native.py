@@ -2,7 +2,7 @@
 
   _C.so      operator schemas and CPU kernels    csrc/ext.cpp, csrc/*/*.cpp             torch's stable ABI
   _cuda.so   CUDA kernels                        csrc/*/*.cu, csrc/<op>/<op>.cpp again  torch's stable ABI
-  _bind.*    build facts, a Python module        csrc/bind.cpp, csrc/common/*.cpp       pybind11, no torch
+  _bind.*    build facts, a Python module        csrc/bind.cpp                          pybind11, no torch
 
 torch is never imported, only its headers and libraries are used, so a build works whatever the interpreter's path is.
 Each object keeps its command and its dependencies beside it and is compiled again when either has changed.
@@ -281,7 +281,10 @@ def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> tuple[
     if toolkit is None:
         if wish == "1":
             raise BuildError("CSG_EXT_CUDA=1 needs nvcc on PATH or CUDA_HOME set to a CUDA toolkit, found neither.")
-        return None, f"torch {torch.version} has CUDA {torch.cuda} but no nvcc was found: put it on PATH or set CUDA_HOME"
+        return (
+            None,
+            f"torch {torch.version} has CUDA {torch.cuda} but no nvcc was found: put it on PATH or set CUDA_HOME",
+        )
     if wish == "" and torch.cuda is not None and torch.cuda.split(".")[0] != toolkit.version.split(".")[0]:
         return None, f"torch {torch.version} uses CUDA {torch.cuda} but nvcc is of CUDA {toolkit.version}"
     return toolkit, ""
@@ -306,7 +309,7 @@ def sources(root: Path) -> dict[str, list[Path]]:
     found = {
         "_C": [csrc / "ext.cpp", *kernels],
         "_cuda": [*sorted(csrc.glob("*/*.cu")), *bindings],
-        "_bind": [csrc / "bind.cpp", csrc / "common" / "cpu.cpp"],
+        "_bind": [csrc / "bind.cpp"],
     }
     return {name: [path.relative_to(root) for path in paths] for name, paths in found.items()}
 
@@ -384,7 +387,12 @@ def build(root: Path, build_dir: Path, version: str, environ: Mapping[str, str] 
             (*kernels, *objects("_cuda", host)),
             # The CUDA runtime is linked statically: nothing to find at load time, any minor version of torch's CUDA.
             (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
-            ("-Xlinker=--no-as-needed", *_libtorch_cuda(torch, compiler, build_dir, environ), f"-L{torch.lib}", "-ltorch_cpu"),
+            (
+                "-Xlinker=--no-as-needed",
+                *_libtorch_cuda(torch, compiler, build_dir, environ),
+                f"-L{torch.lib}",
+                "-ltorch_cpu",
+            ),
         )
         threads = max(1, min(len(architectures), max_jobs(environ) // max(1, len(kernels))))
         appended = environ.get("NVCC_APPEND_FLAGS", "")

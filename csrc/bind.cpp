@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "build_facts.h"
-#include "common/cpu.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -40,14 +39,11 @@ struct Feature {
 constexpr uint64_t kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
 
 constexpr Feature kFeatures[] = {
-    {"avx", 1, 0, Ecx, 28, kYmm},           {"f16c", 1, 0, Ecx, 29, kYmm},
-    {"fma", 1, 0, Ecx, 12, kYmm},           {"avx2", 7, 0, Ebx, 5, kYmm},
-    {"bmi2", 7, 0, Ebx, 8, 0},              {"avx512f", 7, 0, Ebx, 16, kZmm},
-    {"avx512dq", 7, 0, Ebx, 17, kZmm},      {"avx512bw", 7, 0, Ebx, 30, kZmm},
-    {"avx512vl", 7, 0, Ebx, 31, kZmm},      {"avx512_vnni", 7, 0, Ecx, 11, kZmm},
-    {"avx512_bf16", 7, 1, Eax, 5, kZmm},    {"avx512_fp16", 7, 0, Edx, 23, kZmm},
-    {"amx_tile", 7, 0, Edx, 24, kTiles},    {"amx_int8", 7, 0, Edx, 25, kTiles},
-    {"amx_bf16", 7, 0, Edx, 22, kTiles},
+    {"avx", 1, 0, Ecx, 28, kYmm},         {"f16c", 1, 0, Ecx, 29, kYmm},       {"fma", 1, 0, Ecx, 12, kYmm},
+    {"avx2", 7, 0, Ebx, 5, kYmm},         {"bmi2", 7, 0, Ebx, 8, 0},           {"avx512f", 7, 0, Ebx, 16, kZmm},
+    {"avx512dq", 7, 0, Ebx, 17, kZmm},    {"avx512bw", 7, 0, Ebx, 30, kZmm},   {"avx512vl", 7, 0, Ebx, 31, kZmm},
+    {"avx512_vnni", 7, 0, Ecx, 11, kZmm}, {"avx512_bf16", 7, 1, Eax, 5, kZmm}, {"avx512_fp16", 7, 0, Edx, 23, kZmm},
+    {"amx_tile", 7, 0, Edx, 24, kTiles},  {"amx_int8", 7, 0, Edx, 25, kTiles}, {"amx_bf16", 7, 0, Edx, 22, kTiles},
 };
 
 uint64_t saved_state() {
@@ -75,8 +71,8 @@ py::dict cpu_features() {
 py::dict cpu_features() {
   const unsigned long hwcap = getauxval(AT_HWCAP), hwcap2 = getauxval(AT_HWCAP2);
   py::dict found;
-  found["neon"] = bool(hwcap >> 1 & 1);   // HWCAP_ASIMD
-  found["sve"] = bool(hwcap >> 22 & 1);   // HWCAP_SVE
+  found["neon"] = bool(hwcap >> 1 & 1);    // HWCAP_ASIMD
+  found["sve"] = bool(hwcap >> 22 & 1);    // HWCAP_SVE
   found["bf16"] = bool(hwcap2 >> 14 & 1);  // HWCAP2_BF16
   return found;
 }
@@ -87,23 +83,10 @@ py::dict cpu_features() { return {}; }
 
 #endif
 
-const char* cpu_kernels() {
-  switch (csg::cpu_level()) {
-    case csg::CpuLevel::Avx512:
-      return "AVX-512";
-    case csg::CpuLevel::Avx2:
-      return "AVX2";
-    case csg::CpuLevel::Baseline:
-      break;
-  }
-  return "baseline";
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_bind, m) {
   m.doc() = "Build facts and processor features of csg_ext.";
   m.def("build_info", &build_info, "Versions, architectures, compiler and flags of this build: dict[str, str].");
   m.def("cpu_features", &cpu_features, "Instruction-set extensions usable on this machine: dict[str, bool].");
-  m.def("cpu_kernels", &cpu_kernels, "Variant of the CPU kernels that runs here: 'AVX-512', 'AVX2' or 'baseline'.");
 }
