@@ -1,4 +1,4 @@
-"""gate_step_, project_gate_ (being replaced by the kernels' version: same signature)."""
+"""gate_step_ and project_gate_: the optimizer step of a class-specific gate and its projection, fused."""
 
 from __future__ import annotations
 
@@ -6,20 +6,41 @@ import torch
 from torch import Tensor
 
 from csg_ext import reference
+from csg_ext.ops._errors import explained
+
+_METHODS = {"scale": False, "euclidean": True}
 
 
 def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
-    """See project_gate_."""
-    return reference.project_gate(gate, method)
+    """Project a gate onto V_G = {G in [0,1]^(C x K) : max_c G[c, k] = 1 for every k}; out of place, differentiable.
+
+    Source: Liang et al., ECCV 2020, section 3.3 (the approximate projected gradient).
+
+    Args:
+        gate: (C, K), floating point.
+        method: "scale" divides each column by its inf-norm (over the positive part) and clips to [0, 1];
+            "euclidean" takes the nearest point of V_G: clip, then set the first largest entry to 1.
+
+    Returns:
+        (C, K). A column without a positive entry becomes one-hot at its (first) largest entry; a column that holds a
+        NaN becomes NaN throughout, so that it is seen.
+
+    Raises:
+        ValueError: a gate that is not a matrix, or an unknown method. TypeError: a dtype that is not floating point.
+    """
+    if isinstance(gate, Tensor) and torch.is_grad_enabled() and gate.requires_grad:
+        _check_gate("project_gate", gate, method)
+        return reference.project_gate(gate, method)
+    _check_gate("project_gate", gate, method)
+    return project_gate_(gate.detach().clone(memory_format=torch.contiguous_format), method)
 
 
-@torch.no_grad()
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
-    """Project in place."""
-    return gate.copy_(reference.project_gate(gate, method))
+    """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``."""
+    _check_gate("project_gate_", gate, method)
+    return _step("project_gate_", gate, None, None, 0.0, 0.0, 0.0, 0.0, False, False, _METHODS[method])
 
 
-@torch.no_grad()
 def gate_step_(
     gate: Tensor,
     grad: Tensor,
@@ -33,11 +54,80 @@ def gate_step_(
     first_step: bool = False,
     method: str = "scale",
 ) -> Tensor:
-    """SGD step and projection, in place."""
-    new, buf = reference.gate_step(
-        gate, grad, momentum_buffer, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov,
-        weight_decay=weight_decay, first_step=first_step, method=method,
-    )
-    if momentum_buffer is not None and buf is not None:
-        momentum_buffer.copy_(buf)
-    return gate.copy_(new)
+    """One SGD step on the gate and its projection, in place and in one launch, outside autograd.
+
+    The update is torch.optim.SGD's: ``d = grad + weight_decay * gate``; ``buffer = momentum * buffer +
+    (1 - dampening) * d`` (``buffer = d`` with ``first_step``); ``gate -= lr * buffer``, or with ``nesterov``
+    ``gate -= lr * (d + momentum * buffer)``; then :func:`project_gate_`.
+
+    Args:
+        gate: (C, K), updated in place.
+        grad: (C, K), the dtype of ``gate``.
+        momentum_buffer: (C, K), updated in place; needed when ``momentum`` is not 0.
+        lr: learning rate, >= 0.
+        first_step: initialise the buffer with the gradient, as SGD does at its first step.
+        method: the projection, see :func:`project_gate`.
+
+    Returns:
+        ``gate``.
+
+    Raises:
+        ValueError: shapes, options or devices that do not fit. TypeError: dtypes that do not fit.
+    """
+    _check_gate("gate_step_", gate, method)
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"gate_step_: grad must be a torch.Tensor, got {type(grad).__name__}")
+    for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"gate_step_: {name} must be >= 0, got {value}")
+    if momentum and momentum_buffer is None:
+        raise ValueError(f"gate_step_: momentum = {momentum} needs a momentum_buffer, got None")
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            f"gate_step_: nesterov needs momentum > 0 and dampening = 0, got momentum = {momentum} and "
+            f"dampening = {dampening}"
+        )
+    return _step(
+        "gate_step_", gate, grad, momentum_buffer, lr, momentum, dampening, weight_decay, nesterov, first_step,
+        _METHODS[method],
+    )  # fmt: skip
+
+
+def _check_gate(op: str, gate: Tensor, method: str) -> None:
+    if method not in _METHODS:
+        raise ValueError(f"{op}: method must be 'scale' or 'euclidean', got {method!r}")
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"{op}: gate must be a torch.Tensor, got {type(gate).__name__}")
+    if gate.dim() != 2:
+        raise ValueError(f"{op}: gate must have the shape (C, K), got {tuple(gate.shape)}")
+    if not gate.is_floating_point():
+        raise TypeError(f"{op}: gate must be float32, float64, float16 or bfloat16, got {gate.dtype}")
+
+
+@torch.no_grad()
+def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: float | bool) -> Tensor:
+    # A strided gate or buffer goes through a dense copy: the kernel works on whole matrices.
+    dense_gate = gate.contiguous()
+    dense_buffer = None if buffer is None else buffer.contiguous()
+    try:
+        torch.ops.csg_ext.gate_step_.default(dense_gate, grad, dense_buffer, *options)
+    except (RuntimeError, NotImplementedError) as error:
+        raise explained(error, op, gate.device) from None
+    for tensor, dense in ((gate, dense_gate), (buffer, dense_buffer)):
+        if tensor is None:
+            continue
+        if dense is not tensor:
+            tensor.copy_(dense)
+        elif not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(tensor)  # a graph that saved the old values must notice
+    return gate
+
+
+@torch.library.register_fake("csg_ext::gate_step_")
+def _fake_gate_step(gate: Tensor, *_: object) -> None:
+    return None
+
+
+@torch.library.register_fake("csg_ext::column_max")
+def _fake_column_max(gate: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1], dtype=torch.int64)

@@ -1,7 +1,298 @@
-"""gated_pool (being replaced by the kernels' version: same signature)."""
+"""gated_pool: the class-specific gate fused with global pooling, in one read of the feature map."""
 
 from __future__ import annotations
 
-from csg_ext.reference import gated_pool
+from typing import Any, Literal, overload
 
-__all__ = ["gated_pool"]
+import torch
+from torch import Tensor
+
+from csg_ext import reference
+from csg_ext.ops._errors import explained
+
+_POOLS = {"avg": 0, "max": 1}
+_AVG = 0
+
+
+@overload
+def gated_pool(
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor,
+    *,
+    pool: str = ...,
+    return_pooled: Literal[False] = ...,
+    project: bool = ...,
+    channel_dim: int = ...,
+    validate: bool = ...,
+) -> Tensor: ...
+@overload
+def gated_pool(
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor,
+    *,
+    pool: str = ...,
+    return_pooled: Literal[True],
+    project: bool = ...,
+    channel_dim: int = ...,
+    validate: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def gated_pool(
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor,
+    *,
+    pool: str = "avg",
+    return_pooled: bool = False,
+    project: bool = False,
+    channel_dim: int = 1,
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Pool a feature map over space and multiply each sample by the gate's row of its own label (the CSG path).
+
+    ``out[n, k] = G[labels[n], k] * pool_s x[n, k, s]``, from one read of ``x``; no mask is built, and backward keeps
+    only (N, K) values. Source: Liang et al., ECCV 2020, section 3.2 ("CSG path").
+
+    Args:
+        x: feature map (N, K, *spatial) with 0 to 3 spatial axes, contiguous or channels-last (other strides work, some
+            by a copy); or tokens (N, L, K) with ``channel_dim=-1``. float32, float64, float16 or bfloat16.
+        gate: (C, K), the dtype of ``x``, or float32 with half ``x`` (the result is then float32).
+        labels: int64 class indices (N,); or floating-point weights (N, C) for mixup, soft and multi-label targets, for
+            which the row is ``labels @ gate``. Weights are differentiable too.
+        pool: "avg" or "max". For "max" the gate multiplies the maximum, which equals the maximum of the gated map for
+            every gate >= 0; the gradient goes to the first maximum; a NaN wins.
+        return_pooled: also return the ungated (N, K): both paths of training from one read.
+        project: take ``gate`` as an unconstrained parameter and use the row of ``clip(gate / ||column||_inf, 0, 1)``
+            (see :func:`project_gate`) with its exact subgradient, so that any optimizer works without a projection
+            step. With class indices no projected gate is written.
+        channel_dim: the axis of the K channels: 1, or -1 for token layouts.
+        validate: on CUDA, check that labels are in [0, C) (a device-to-host copy, which waits for the GPU). Without
+            it a sample whose label is outside [0, C) comes out as NaN, never as another class's row. On the CPU labels
+            are always checked.
+
+    Returns:
+        (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
+        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic.
+
+    Raises:
+        ValueError: shapes, labels or devices that do not fit.
+        TypeError: an argument of the wrong type or dtype.
+    """
+    mode = _POOLS.get(pool)
+    if mode is None:
+        raise ValueError(f"gated_pool: pool must be 'avg' or 'max', got {pool!r}")
+    if not (isinstance(x, Tensor) and isinstance(gate, Tensor) and isinstance(labels, Tensor)):
+        name, value = next(
+            (n, v) for n, v in (("x", x), ("gate", gate), ("labels", labels)) if not isinstance(v, Tensor)
+        )
+        raise TypeError(f"gated_pool: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if channel_dim != 1:
+        if x.dim() < 2 or channel_dim not in (-1, x.dim() - 1):
+            raise ValueError(
+                f"gated_pool: channel_dim must be 1 or -1, got {channel_dim} for x of shape {tuple(x.shape)}"
+            )
+        x = x.movedim(-1, 1)
+    rows: Tensor | None = labels
+    if labels.is_floating_point():
+        gate, rows, project = _soft_rows(x, gate, labels, project), None, False
+    elif validate and labels.is_cuda and labels.numel() and gate.dim() == 2:
+        _validate_labels(labels, gate.shape[0])
+    top = where = None
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if project:
+            top, where = torch.ops.csg_ext.column_max.default(gate.detach())
+        out, pooled, _ = torch.ops.csg_ext.gated_pool.default(x, gate, rows, top, where, mode)
+        return (out, pooled) if return_pooled else out
+    try:
+        if project:
+            top, where = torch.ops.csg_ext.column_max.default(gate.detach())
+        if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
+            out, pooled = _GatedPool.apply(x, gate, rows, top, where, mode)
+        else:
+            out, pooled, _ = torch.ops.csg_ext._gated_pool.default(x, gate, rows, top, where, mode)
+    except (RuntimeError, NotImplementedError) as error:
+        raise explained(error, "gated_pool", x.device) from None
+    return (out, pooled) if return_pooled else out
+
+
+def _validate_labels(labels: Tensor, classes: int) -> None:
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(wrong):
+        n = int(wrong[0, 0])
+        raise ValueError(f"gated_pool: labels[{n}] = {int(labels[n])} is outside [0, {classes})")
+
+
+def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tensor:
+    """labels @ gate, (N, K): a matrix product, so the BLAS library's; in the gate's dtype even under autocast."""
+    if gate.dim() != 2 or weights.dim() != 2 or x.dim() < 2 or tuple(weights.shape) != (x.shape[0], gate.shape[0]):
+        raise ValueError(
+            f"gated_pool: floating-point labels must have the shape (N, C) for x (N, K, *spatial) and gate (C, K), "
+            f"got labels {tuple(weights.shape)}, x {tuple(x.shape)} and gate {tuple(gate.shape)}"
+        )
+    if gate.device != weights.device:
+        raise ValueError(f"gated_pool: labels must be on the device of gate, {gate.device}, got {weights.device}")
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = weights.isnan().nonzero() if weights.isnan().any() else ()
+        if len(wrong):
+            raise ValueError(f"gated_pool: labels[{int(wrong[0, 0])}, {int(wrong[0, 1])}] is NaN, expected a weight")
+    with torch.autocast(gate.device.type, enabled=False):
+        return weights.to(gate.dtype) @ (reference.project_gate(gate) if project else gate)
+
+
+# ---- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], pooled: Tensor, index: Tensor) -> None:
+    x, gate, labels, top, where, pool = inputs
+    ctx.save_for_backward(gate, labels, top, where, pooled, index)
+    ctx.x_shape, ctx.x_dtype, ctx.pool = x.shape, x.dtype, pool
+    ctx.channels_last = x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+    gate, labels, top, where, pooled, index = ctx.saved_tensors
+    need_x, need_gate = ctx.needs_input_grad[:2]
+    if grad_out is None and grad_pooled is None:
+        return None, None, None, None, None, None
+    if torch.is_grad_enabled():  # create_graph=True
+        grad_x, grad_gate = _differentiable_gradients(ctx, grad_out, grad_pooled)
+    else:
+        grad_x, grad_gate = torch.ops.csg_ext.gated_pool_backward.default(
+            grad_out, grad_pooled, pooled, index, gate, labels, top, where,
+            ctx.x_shape, ctx.channels_last, ctx.x_dtype, ctx.pool, need_x, need_gate,
+        )  # fmt: skip
+    return grad_x if need_x else None, grad_gate if need_gate else None, None, None, None, None
+
+
+def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same gradients in differentiable operators, for gradients of gradients: speed does not matter there.
+
+    ``pooled`` is an output of the node that saved it, so differentiating through it reaches x again.
+    """
+    gate, labels, top, where, pooled, index = ctx.saved_tensors
+    n, k = ctx.x_shape[:2]
+    if grad_out is None:
+        grad_out = torch.zeros_like(pooled)
+    one_hot = largest = projected = None
+    if top is not None:
+        one_hot = torch.zeros_like(gate).scatter(0, where[None], 1.0)
+        largest = torch.where(top > 0, gate.gather(0, where[None])[0], 1.0)
+        projected = torch.where(top > 0, (gate / largest).clamp(0, 1), one_hot)
+        projected = torch.where(top.isnan(), top, projected)
+    used = gate if projected is None else projected
+    row = used if labels is None else used[labels]
+    spread = grad_out * row if grad_pooled is None else grad_out * row + grad_pooled
+    if ctx.pool == _AVG:
+        positions = max(1, ctx.x_shape[2:].numel())
+        grad_x = (spread / positions).to(ctx.x_dtype).reshape(n, k, *[1] * (len(ctx.x_shape) - 2)).expand(ctx.x_shape)
+    else:
+        flat = torch.zeros(n, k, ctx.x_shape[2:].numel(), dtype=ctx.x_dtype, device=gate.device)
+        grad_x = flat.scatter(2, index[..., None], spread.to(ctx.x_dtype)[..., None]).reshape(ctx.x_shape)
+    grad_gate = grad_out * pooled
+    if labels is not None:
+        grad_gate = torch.zeros_like(gate).index_add(0, labels, grad_gate)
+    if projected is not None:
+        along = (grad_gate * projected).sum(0)
+        grad_gate = (torch.where(gate >= 0, grad_gate, 0.0) - one_hot * along) / largest
+        grad_gate = torch.where(top > 0, grad_gate, torch.where(top.isnan(), top, 0.0))
+    return grad_x, grad_gate
+
+
+class _GatedPool(torch.autograd.Function):
+    """The eager path: half the overhead per call of the dispatcher's Python autograd, the same two functions."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, pooled, index = torch.ops.csg_ext._gated_pool.default(*inputs)
+        _save(ctx, inputs, pooled, index)
+        return out, pooled
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _gradients(ctx, grads[0], grads[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, pooled, index = output
+    ctx.mark_non_differentiable(index)
+    _save(ctx, inputs, pooled, index)
+
+
+def _op_backward(ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None, _: Tensor | None) -> Any:
+    return _gradients(ctx, grad_out, grad_pooled)
+
+
+torch.library.register_autograd("csg_ext::gated_pool", _op_backward, setup_context=_setup_context)
+
+
+# ---- shapes for torch.compile and torch.export -----------------------------------------------------------------------
+
+
+@torch.library.register_fake("csg_ext::gated_pool")
+@torch.library.register_fake("csg_ext::_gated_pool")
+def _fake_gated_pool(
+    x: Tensor, gate: Tensor, labels: Tensor | None, top: Tensor | None, where: Tensor | None, pool: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.dim() < 2 or gate.dim() != 2 or (labels is not None and labels.dim() != 1):
+        raise ValueError(
+            f"gated_pool: x (N, K, *spatial), gate (C, K) and labels (N,) do not fit, got {tuple(x.shape)}, "
+            f"{tuple(gate.shape)} and {None if labels is None else tuple(labels.shape)}"
+        )
+    n, k = x.shape[:2]
+    torch._check(gate.shape[1] == k, lambda: f"gated_pool: gate must have K = {k} columns, got {tuple(gate.shape)}")
+    rows = gate if labels is None else labels
+    torch._check(rows.shape[0] == n, lambda: f"gated_pool: labels must have the shape (N,) = ({n},)")
+    index_shape = (0,) if pool == _AVG else (n, k)
+    return gate.new_empty(n, k), gate.new_empty(n, k), gate.new_empty(index_shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("csg_ext::gated_pool_backward")
+def _fake_gated_pool_backward(
+    grad_out: Tensor | None, grad_pooled: Tensor | None, pooled: Tensor, index: Tensor, gate: Tensor,
+    labels: Tensor | None, top: Tensor | None, where: Tensor | None, x_shape: list[int], channels_last: bool,
+    x_dtype: torch.dtype, pool: int, need_x: bool, need_gate: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not need_x:
+        grad_x = gate.new_empty(0, dtype=x_dtype)
+    elif channels_last:
+        n, k, *spatial = x_shape
+        grad_x = gate.new_empty([n, *spatial, k], dtype=x_dtype).movedim(-1, 1)
+    else:
+        grad_x = gate.new_empty(x_shape, dtype=x_dtype)
+    return grad_x, gate.new_empty(gate.shape if need_gate else 0)
+
+
+# ---- vmap: a batch of calls is one call over more samples, or over a taller gate --------------------------------------
+
+
+def _vmap_gated_pool(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    x, gate, labels, top, where, pool = args
+    if in_dims[3] is not None or in_dims[4] is not None:
+        raise ValueError("gated_pool: project=True is not supported under vmap over gates; project_gate them first")
+    batch = info.batch_size
+    x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(batch, *x.shape)
+    n, k = x.shape[1], x.shape[2]
+    flat_x = x.flatten(0, 1)
+    if labels is None:
+        rows = gate.movedim(in_dims[1], 0) if in_dims[1] is not None else gate.expand(batch, *gate.shape)
+        flat_gate, flat_labels = rows.flatten(0, 1), None
+    else:
+        labels = labels.movedim(in_dims[2], 0) if in_dims[2] is not None else labels.expand(batch, *labels.shape)
+        flat_gate = gate
+        if in_dims[1] is not None:
+            gate = gate.movedim(in_dims[1], 0)
+            # Only labels inside the gate may be shifted: another gate's rows must stay out of reach.
+            inside = (labels >= 0) & (labels < gate.shape[1])
+            shift = torch.arange(batch, device=labels.device)[:, None] * gate.shape[1]
+            labels = torch.where(inside, labels + shift, -1)
+            flat_gate = gate.flatten(0, 1)
+        flat_labels = labels.flatten(0, 1)
+    out, pooled, index = torch.ops.csg_ext.gated_pool.default(flat_x, flat_gate, flat_labels, top, where, pool)
+    index_dim = None if pool == _AVG else 0
+    index = index if pool == _AVG else index.reshape(batch, n, k)
+    return (out.reshape(batch, n, k), pooled.reshape(batch, n, k), index), (0, 0, index_dim)
+
+
+torch.library.register_vmap("csg_ext::gated_pool", _vmap_gated_pool)

@@ -1,0 +1,150 @@
+"""Optimizers that keep a class-specific gate inside V_G: the projected gradient method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from csg_ext.ops.gate_step import _METHODS, gate_step_, project_gate_
+
+__all__ = ["ProjectedOptimizer", "ProjectedSGD"]
+
+
+class ProjectedSGD(Optimizer):
+    """SGD for gates: update, column inf-norm and clip fused in one launch per gate (:func:`csg_ext.gate_step_`).
+
+    Without the projection the update equals torch.optim.SGD's with the same options.
+    Source: Liang et al., ECCV 2020, section 3.3 (approximate projected gradient).
+
+    Args:
+        params: gates, each (C, K), or parameter groups of gates.
+        lr: learning rate, >= 0.
+        momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
+        method: the projection, "scale" or "euclidean"; see :func:`csg_ext.project_gate`.
+
+    Raises:
+        ValueError: a parameter that is not a matrix, or an option outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        method: str = "scale",
+    ) -> None:
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"ProjectedSGD: {name} must be >= 0, got {value}")
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got momentum = {momentum} and "
+                f"dampening = {dampening}"
+            )
+        if method not in _METHODS:
+            raise ValueError(f"ProjectedSGD: method must be 'scale' or 'euclidean', got {method!r}")
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "method": method,
+        }
+        super().__init__(params, options)
+        for group in self.param_groups:
+            for gate in group["params"]:
+                if gate.dim() != 2:
+                    raise ValueError(f"ProjectedSGD: every parameter must be a gate (C, K), got {tuple(gate.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update and project every gate that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            options = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "method")}
+            for gate in group["params"]:
+                if gate.grad is None:
+                    continue
+                buffer, first = None, False
+                if group["momentum"] != 0:
+                    state = self.state[gate]
+                    first = state.get("momentum_buffer") is None
+                    if first:
+                        state["momentum_buffer"] = torch.empty_like(gate, memory_format=torch.contiguous_format)
+                    buffer = state["momentum_buffer"]
+                gate_step_(gate, gate.grad, buffer, first_step=first, **options)
+        return loss
+
+
+class ProjectedOptimizer(Optimizer):
+    """Projects gates onto V_G after every step of any torch optimizer, such as Adam.
+
+    It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints and AMP work as with the
+    optimizer itself.
+
+    Args:
+        optimizer: the optimizer that updates the gates (and perhaps other parameters).
+        gates: the gates to project, each (C, K); they must be among the optimizer's parameters.
+        method: the projection, "scale" or "euclidean"; see :func:`csg_ext.project_gate`.
+
+    Raises:
+        ValueError: a gate that the optimizer does not update, or that is not a matrix.
+    """
+
+    def __init__(self, optimizer: Optimizer, gates: Iterable[Tensor], method: str = "scale") -> None:
+        if method not in _METHODS:
+            raise ValueError(f"ProjectedOptimizer: method must be 'scale' or 'euclidean', got {method!r}")
+        self.optimizer = optimizer
+        self.method = method
+        self.gates = [gates] if isinstance(gates, Tensor) else list(gates)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for i, gate in enumerate(self.gates):
+            if id(gate) not in known:
+                raise ValueError(f"ProjectedOptimizer: gates[{i}] must be a parameter of the optimizer, got another tensor")
+            if gate.dim() != 2:
+                raise ValueError(f"ProjectedOptimizer: gates[{i}] must have the shape (C, K), got {tuple(gate.shape)}")
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        # One set of groups and one state for both objects.
+        self.param_groups = optimizer.param_groups
+        self.state = optimizer.state
+        self._wraps = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of the wrapped optimizer, then the projection; returns the closure's loss."""
+        loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+        for gate in self.gates:
+            project_gate_(gate, self.method)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the wrapped optimizer's parameters."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the wrapped optimizer's state."""
+        self.optimizer.load_state_dict(state_dict)
+        self.param_groups = self.optimizer.param_groups
+        self.state = self.optimizer.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the wrapped optimizer."""
+        if getattr(self, "_wraps", False):
+            self.optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)

@@ -1,0 +1,133 @@
+// What the bindings share: checks, allocation and types over torch's stable ABI. Only <op>.cpp files include it.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#ifdef CSG_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "cpu.h"
+#include "types.h"
+
+namespace csg {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::stable::Tensor;
+using TorchType = torch::headeronly::ScalarType;
+
+// Throws one sentence. Not STD_TORCH_CHECK: that puts a file and a line in front of it.
+template <typename... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (condition) [[likely]]
+    return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* name_of(TorchType type) {
+  switch (type) {
+    case TorchType::Float: return "float32";
+    case TorchType::Double: return "float64";
+    case TorchType::Half: return "float16";
+    case TorchType::BFloat16: return "bfloat16";
+    case TorchType::Long: return "int64";
+    case TorchType::Int: return "int32";
+    case TorchType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline ScalarType floating_type(const Tensor& t, const char* op, const char* argument) {
+  switch (t.scalar_type()) {
+    case TorchType::Float: return ScalarType::Float32;
+    case TorchType::Double: return ScalarType::Float64;
+    case TorchType::Half: return ScalarType::Float16;
+    case TorchType::BFloat16: return ScalarType::BFloat16;
+    default:
+      check(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ", name_of(t.scalar_type()));
+      return ScalarType::Float32;
+  }
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& x, const char* op, const char* argument) {
+  const bool same = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
+                    (!t.is_cuda() || t.get_device_index() == x.get_device_index());
+  check(same, op, ": ", argument, " must be on the device of the first argument, got one on another device");
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, TorchType type,
+                            const Tensor& like) {
+  int32_t device_type = 0, device_index = 0, dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  switch (type) {
+    case TorchType::Float: dtype = aoti_torch_dtype_float32(); break;
+    case TorchType::Double: dtype = aoti_torch_dtype_float64(); break;
+    case TorchType::Half: dtype = aoti_torch_dtype_float16(); break;
+    case TorchType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
+    default: dtype = aoti_torch_dtype_int64(); break;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_matrix(int64_t rows, int64_t columns, TorchType type, const Tensor& like) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {columns > 1 ? columns : 1, 1};
+  return empty_strided(sizes, strides, 2, type, like);
+}
+
+inline Tensor empty_vector(int64_t size, TorchType type, const Tensor& like) {
+  const int64_t sizes[1] = {size}, strides[1] = {1};
+  return empty_strided(sizes, strides, 1, type, like);
+}
+
+template <typename T = void>
+const T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
+}
+
+#ifdef CSG_CUDA
+// Makes the tensor's device current for the scope and gives its current stream.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+inline void check_launch(int error, const char* op) {
+  check(error == 0, op, ": the CUDA kernel could not be launched (cudaError ", error, ")");
+}
+#else
+inline void torch_threads(int64_t total, int64_t grain, RangeBody body, void* context) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, total, grain, body, context));
+}
+#endif
+
+}  // namespace csg

@@ -1,0 +1,698 @@
+// CUDA kernels of gated_pool, forward (one launch) and backward (one launch for each gradient).
+//
+// Bytes that must move, with e the size of an element of x, g of the gate:
+//   forward   e N K S read + 2 g N K written (max: + 8 N K for the index)
+//   backward  e N K S written + 2 g N K read (+ g C K written and 2 g N K read for the gate's gradient); x is not read
+// Share of the memory bandwidth reached: not measured on a GPU.
+//
+// x is read once, in 16-byte pieces, by one of three kernels:
+//   pool_tiles     short rows: a block stages rows that lie one after the other in shared memory, as one stretch of
+//                  memory whatever S is (7 x 7 rows are not 16-byte aligned), then lanes sum each row
+//   pool_rows      long rows, and rows that do not lie one after the other: a group of lanes or the block per row
+//   pool_channels  channels last: threads side by side along K, several lanes along S
+// Sums have a fixed order: same input, same bits.
+#include "gated_pool_cuda.h"
+
+#include "../common/cuda_device.cuh"
+#include "../common/cuda_launch.cuh"
+
+namespace csg {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnroll = 4;                                      // 16-byte loads in flight per thread
+constexpr int kTileBytes = kThreads * kUnroll * kVectorBytes;   // 16 KiB
+constexpr int kMinTileBytes = 2048;                             // of a problem too small to fill the GPU
+constexpr int kMaxTileRows = 512;
+constexpr int kSectorBytes = 32;          // tiles begin at multiples of it where the rows allow
+constexpr int kLongRowBytes = 2048;       // from here on a warp per row
+constexpr int kBlockRowBytes = 16 * 1024;  // from here on a block per row
+
+template <typename T, typename I, Pool kPool>
+using Reduction = std::conditional_t<kPool == Pool::Avg, Sum<Acc<T>, I>, Top<Acc<T>, I>>;
+
+// ---- The gate's row.
+
+// Calls fn with a value of the gate's type: that of x, or float.
+template <typename T, typename Fn>
+__device__ inline void with_gate_type(ScalarType type, Fn fn) {
+  if constexpr (sizeof(T) == 2) {
+    if (type == ScalarType::Float32) return fn(float{});
+  }
+  fn(T{});
+}
+
+__device__ inline int64_t class_of(const GateRows& rows, int64_t n) { return rows.labels ? rows.labels[n] : n; }
+
+__device__ inline bool in_range(const GateRows& rows, int64_t c) { return c >= 0 && c < rows.rows; }
+
+// P(gate)[c, k], 0 <= c < rows.
+template <typename G>
+__device__ inline Acc<G> gate_entry(const GateRows& rows, int64_t channels, int64_t c, int64_t k) {
+  const Acc<G> g = to_acc(static_cast<const G*>(rows.gate)[c * channels + k]);
+  if (rows.col_max == nullptr) return g;
+  return project_scale(g, to_acc(static_cast<const G*>(rows.col_max)[k]), rows.col_arg[k] == c);
+}
+
+// row[n, k]: a label that names no row gives NaN.
+template <typename G>
+__device__ inline Acc<G> row_entry(const GateRows& rows, int64_t channels, int64_t n, int64_t k) {
+  const int64_t c = class_of(rows, n);
+  return in_range(rows, c) ? gate_entry<G>(rows, channels, c, k) : static_cast<Acc<G>>(NAN);
+}
+
+template <typename T>
+__device__ inline Acc<T> row_entry_of(const GateRows& rows, int64_t channels, int64_t n, int64_t k) {
+  Acc<T> row;
+  with_gate_type<T>(rows.type, [&](auto g) { row = row_entry<decltype(g)>(rows, channels, n, k); });
+  return row;
+}
+
+// ---- Forward.
+
+template <typename T, Pool kPool, typename R>
+__device__ inline void write_result(const GatedPoolForward& p, int64_t i, const R& r, int64_t at, Acc<T> row) {
+  const Acc<T> pooled = kPool == Pool::Avg ? r.value / static_cast<Acc<T>>(p.s) : r.value;
+  with_gate_type<T>(p.rows.type, [&](auto g) {
+    using G = decltype(g);
+    static_cast<G*>(p.pooled)[i] = from_acc<G>(pooled);
+    static_cast<G*>(p.out)[i] = from_acc<G>(row * pooled);
+  });
+  if constexpr (kPool == Pool::Max) p.index[i] = at;
+}
+
+// Rows that lie one after the other: segments (one, or one per sample) of segment_rows rows each.
+struct TileShape {
+  int64_t segment_rows, segment_stride, tiles_per_segment, tiles;
+  int rows;          // of a tile
+  int lanes;         // that share a row, a power of two <= 32
+  int result_bytes;  // of the results, which precede the staged rows in shared memory
+};
+
+template <typename T, Pool kPool>
+__global__ void __launch_bounds__(kThreads) pool_tiles(const GatedPoolForward p, const TileShape shape) {
+  using R = Reduction<T, int, kPool>;
+  CSG_DYNAMIC_SHARED(shared);
+  R* const results = reinterpret_cast<R*>(shared);
+  const int thread = threadIdx.x, s = static_cast<int>(p.s);
+  const int lane = thread % shape.lanes, group = thread / shape.lanes, groups = kThreads / shape.lanes;
+
+  for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
+    const int64_t segment = tile / shape.tiles_per_segment;
+    const int64_t first = (tile - segment * shape.tiles_per_segment) * shape.rows;
+    const int rows = static_cast<int>(min(static_cast<int64_t>(shape.rows), shape.segment_rows - first));
+    const int64_t first_out = segment * shape.segment_rows + first;
+    const T* const source = static_cast<const T*>(p.x) + segment * shape.segment_stride + first * s;
+
+    // Staged at the same distance from a 16-byte boundary as in memory; the ends that fill no vector go one by one.
+    const int elements = rows * s, head = min(elements, to_boundary(source));
+    const int vectors = (elements - head) / kVector<T>, tail = head + vectors * kVector<T>;
+    T* const staged = reinterpret_cast<T*>(shared + shape.result_bytes) +
+                      static_cast<int>(reinterpret_cast<uintptr_t>(source) % kVectorBytes / sizeof(T));
+    Pack<T, kVector<T>> flight[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int v = thread + u * kThreads;
+      if (v < vectors) flight[u] = load_pack<T, kVector<T>>(source + head + v * kVector<T>);
+    }
+    if (thread < head) staged[thread] = source[thread];
+    if (thread < elements - tail) staged[tail + thread] = source[tail + thread];
+    // The gate's entry of this thread's row travels at the same time.
+    Acc<T> row = 0;
+    if (thread < rows) {
+      const int64_t n = (first_out + thread) / p.k;
+      row = row_entry_of<T>(p.rows, p.k, n, first_out + thread - n * p.k);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int v = thread + u * kThreads;
+      if (v < vectors) store_pack(staged + head + v * kVector<T>, flight[u]);
+    }
+    __syncthreads();
+
+    for (int begin = 0; begin < rows; begin += groups) {  // the same trips for every lane: they exchange results
+      const int r = begin + group;
+      R result = R::empty();
+      if (r < rows) {
+        for (int i = lane; i < s; i += shape.lanes) result.add(to_acc(staged[r * s + i]), i);
+      }
+      merge_lanes(result, 1, shape.lanes);
+      if (r < rows && lane == 0) results[r] = result;
+    }
+    __syncthreads();
+
+    for (int r = thread; r < rows; r += kThreads) {
+      if (r != thread) {
+        const int64_t n = (first_out + r) / p.k;
+        row = row_entry_of<T>(p.rows, p.k, n, first_out + r - n * p.k);
+      }
+      const R result = results[r];
+      int64_t at = 0;
+      if constexpr (kPool == Pool::Max) at = result.at;
+      write_result<T, kPool>(p, first_out + r, result, at, row);
+    }
+    // The next tile's results are written after its first barrier, so these reads are over by then.
+  }
+}
+
+// `lanes` threads per row: a power of two <= 32, or the whole block.
+template <typename T, Pool kPool>
+__global__ void __launch_bounds__(kThreads) pool_rows(const GatedPoolForward p, const int lanes) {
+  using R = Reduction<T, int64_t, kPool>;
+  constexpr int kWarps = kThreads / kWarp;
+  CSG_SHARED(R, partial, kWarps);
+  const int thread = threadIdx.x, lane = thread % lanes, group = thread / lanes;
+  const int64_t rows_per_block = kThreads / lanes, rows = p.n * p.k;
+
+  for (int64_t first = blockIdx.x * rows_per_block; first < rows; first += gridDim.x * rows_per_block) {
+    const int64_t i = first + group;
+    const bool valid = i < rows;
+    R result = R::empty();
+    Acc<T> row = 0;
+    if (valid) {
+      const int64_t n = i / p.k, k = i - n * p.k;
+      if (lane == 0) row = row_entry_of<T>(p.rows, p.k, n, k);
+      const T* const source = static_cast<const T*>(p.x) + n * p.stride_n + k * p.stride_k;
+      const int64_t head = min(p.s, static_cast<int64_t>(to_boundary(source)));
+      const int64_t vectors = (p.s - head) / kVector<T>;
+      const T* const body = source + head;
+      for (int64_t j = lane; j < head; j += lanes) result.add(to_acc(source[j]), j);
+      int64_t v = lane;
+      for (; v + (kUnroll - 1) * lanes < vectors; v += kUnroll * lanes) {
+        Pack<T, kVector<T>> flight[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          flight[u] = load_pack<T, kVector<T>>(body + (v + u * lanes) * kVector<T>);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int j = 0; j < kVector<T>; ++j) {
+            result.add(to_acc(flight[u].v[j]), head + (v + u * lanes) * kVector<T> + j);
+          }
+        }
+      }
+      for (; v < vectors; v += lanes) {
+        const auto pack = load_pack<T, kVector<T>>(body + v * kVector<T>);
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) result.add(to_acc(pack.v[j]), head + v * kVector<T> + j);
+      }
+      for (int64_t j = head + vectors * kVector<T> + lane; j < p.s; j += lanes) result.add(to_acc(source[j]), j);
+    }
+    merge_lanes(result, 1, min(lanes, kWarp));
+    if (lanes > kWarp) {
+      if (thread % kWarp == 0) partial[thread / kWarp] = result;
+      __syncthreads();
+      if (thread == 0) {
+        for (int w = 1; w < kWarps; ++w) result.merge(partial[w]);
+      }
+      __syncthreads();
+    }
+    if (valid && lane == 0) {
+      int64_t at = 0;
+      if constexpr (kPool == Pool::Max) at = result.at;
+      write_result<T, kPool>(p, i, result, at, row);
+    }
+  }
+}
+
+// Channels last: a block takes columns * width channels of one sample (backward: of one stretch of its positions).
+struct ChannelShape {
+  int columns;  // threads along K; kThreads / columns lanes along S
+  int64_t channel_tiles, position_tiles, positions, tiles;
+};
+
+template <typename T, Pool kPool, int kWidth>
+__global__ void __launch_bounds__(kThreads) pool_channels(const GatedPoolForward p, const ChannelShape shape) {
+  using A = Acc<T>;
+  using R = Reduction<T, int, kPool>;  // positions counted in steps of the thread: s = lane + step * lanes
+  constexpr int kPad = kWarp / kWidth;
+  CSG_DYNAMIC_SHARED(shared);
+  // [lanes][width][columns + pad]: neither writing by thread nor reading by channel meets a bank twice.
+  const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns, pitch = columns + kPad;
+  A* const values = reinterpret_cast<A*>(shared);
+  int* const steps_at = reinterpret_cast<int*>(values + lanes * kWidth * pitch);
+  const int column = thread % columns, lane = thread / columns;
+
+  for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
+    const int64_t n = tile / shape.channel_tiles;
+    const int64_t first = (tile - n * shape.channel_tiles) * columns * kWidth;
+    const int channels = static_cast<int>(min(static_cast<int64_t>(columns) * kWidth, p.k - first));
+    R results[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) results[j] = R::empty();
+    A row = 0;
+    if (thread < channels) row = row_entry_of<T>(p.rows, p.k, n, first + thread);
+    if (column * kWidth < channels && lane < p.s) {
+      const T* source =
+          static_cast<const T*>(p.x) + n * p.stride_n + first + column * kWidth + lane * p.stride_s;
+      const int64_t stride = lanes * p.stride_s;
+      const int steps = static_cast<int>((p.s - lane + lanes - 1) / lanes);
+      int step = 0;
+      for (; step + kUnroll <= steps; step += kUnroll) {
+        Pack<T, kWidth> flight[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u, source += stride) flight[u] = load_pack<T, kWidth>(source);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) results[j].add(to_acc(flight[u].v[j]), step + u);
+        }
+      }
+      for (; step < steps; ++step, source += stride) {
+        const auto pack = load_pack<T, kWidth>(source);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) results[j].add(to_acc(pack.v[j]), step);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      values[(lane * kWidth + j) * pitch + column] = results[j].value;
+      if constexpr (kPool == Pool::Max) steps_at[(lane * kWidth + j) * pitch + column] = results[j].at;
+    }
+    __syncthreads();
+
+    for (int channel = thread; channel < channels; channel += kThreads) {
+      if (channel != thread) row = row_entry_of<T>(p.rows, p.k, n, first + channel);
+      using Merged = Reduction<T, int64_t, kPool>;
+      Merged merged = Merged::empty();
+      for (int l = 0; l < min(static_cast<int64_t>(lanes), p.s); ++l) {
+        const int cell = (l * kWidth + channel % kWidth) * pitch + channel / kWidth;
+        if constexpr (kPool == Pool::Max) {
+          merged.merge({values[cell], l + static_cast<int64_t>(steps_at[cell]) * lanes});
+        } else {
+          merged.merge({values[cell]});
+        }
+      }
+      int64_t at = 0;
+      if constexpr (kPool == Pool::Max) at = merged.at;
+      write_result<T, kPool>(p, n * p.k + first + channel, merged, at, row);
+    }
+    __syncthreads();
+  }
+}
+
+// Threads along K for channels last: 512-byte stretches where there are channels enough; narrower ones, and so more
+// lanes along S and more blocks, for few channels or few samples.
+int channel_columns(int64_t n, int64_t packs, int64_t s) {
+  const int lanes = power_of_two(s, kThreads / kWarp);
+  int columns = power_of_two(packs, kThreads / lanes);
+  while (columns > 4 && n * ceil_div(packs, columns) < kFillBlocks && kThreads / columns < s) columns /= 2;
+  return std::max(columns, 4);
+}
+
+// Whether every row of channels begins at a 16-byte boundary and fills whole vectors.
+template <typename T>
+bool channels_aligned(const void* base, int64_t k, int64_t n, int64_t stride_n, int64_t s, int64_t stride_s) {
+  return to_boundary(static_cast<const T*>(base)) == 0 && k % kVector<T> == 0 &&
+         (n == 1 || stride_n % kVector<T> == 0) && (s == 1 || stride_s % kVector<T> == 0);
+}
+
+template <typename T, Pool kPool, int kWidth>
+int launch_channels(const GatedPoolForward& p, void* stream) {
+  const int64_t packs = ceil_div(p.k, kWidth);
+  ChannelShape shape{};
+  shape.columns = channel_columns(p.n, packs, p.s);
+  shape.channel_tiles = ceil_div(packs, shape.columns);
+  shape.tiles = p.n * shape.channel_tiles;
+  const int cells = kThreads / shape.columns * kWidth * (shape.columns + kWarp / kWidth);
+  const size_t bytes = cells * (sizeof(Acc<T>) + (kPool == Pool::Max ? sizeof(int) : 0));
+  return launch(pool_channels<T, kPool, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
+}
+
+template <typename T, Pool kPool>
+int launch_tiles(const GatedPoolForward& p, void* stream) {
+  using R = Reduction<T, int, kPool>;
+  const bool dense = p.n == 1 || p.stride_n == p.k * p.s;
+  const int64_t row_bytes = p.s * static_cast<int64_t>(sizeof(T));
+  TileShape shape{};
+  shape.segment_rows = dense ? p.n * p.k : p.k;
+  shape.segment_stride = p.stride_n;
+  int64_t rows = std::min<int64_t>(kMaxTileRows, kTileBytes / row_bytes);
+  rows = std::max(std::min(rows, p.n * p.k / kFillBlocks), std::min(rows, kMinTileBytes / row_bytes));
+  const int64_t grain = kSectorBytes / static_cast<int64_t>(sizeof(T));
+  if (rows > grain) rows -= rows % grain;
+  rows = std::min(rows, shape.segment_rows);
+  shape.rows = static_cast<int>(rows);
+  shape.tiles_per_segment = ceil_div(shape.segment_rows, rows);
+  shape.tiles = (dense ? 1 : p.n) * shape.tiles_per_segment;
+  // Rows a multiple of 2^m words apart meet in few of the 32 banks unless 2^m lanes read side by side.
+  const int64_t words = std::max<int64_t>(1, row_bytes / 4);
+  const int apart = static_cast<int>(std::min<int64_t>(words & -words, kWarp));
+  const int busy = power_of_two(kThreads / rows, kWarp);
+  shape.lanes = std::min(std::max(apart, busy), power_of_two(p.s, kWarp));
+  shape.result_bytes = static_cast<int>(ceil_div(rows * static_cast<int64_t>(sizeof(R)), kVectorBytes)) * kVectorBytes;
+  const size_t bytes = shape.result_bytes + rows * row_bytes + kVectorBytes;
+  return launch(pool_tiles<T, kPool>, shape.tiles, kThreads, bytes, stream, p, shape);
+}
+
+template <typename T, Pool kPool>
+int launch_rows(const GatedPoolForward& p, void* stream) {
+  const int64_t row_bytes = p.s * static_cast<int64_t>(sizeof(T)), rows = p.n * p.k;
+  const bool block = row_bytes >= kBlockRowBytes || (row_bytes >= kLongRowBytes && rows < kFillBlocks);
+  const int lanes = block ? kThreads : power_of_two(ceil_div(row_bytes, kVectorBytes), kWarp);
+  return launch(pool_rows<T, kPool>, ceil_div(rows, kThreads / lanes), kThreads, 0, stream, p, lanes);
+}
+
+template <typename T, Pool kPool>
+int forward(const GatedPoolForward& p, void* stream) {
+  if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
+    const bool aligned = channels_aligned<T>(p.x, p.k, p.n, p.stride_n, p.s, p.stride_s);
+    return aligned ? launch_channels<T, kPool, kVector<T>>(p, stream) : launch_channels<T, kPool, 1>(p, stream);
+  }
+  const bool samples_dense = p.k == 1 || p.stride_k == p.s;
+  const bool short_rows = p.s < kLongRowBytes / static_cast<int64_t>(sizeof(T));
+  return samples_dense && short_rows ? launch_tiles<T, kPool>(p, stream) : launch_rows<T, kPool>(p, stream);
+}
+
+// ---- Backward: x.
+
+// What every position of a row receives (max: the position `index` alone).
+template <typename T>
+__device__ inline T row_gradient(const GatedPoolBackward& p, int64_t i) {
+  Acc<T> grad = 0;
+  with_gate_type<T>(p.rows.type, [&](auto g) {
+    using G = decltype(g);
+    if (p.grad_out != nullptr) {
+      const int64_t n = i / p.k;
+      grad = to_acc(static_cast<const G*>(p.grad_out)[i]) * row_entry<G>(p.rows, p.k, n, i - n * p.k);
+    }
+    if (p.grad_pooled != nullptr) grad += to_acc(static_cast<const G*>(p.grad_pooled)[i]);
+  });
+  return from_acc<T>(p.pool == Pool::Avg ? grad / static_cast<Acc<T>>(p.s) : grad);
+}
+
+// Rows: grad_x is one stretch of memory, cut into tiles of `tile` elements that begin at 16-byte boundaries.
+struct FillShape {
+  int64_t total, tiles;  // total = N K S
+  int lead;              // elements between the 16-byte boundary before grad_x and grad_x
+  int tile;
+  int max_rows;      // rows that a tile can touch
+  uint32_t local_s;  // min(S, tile): a tile cuts longer rows at most once
+  uint64_t magic;    // ceil(2^32 / local_s): i / local_s == i * magic >> 32 for i < 2 * tile
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) fill_rows(const GatedPoolBackward p, const FillShape shape) {
+  CSG_DYNAMIC_SHARED(shared);
+  T* const values = reinterpret_cast<T*>(shared);                           // [max_rows + 1]
+  int* const hits = reinterpret_cast<int*>(shared + (shape.max_rows + 1) * sizeof(T) + 16 -
+                                           (shape.max_rows + 1) * sizeof(T) % 16);  // position of the maximum in the tile
+  T* const grad_x = static_cast<T*>(p.grad_x);
+  const bool avg = p.pool == Pool::Avg;
+  const T zero = from_acc<T>(Acc<T>(0));
+  const int thread = threadIdx.x;
+
+  for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
+    const int64_t begin = max(tile * shape.tile - shape.lead, static_cast<int64_t>(0));
+    const int64_t end = min((tile + 1) * shape.tile - shape.lead, shape.total);
+    const int elements = static_cast<int>(end - begin);
+    const int64_t first_row = begin / p.s;
+    const int rows = static_cast<int>((end - 1) / p.s - first_row) + 1;
+    for (int r = thread; r < rows; r += kThreads) {
+      values[r] = row_gradient<T>(p, first_row + r);
+      if (!avg) {
+        const int64_t hit = (first_row + r) * p.s + p.index[first_row + r] - begin;
+        hits[r] = hit >= 0 && hit < elements ? static_cast<int>(hit) : -1;
+      }
+    }
+    // Elements of the first row that lie before the tile, as if rows were local_s long.
+    const int64_t in_row = begin - first_row * p.s;
+    const int before = p.s <= shape.tile
+                           ? static_cast<int>(in_row)
+                           : shape.tile - static_cast<int>(min(p.s - in_row, static_cast<int64_t>(shape.tile)));
+    const int local_s = static_cast<int>(shape.local_s);
+    const auto row_at = [&](int i) { return static_cast<int>((static_cast<uint64_t>(before + i) * shape.magic) >> 32); };
+    const auto value_at = [&](int i, int r) { return avg || hits[r] == i ? values[r] : zero; };
+    __syncthreads();
+
+    const int head = min(elements, to_boundary(grad_x + begin));
+    const int vectors = (elements - head) / kVector<T>, tail = head + vectors * kVector<T>;
+    if (thread < head) grad_x[begin + thread] = value_at(thread, row_at(thread));
+    if (thread < elements - tail) grad_x[begin + tail + thread] = value_at(tail + thread, row_at(tail + thread));
+    for (int v = thread; v < vectors; v += kThreads) {
+      const int i = head + v * kVector<T>;
+      int r = row_at(i);
+      int left = (r + 1) * local_s - before - i;  // elements of row r from i on
+      Pack<T, kVector<T>> out;
+      if (local_s >= kVector<T>) {  // a vector meets at most two rows
+        const T here = values[r], next = values[r + 1];
+        const int hit = avg ? 0 : hits[r] - i, next_hit = avg || left >= kVector<T> ? 0 : hits[r + 1] - i;
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) {
+          const T value = j < left ? here : next;
+          out.v[j] = avg || j == (j < left ? hit : next_hit) ? value : zero;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) {
+          out.v[j] = value_at(i + j, r);
+          if (--left == 0) {
+            left = local_s;
+            ++r;
+          }
+        }
+      }
+      store_pack(grad_x + begin + i, out);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T>
+int launch_fill_rows(const GatedPoolBackward& p, void* stream) {
+  FillShape shape{};
+  shape.total = p.n * p.k * p.s;
+  shape.tile = (p.s < 8 ? kTileBytes / 4 : kTileBytes) / static_cast<int>(sizeof(T));  // fewer rows to a block if short
+  const int to_next = to_boundary(static_cast<const T*>(p.grad_x));
+  shape.lead = to_next == 0 ? 0 : kVector<T> - to_next;
+  shape.tiles = ceil_div(shape.total + shape.lead, shape.tile);
+  shape.max_rows = static_cast<int>(shape.tile / p.s) + 2;
+  shape.local_s = static_cast<uint32_t>(std::min<int64_t>(p.s, shape.tile));
+  shape.magic = ((uint64_t{1} << 32) + shape.local_s - 1) / shape.local_s;
+  const size_t bytes = (shape.max_rows + 1) * (sizeof(T) + (p.pool == Pool::Max ? sizeof(int) : 0)) + 16;
+  return launch(fill_rows<T>, shape.tiles, kThreads, bytes, stream, p, shape);
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kThreads) fill_channels(const GatedPoolBackward p, const ChannelShape shape) {
+  CSG_DYNAMIC_SHARED(shared);
+  const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns;
+  T* const values = reinterpret_cast<T*>(shared);                        // [columns * width]
+  int* const hits = reinterpret_cast<int*>(values + columns * kWidth);   // position of the maximum in the stretch
+  const int column = thread % columns, lane = thread / columns;
+  const bool avg = p.pool == Pool::Avg;
+  const T zero = from_acc<T>(Acc<T>(0));
+
+  for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
+    const int64_t stretch = tile / shape.channel_tiles, n = stretch / shape.position_tiles;
+    const int64_t first = (tile - stretch * shape.channel_tiles) * columns * kWidth;
+    const int64_t begin = (stretch - n * shape.position_tiles) * shape.positions;
+    const int positions = static_cast<int>(min(shape.positions, p.s - begin));
+    const int channels = static_cast<int>(min(static_cast<int64_t>(columns) * kWidth, p.k - first));
+    for (int channel = thread; channel < channels; channel += kThreads) {
+      const int64_t i = n * p.k + first + channel;
+      values[channel] = row_gradient<T>(p, i);
+      if (!avg) {
+        const int64_t hit = p.index[i] - begin;
+        hits[channel] = hit >= 0 && hit < positions ? static_cast<int>(hit) : -1;
+      }
+    }
+    __syncthreads();
+
+    if (column * kWidth < channels) {
+      Pack<T, kWidth> value, out;
+      int hit[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        value.v[j] = values[column * kWidth + j];
+        hit[j] = avg ? 0 : hits[column * kWidth + j];
+      }
+      T* target = static_cast<T*>(p.grad_x) + n * p.stride_n + (begin + lane) * p.stride_s + first + column * kWidth;
+      for (int s = lane; s < positions; s += lanes, target += lanes * p.stride_s) {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) out.v[j] = avg || hit[j] == s ? value.v[j] : zero;
+        store_pack(target, out);
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int kWidth>
+int launch_fill_channels(const GatedPoolBackward& p, void* stream) {
+  const int64_t packs = ceil_div(p.k, kWidth);
+  ChannelShape shape{};
+  shape.columns = channel_columns(p.n, packs, p.s);
+  shape.channel_tiles = ceil_div(packs, shape.columns);
+  shape.positions = kThreads / shape.columns * 2 * kUnroll;
+  shape.position_tiles = ceil_div(p.s, shape.positions);
+  shape.tiles = p.n * shape.position_tiles * shape.channel_tiles;
+  const size_t bytes = shape.columns * kWidth * (sizeof(T) + (p.pool == Pool::Max ? sizeof(int) : 0));
+  return launch(fill_channels<T, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
+}
+
+template <typename T>
+int backward_x(const GatedPoolBackward& p, void* stream) {
+  if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
+    const bool aligned = channels_aligned<T>(p.grad_x, p.k, p.n, p.stride_n, p.s, p.stride_s);
+    return aligned ? launch_fill_channels<T, kVector<T>>(p, stream) : launch_fill_channels<T, 1>(p, stream);
+  }
+  return launch_fill_rows<T>(p, stream);
+}
+
+// ---- Backward: the gate.
+//
+// With d[n, k] = grad_out[n, k] * pooled[n, k] and D[c, k] = sum of d over the samples of class c:
+//   no projection   grad[c, k] = D[c, k]
+//   projection      grad[c, k] = [g >= 0] D[c, k] / m_k - [c == arg_k] sum_n d[n, k] P[label_n, k] / m_k,   m_k > 0
+// and 0 in a column without a positive entry, NaN in one with a NaN. A clip passes the gradient where 0 <= g / m <= 1.
+
+constexpr int kGateColumns = 32;
+constexpr int kGateLanes = kThreads / kGateColumns;  // each sums every kGateLanes-th sample of a class
+constexpr int kMaxClassTile = 8;
+
+struct GateShape {
+  int classes;  // of a tile
+  int64_t channel_tiles, tiles;
+};
+
+struct Match {
+  int sample, row;  // in the chunk of samples, in the tile of classes
+};
+
+// The samples of [begin, begin + kThreads) whose class is in [first, first + classes), in order; returns how many.
+__device__ inline int find_matches(const GatedPoolBackward& p, int64_t begin, int64_t first, int classes,
+                                   Match* matches, int* counts) {
+  const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
+  int64_t row = -1;
+  if (begin + thread < p.n) {
+    const int64_t c = p.rows.labels[begin + thread];
+    if (in_range(p.rows, c)) row = c - first;
+  }
+  const bool match = row >= 0 && row < classes;
+  const unsigned mask = __ballot_sync(kFullMask, match);
+  if (lane == 0) counts[warp] = __popc(mask);
+  __syncthreads();
+  int at = 0, total = 0;
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    at += w < warp ? counts[w] : 0;
+    total += counts[w];
+  }
+  if (match) matches[at + __popc(mask & ((1u << lane) - 1))] = {thread, static_cast<int>(row)};
+  __syncthreads();
+  return total;
+}
+
+template <typename G>
+__global__ void __launch_bounds__(kThreads) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
+  using A = Acc<G>;
+  CSG_DYNAMIC_SHARED(shared);
+  CSG_SHARED(Match, matches, kThreads);
+  CSG_SHARED(int, counts, kThreads / kWarp);
+  CSG_SHARED(A, whole, kThreads);  // [lanes][columns]: each lane's part of sum_n d P
+  A* const sums = reinterpret_cast<A*>(shared);  // [lanes][classes][columns]
+  const int thread = threadIdx.x, column = thread % kGateColumns, lane = thread / kGateColumns;
+  const auto* const grad_out = static_cast<const G*>(p.grad_out);
+  const auto* const pooled = static_cast<const G*>(p.pooled);
+  const auto* const gate = static_cast<const G*>(p.rows.gate);
+  const bool project = p.rows.col_max != nullptr;
+
+  for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
+    const int64_t class_tile = tile / shape.channel_tiles;
+    const int64_t first = class_tile * shape.classes, k = (tile - class_tile * shape.channel_tiles) * kGateColumns + column;
+    const int classes = static_cast<int>(min(static_cast<int64_t>(shape.classes), p.rows.rows - first));
+    const bool active = k < p.k;
+    const auto product = [&](int64_t n) { return to_acc(grad_out[n * p.k + k]) * to_acc(pooled[n * p.k + k]); };
+    A* const mine = sums + lane * shape.classes * kGateColumns + column;
+    for (int c = 0; c < classes; ++c) mine[c * kGateColumns] = A(0);
+
+    if (grad_out == nullptr) {
+      // Nothing to add.
+    } else if (p.rows.labels == nullptr) {
+      for (int c = lane; c < classes && active; c += kGateLanes) {
+        if (first + c < p.n) mine[c * kGateColumns] = product(first + c);
+      }
+    } else {
+      for (int64_t begin = 0; begin < p.n; begin += kThreads) {
+        const int total = find_matches(p, begin, first, classes, matches, counts);
+        if (active) {
+#pragma unroll 4
+          for (int i = lane; i < total; i += kGateLanes) {
+            mine[matches[i].row * kGateColumns] += product(begin + matches[i].sample);
+          }
+        }
+        __syncthreads();
+      }
+    }
+
+    A top = A(1);
+    int64_t arg = -1;
+    if (project && active) {
+      top = to_acc(static_cast<const G*>(p.rows.col_max)[k]);
+      arg = p.rows.col_arg[k];
+    }
+    A part = A(0);
+    if (grad_out != nullptr && active && top > A(0) && arg >= first && arg < first + classes) {
+#pragma unroll 4
+      for (int64_t n = lane; n < p.n; n += kGateLanes) {
+        const int64_t c = class_of(p.rows, n);
+        if (in_range(p.rows, c)) part += product(n) * project_scale(to_acc(gate[c * p.k + k]), top, c == arg);
+      }
+    }
+    whole[thread] = part;
+    __syncthreads();
+
+    for (int c = lane; c < classes && active; c += kGateLanes) {
+      A sum = A(0);
+      for (int l = 0; l < kGateLanes; ++l) sum += sums[(l * shape.classes + c) * kGateColumns + column];
+      if (project) {
+        if (top > A(0)) {
+          if (!(to_acc(gate[(first + c) * p.k + k]) >= A(0))) sum = A(0);
+          if (first + c == arg) {
+            for (int l = 0; l < kGateLanes; ++l) sum -= whole[l * kGateColumns + column];
+          }
+          sum /= top;
+        } else {
+          sum = top != top ? top : A(0);
+        }
+      }
+      static_cast<G*>(p.grad_gate)[(first + c) * p.k + k] = from_acc<G>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <typename G>
+int backward_gate(const GatedPoolBackward& p, void* stream) {
+  GateShape shape{};
+  shape.channel_tiles = ceil_div(p.k, kGateColumns);
+  const int64_t classes = ceil_div(p.rows.rows * shape.channel_tiles, 2 * kFillBlocks);
+  shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile));
+  shape.tiles = ceil_div(p.rows.rows, shape.classes) * shape.channel_tiles;
+  const size_t bytes = sizeof(Acc<G>) * kThreads * shape.classes;
+  return launch(gate_gradient<G>, shape.tiles, kThreads, bytes, stream, p, shape);
+}
+
+}  // namespace
+
+int gated_pool_forward_cuda(const GatedPoolForward& p, void* stream) {
+  if (p.n == 0 || p.k == 0) return cudaSuccess;
+  return dispatch(p.x_type, [&](auto x) {
+    using T = decltype(x);
+    return p.pool == Pool::Avg ? forward<T, Pool::Avg>(p, stream) : forward<T, Pool::Max>(p, stream);
+  });
+}
+
+int gated_pool_backward_cuda(const GatedPoolBackward& p, void* stream) {
+  int status = cudaSuccess;
+  if (p.grad_x != nullptr && p.n > 0 && p.k > 0) {
+    status = dispatch(p.x_type, [&](auto x) { return backward_x<decltype(x)>(p, stream); });
+  }
+  if (status == cudaSuccess && p.grad_gate != nullptr && p.rows.rows > 0 && p.k > 0) {
+    status = dispatch(p.rows.type, [&](auto g) { return backward_gate<decltype(g)>(p, stream); });
+  }
+  return status;
+}
+
+}  // namespace csg
