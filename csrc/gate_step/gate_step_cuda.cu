@@ -15,7 +15,7 @@
 namespace csg {
 namespace {
 
-constexpr int kColumns = 8;   // side by side: one 32-byte sector of fp32
+constexpr int kColumns = 8;    // side by side: one 32-byte sector of fp32
 constexpr int kMaxLanes = 64;  // that share a column
 constexpr int kMaxThreads = kColumns * kMaxLanes;
 constexpr int kFewRows = 8, kMostRows = 32;  // of a column in a thread's registers

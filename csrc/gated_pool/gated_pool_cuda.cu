@@ -20,12 +20,12 @@ namespace csg {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;                                      // 16-byte loads in flight per thread
-constexpr int kTileBytes = kThreads * kUnroll * kVectorBytes;   // 16 KiB
-constexpr int kMinTileBytes = 2048;                             // of a problem too small to fill the GPU
+constexpr int kUnroll = 4;                                     // 16-byte loads in flight per thread
+constexpr int kTileBytes = kThreads * kUnroll * kVectorBytes;  // 16 KiB
+constexpr int kMinTileBytes = 2048;                            // of a problem too small to fill the GPU
 constexpr int kMaxTileRows = 512;
-constexpr int kSectorBytes = 32;          // tiles begin at multiples of it where the rows allow
-constexpr int kLongRowBytes = 2048;       // from here on a warp per row
+constexpr int kSectorBytes = 32;           // tiles begin at multiples of it where the rows allow
+constexpr int kLongRowBytes = 2048;        // from here on a warp per row
 constexpr int kBlockRowBytes = 16 * 1024;  // from here on a block per row
 
 template <typename T, typename I, Pool kPool>
@@ -244,8 +244,7 @@ __global__ void __launch_bounds__(kThreads) pool_channels(const GatedPoolForward
     A row = 0;
     if (thread < channels) row = row_entry_of<T>(p.rows, p.k, n, first + thread);
     if (column * kWidth < channels && lane < p.s) {
-      const T* source =
-          static_cast<const T*>(p.x) + n * p.stride_n + first + column * kWidth + lane * p.stride_s;
+      const T* source = static_cast<const T*>(p.x) + n * p.stride_n + first + column * kWidth + lane * p.stride_s;
       const int64_t stride = lanes * p.stride_s;
       const int steps = static_cast<int>((p.s - lane + lanes - 1) / lanes);
       int step = 0;
@@ -395,9 +394,10 @@ struct FillShape {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) fill_rows(const GatedPoolBackward p, const FillShape shape) {
   CSG_DYNAMIC_SHARED(shared);
-  T* const values = reinterpret_cast<T*>(shared);                           // [max_rows + 1]
-  int* const hits = reinterpret_cast<int*>(shared + (shape.max_rows + 1) * sizeof(T) + 16 -
-                                           (shape.max_rows + 1) * sizeof(T) % 16);  // position of the maximum in the tile
+  T* const values = reinterpret_cast<T*>(shared);  // [max_rows + 1]
+  int* const hits =
+      reinterpret_cast<int*>(shared + (shape.max_rows + 1) * sizeof(T) + 16 -
+                             (shape.max_rows + 1) * sizeof(T) % 16);  // position of the maximum in the tile
   T* const grad_x = static_cast<T*>(p.grad_x);
   const bool avg = p.pool == Pool::Avg;
   const T zero = from_acc<T>(Acc<T>(0));
@@ -422,7 +422,9 @@ __global__ void __launch_bounds__(kThreads) fill_rows(const GatedPoolBackward p,
                            ? static_cast<int>(in_row)
                            : shape.tile - static_cast<int>(min(p.s - in_row, static_cast<int64_t>(shape.tile)));
     const int local_s = static_cast<int>(shape.local_s);
-    const auto row_at = [&](int i) { return static_cast<int>((static_cast<uint64_t>(before + i) * shape.magic) >> 32); };
+    const auto row_at = [&](int i) {
+      return static_cast<int>((static_cast<uint64_t>(before + i) * shape.magic) >> 32);
+    };
     const auto value_at = [&](int i, int r) { return avg || hits[r] == i ? values[r] : zero; };
     __syncthreads();
 
@@ -478,8 +480,8 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads) fill_channels(const GatedPoolBackward p, const ChannelShape shape) {
   CSG_DYNAMIC_SHARED(shared);
   const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns;
-  T* const values = reinterpret_cast<T*>(shared);                        // [columns * width]
-  int* const hits = reinterpret_cast<int*>(values + columns * kWidth);   // position of the maximum in the stretch
+  T* const values = reinterpret_cast<T*>(shared);                       // [columns * width]
+  int* const hits = reinterpret_cast<int*>(values + columns * kWidth);  // position of the maximum in the stretch
   const int column = thread % columns, lane = thread / columns;
   const bool avg = p.pool == Pool::Avg;
   const T zero = from_acc<T>(Acc<T>(0));
@@ -590,7 +592,7 @@ __global__ void __launch_bounds__(kThreads) gate_gradient(const GatedPoolBackwar
   CSG_DYNAMIC_SHARED(shared);
   CSG_SHARED(Match, matches, kThreads);
   CSG_SHARED(int, counts, kThreads / kWarp);
-  CSG_SHARED(A, whole, kThreads);  // [lanes][columns]: each lane's part of sum_n d P
+  CSG_SHARED(A, whole, kThreads);                // [lanes][columns]: each lane's part of sum_n d P
   A* const sums = reinterpret_cast<A*>(shared);  // [lanes][classes][columns]
   const int thread = threadIdx.x, column = thread % kGateColumns, lane = thread / kGateColumns;
   const auto* const grad_out = static_cast<const G*>(p.grad_out);
@@ -600,7 +602,8 @@ __global__ void __launch_bounds__(kThreads) gate_gradient(const GatedPoolBackwar
 
   for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
     const int64_t class_tile = tile / shape.channel_tiles;
-    const int64_t first = class_tile * shape.classes, k = (tile - class_tile * shape.channel_tiles) * kGateColumns + column;
+    const int64_t first = class_tile * shape.classes,
+                  k = (tile - class_tile * shape.channel_tiles) * kGateColumns + column;
     const int classes = static_cast<int>(min(static_cast<int64_t>(shape.classes), p.rows.rows - first));
     const bool active = k < p.k;
     const auto product = [&](int64_t n) { return to_acc(grad_out[n * p.k + k]) * to_acc(pooled[n * p.k + k]); };

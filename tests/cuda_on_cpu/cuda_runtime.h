@@ -1,0 +1,99 @@
+// Stands in for cuda_runtime.h when a C++ compiler builds the kernels for functional tests on a CPU.
+//
+// Each CUDA thread is a fiber; one OS thread runs them in a shuffled order that a seed determines. Fibers switch at
+// barriers and warp exchanges. Covered: indexing, missing and divergent barriers, reads of shared memory that nothing
+// wrote, accesses outside shared memory and outside guarded buffers. Not covered: memory ordering, speed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+using dim3 = uint3;
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+enum : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+
+namespace cuda_on_cpu {
+
+using Where = std::source_location;
+
+// Runs `body` once per thread; returns cudaSuccess or an error that error() explains.
+int launch(int64_t blocks, int threads, size_t dynamic_shared_bytes, const std::function<void()>& body);
+const char* error();
+void set_seed(uint64_t seed);
+
+// Shared memory of the running block; poisoned before the block starts.
+unsigned char* dynamic_shared();
+void* static_shared(const void* key, size_t bytes, size_t alignment);
+
+void sync_threads(Where where);
+// Every lane of `mask` brings a value and the lane whose value it wants; lane_results: all values, by lane.
+uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Where where);
+unsigned vote(unsigned mask, bool predicate, Where where);
+int lane();
+
+template <typename T>
+T shuffle(unsigned mask, T value, int source_lane, Where where) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(mask, bits, source_lane, where);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+inline int cudaGetLastError() { return cudaSuccess; }
+
+inline void __syncthreads(cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  cuda_on_cpu::sync_threads(where);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  cuda_on_cpu::vote(mask, false, where);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  return cuda_on_cpu::vote(mask, predicate, where);
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  return cuda_on_cpu::shuffle(mask, value, source & 31, where);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  return cuda_on_cpu::shuffle(mask, value, cuda_on_cpu::lane() ^ bits, where);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, int by, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
+  const int source = cuda_on_cpu::lane() + by;
+  return cuda_on_cpu::shuffle(mask, value, source < 32 ? source : cuda_on_cpu::lane(), where);
+}
+template <typename T>
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+  const T old = *p;
+  *p = old + v;
+  return old;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+
+using std::max;
+using std::min;

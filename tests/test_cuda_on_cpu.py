@@ -1,0 +1,421 @@
+"""The CUDA kernels, compiled by a C++ compiler against tests/cuda_on_cpu and run on the CPU, against the reference."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from csg_ext import reference
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "tests" / "cuda_on_cpu"
+SOURCES = [
+    ROOT / "csrc/gated_pool/gated_pool_cuda.cu",
+    ROOT / "csrc/gate_step/gate_step_cuda.cu",
+    HERE / "cuda_on_cpu.cpp",
+    HERE / "library.cpp",
+]
+HEADERS = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h")])
+# Few blocks, so that the kernels' grid-stride loops run.
+FLAGS = (
+    "-std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fPIC -U_FORTIFY_SOURCE "
+    "-fsanitize=undefined -fno-sanitize-recover=all -DCSG_MAX_BLOCKS=7"
+).split()
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+COMBINATIONS = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+]
+# One rounding to the type (unit roundoff) plus what fp32 (fp64) sums of a few thousand numbers near 1 lose.
+TOLERANCE = {
+    torch.float64: (0.0, 1e-13),
+    torch.float32: (2.0**-22, 2e-6),
+    torch.float16: (2.0**-11 * 1.01, 2e-6),
+    torch.bfloat16: (2.0**-8 * 1.01, 2e-6),
+}
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def build_folder(*parts: str) -> Path:
+    digest = hashlib.sha256(" ".join([compiler(), *FLAGS, *parts]).encode())
+    for path in [*SOURCES, *HEADERS, HERE / "planted.cpp"]:
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compile_one(source: Path, target: Path) -> None:
+    subprocess.run(
+        [compiler(), *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(target)], check=True, text=True
+    )
+
+
+def build_library() -> Path:
+    folder = build_folder()
+    library = folder / "csg_cuda_on_cpu.so"
+    if not library.exists():
+        objects = [folder / f"{source.name}.{os.getpid()}.o" for source in SOURCES]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, SOURCES, objects))
+        linked = folder / f"{os.getpid()}.so"
+        command = [compiler(), "-shared", "-fsanitize=undefined", "-o", str(linked), *map(str, objects)]
+        subprocess.run(command, check=True)
+        linked.replace(library)
+        for path in objects:
+            path.unlink()
+    return library
+
+
+# ---- Mirrors of the structs in csrc.
+
+Pointer, Int64, Double, Bool, Enum = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_bool, ctypes.c_int8
+
+
+class GateRows(ctypes.Structure):
+    _fields_ = [
+        ("gate", Pointer),
+        ("type", Enum),
+        ("rows", Int64),
+        ("labels", Pointer),
+        ("col_max", Pointer),
+        ("col_arg", Pointer),
+    ]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [
+        ("x", Pointer),
+        ("x_type", Enum),
+        ("pool", Enum),
+        *((name, Int64) for name in ("n", "k", "s", "stride_n", "stride_k", "stride_s")),
+        ("rows", GateRows),
+        ("out", Pointer),
+        ("pooled", Pointer),
+        ("index", Pointer),
+    ]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [
+        ("grad_out", Pointer),
+        ("grad_pooled", Pointer),
+        ("pooled", Pointer),
+        ("index", Pointer),
+        ("pool", Enum),
+        *((name, Int64) for name in ("n", "k", "s")),
+        ("rows", GateRows),
+        ("grad_x", Pointer),
+        ("x_type", Enum),
+        *((name, Int64) for name in ("stride_n", "stride_k", "stride_s")),
+        ("grad_gate", Pointer),
+    ]
+
+
+class Step(ctypes.Structure):
+    _fields_ = [
+        ("gate", Pointer),
+        ("grad", Pointer),
+        ("buffer", Pointer),
+        ("type", Enum),
+        ("c", Int64),
+        ("k", Int64),
+        *((name, Double) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        ("nesterov", Bool),
+        ("first_step", Bool),
+        ("projection", Enum),
+    ]
+
+
+class ColumnMax(ctypes.Structure):
+    _fields_ = [("gate", Pointer), ("type", Enum), ("c", Int64), ("k", Int64), ("col_max", Pointer), ("col_arg", Pointer)]
+
+
+class Kernels:
+    """The launchers on tensors. Every buffer that a kernel sees ends (or begins) at a page that it may not touch."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.cuda_on_cpu_error.restype = ctypes.c_char_p
+        self.library.cuda_on_cpu_map.restype = Pointer
+        self.library.cuda_on_cpu_map.argtypes = [ctypes.c_size_t]
+        self.library.cuda_on_cpu_unmap.argtypes = [Pointer, ctypes.c_size_t]
+        self.library.cuda_on_cpu_set_seed.argtypes = [ctypes.c_uint64]
+        self.at_end = True
+        sizes = (Int64 * 4).in_dll(self.library, "csg_sizes")
+        assert list(sizes) == [ctypes.sizeof(struct) for struct in (Forward, Backward, Step, ColumnMax)]
+
+    def seed(self, seed: int) -> None:
+        self.library.cuda_on_cpu_set_seed(seed)
+
+    def call(self, name: str, parameters: ctypes.Structure) -> None:
+        status = getattr(self.library, name)(ctypes.byref(parameters))
+        assert status == 0, self.library.cuda_on_cpu_error().decode()
+
+    def buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A 1-d tensor of NaN (-1 for integers) that ends at a forbidden page, or begins after one."""
+        size = elements * dtype.itemsize
+        if size == 0:
+            return torch.empty(0, dtype=dtype)
+        page = self.library.cuda_on_cpu_map(size)
+        assert page
+        pages = -(-size // os.sysconf("SC_PAGESIZE")) * os.sysconf("SC_PAGESIZE")
+        start = page + pages - size if self.at_end else page
+        memory = (ctypes.c_char * size).from_address(start)
+        weakref.finalize(memory, self.library.cuda_on_cpu_unmap, page, size)
+        tensor = torch.frombuffer(memory, dtype=dtype)
+        return tensor.fill_(float("nan") if dtype.is_floating_point else -1)
+
+    def guarded(self, t: Tensor | None) -> Tensor | None:
+        """A copy with the same strides."""
+        if t is None:
+            return None
+        span = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        flat = self.buffer(span, t.dtype)
+        out = flat.as_strided(t.shape, t.stride())
+        if 0 in t.stride():  # expanded: write each element once
+            index = [slice(0, 1) if step == 0 else slice(None) for step in t.stride()]
+            out[tuple(index)] = t[tuple(index)]
+        else:
+            out.copy_(t)
+        return out
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return self.buffer(int(np.prod(shape)), dtype).view(*shape)
+
+    @staticmethod
+    def pointer(t: Tensor | None) -> int | None:
+        return None if t is None or t.numel() == 0 else t.data_ptr()
+
+    def column_max(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        gate = self.guarded(gate)
+        top, where = self.empty(gate.shape[1], dtype=gate.dtype), self.empty(gate.shape[1], dtype=torch.int64)
+        p = self.pointer
+        self.call("csg_column_max", ColumnMax(p(gate), TYPES[gate.dtype], *gate.shape, p(top), p(where)))
+        return top, where
+
+    def rows(self, gate: Tensor, labels: Tensor | None, project: bool) -> tuple[GateRows, list[Tensor | None]]:
+        top, where = self.column_max(gate) if project else (None, None)
+        keep = [self.guarded(gate), self.guarded(labels), top, where]
+        p = self.pointer
+        rows = GateRows(p(keep[0]), TYPES[gate.dtype], gate.shape[0], p(keep[1]), p(top), p(where))
+        return rows, keep
+
+    def forward(
+        self, x: Tensor, gate: Tensor, labels: Tensor | None, pool: str = "avg", project: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (N, K, S) with any strides the kernels take."""
+        n, k, s = x.shape
+        x = self.guarded(x)
+        rows, keep = self.rows(gate, labels, project)
+        out, pooled = self.empty(n, k, dtype=gate.dtype), self.empty(n, k, dtype=gate.dtype)
+        index = self.empty(n, k, dtype=torch.int64) if pool == "max" else None
+        p = self.pointer
+        parameters = Forward(
+            p(x), TYPES[x.dtype], pool == "max", n, k, s, *x.stride(), rows, p(out), p(pooled), p(index)
+        )
+        self.call("csg_gated_pool_forward", parameters)
+        del keep
+        return out, pooled, index
+
+    def backward(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        labels: Tensor | None,
+        grad_out: Tensor | None,
+        grad_pooled: Tensor | None,
+        pooled: Tensor,
+        index: Tensor | None,
+        project: bool = False,
+        want: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """x gives the shape, the type and the layout of grad_x."""
+        n, k, s = x.shape
+        rows, keep = self.rows(gate, labels, project)
+        keep += [self.guarded(t) for t in (grad_out, grad_pooled, pooled, index)]
+        grad_x = self.guarded(torch.empty_like(x).fill_(float("nan"))) if want[0] else None
+        grad_gate = self.empty(*gate.shape, dtype=gate.dtype) if want[1] else None
+        strides = grad_x.stride() if grad_x is not None else x.stride()
+        p = self.pointer
+        parameters = Backward(
+            *map(p, keep[4:]), index is not None, n, k, s, rows, p(grad_x), TYPES[x.dtype], *strides, p(grad_gate)
+        )
+        self.call("csg_gated_pool_backward", parameters)
+        return grad_x, grad_gate
+
+    def step(
+        self,
+        gate: Tensor,
+        grad: Tensor | None,
+        buffer: Tensor | None = None,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        first_step: bool = False,
+        method: str = "scale",
+    ) -> tuple[Tensor, Tensor | None]:
+        gate, grad, buffer = self.guarded(gate), self.guarded(grad), self.guarded(buffer)
+        p = self.pointer
+        parameters = Step(
+            *map(p, (gate, grad, buffer)),
+            TYPES[gate.dtype],
+            *gate.shape,
+            *(lr, momentum, dampening, weight_decay, nesterov, first_step, method == "euclidean"),
+        )
+        self.call("csg_gate_step", parameters)
+        return gate, buffer
+
+
+@pytest.fixture(scope="module")
+def built() -> Kernels:
+    return Kernels(build_library())
+
+
+@pytest.fixture
+def kernels(built: Kernels, request: pytest.FixtureRequest) -> Kernels:
+    built.at_end = True
+    seed = int.from_bytes(hashlib.sha256(request.node.name.encode()).digest()[:6], "little")
+    built.seed(seed)
+    torch.manual_seed(seed)
+    return built
+
+
+# ---- What is compared.
+
+
+def close(got: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    relative, absolute = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got.double(), expected.double(), rtol=relative, atol=absolute * scale, equal_nan=True)
+
+
+def layouts(n: int, k: int, s: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """(N, K, S) tensors of every layout that the kernels read."""
+    last = lambda *shape: torch.randn(*shape).to(dtype).transpose(1, 2)  # noqa: E731
+    rows = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
+    return {
+        "rows": rows(n, k, s),
+        "rows, every second sample": rows(2 * n, k, s)[::2],
+        "rows, a slice of the channels": rows(n, k + 3, s)[:, 2 : k + 2],
+        "rows, every second channel": rows(n, 2 * k, s)[:, 1::2],
+        "rows, cut from longer ones": rows(n, k, s + 3)[..., 2 : s + 2],
+        "rows, one sample expanded": rows(1, k, s).expand(n, k, s),
+        "rows, one channel expanded": rows(n, 1, s).expand(n, k, s),
+        "channels last": last(n, s, k),
+        "channels last, a slice of the channels": last(n, s, k + 8)[:, 8:],
+        "channels last, an odd slice": last(n, s, k + 3)[:, 1 : k + 1],
+        "channels last, every second position": last(n, 2 * s, k)[..., ::2],
+        "channels last, one position expanded": last(n, 1, k).expand(n, k, s),
+        "channels last, one sample expanded": last(1, s, k).expand(n, k, s),
+    }
+
+
+def expected_forward(x: Tensor, gate: Tensor, labels: Tensor | None, pool: str, project: bool) -> tuple[Tensor, ...]:
+    labels = torch.arange(x.shape[0]) if labels is None else labels
+    out, pooled = reference.gated_pool(
+        x.double(), gate.double(), labels, pool=pool, return_pooled=True, project=project
+    )
+    return out, pooled
+
+
+def check_forward(
+    kernels: Kernels, x: Tensor, gate: Tensor, labels: Tensor | None, pool: str, project: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    out, pooled, index = kernels.forward(x, gate, labels, pool, project)
+    expected_out, expected_pooled = expected_forward(x, gate, labels, pool, project)
+    close(pooled, expected_pooled)
+    close(out, expected_out, scale=max(1.0, gate.abs().max().item()))
+    if index is not None:  # numpy: the first maximum; the first NaN if there is one
+        np.testing.assert_array_equal(index.numpy(), x.double().numpy().argmax(2))
+    return pooled, index
+
+
+def check_backward(
+    kernels: Kernels,
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor | None,
+    pool: str,
+    project: bool,
+    grads: str = "both",
+) -> None:
+    n, k, s = x.shape
+    # What the forward pass would hand over, rounded to the gate's type.
+    wide = x.double()
+    if pool == "max":
+        index = torch.from_numpy(wide.numpy().argmax(2))
+        pooled = wide.gather(2, index[..., None]).squeeze(2).to(gate.dtype)
+    else:
+        index, pooled = None, wide.mean(2).to(gate.dtype)
+    grad_out = torch.randn(n, k).to(gate.dtype) if grads in ("both", "out") else None
+    grad_pooled = torch.randn(n, k).to(gate.dtype) if grads in ("both", "pooled") else None
+    got_x, got_gate = kernels.backward(x, gate, labels, grad_out, grad_pooled, pooled, index, project)
+
+    chosen = torch.arange(n) if labels is None else labels
+    upstream = torch.zeros(n, k, dtype=torch.float64) if grad_out is None else grad_out.double()
+    leaf = gate.double().requires_grad_()
+    row = reference.gate_rows(leaf, chosen, project)
+    (row * pooled.double() * upstream).sum().backward()
+    per_row = upstream * row.detach() + (0 if grad_pooled is None else grad_pooled.double())
+    if pool == "max":
+        expected_x = torch.zeros(n, k, s, dtype=torch.float64).scatter(2, index[..., None], per_row[..., None])
+    else:
+        expected_x = (per_row / s)[..., None].expand(n, k, s)
+    scale = max(1.0, gate.abs().max().item())
+    close(got_x, expected_x, scale)
+    close(got_gate, leaf.grad, scale * max(1.0, n**0.5) * (4 if project else 1))
+
+
+SIZES = [(3, 5, 1, 1), (4, 16, 2, 3), (5, 24, 7, 7), (3, 8, 13, 5), (2, 3, 33, 21), (2, 3, 112, 112)]
+SIZE_IDS = ["x".join(map(str, size)) for size in SIZES]
+
+
+# ---- gated_pool.
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize(("n", "k", "height", "width"), SIZES, ids=SIZE_IDS)
+def test_every_layout(kernels: Kernels, n: int, k: int, height: int, width: int, pool: str) -> None:
+    for number, (name, x) in enumerate(layouts(n, k, height * width, torch.float32).items()):
+        kernels.at_end = number % 2 == 0
+        gate, labels = torch.rand(4, k), torch.randint(4, (n,))
+        try:
+            check_forward(kernels, x, gate, labels, pool)
+            check_backward(kernels, x, gate, labels, pool, project=False)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize(("x_type", "gate_type"), COMBINATIONS, ids=lambda t: str(t).removeprefix("torch."))
+def test_every_type(kernels: Kernels, x_type: torch.dtype, gate_type: torch.dtype, pool: str) -> None:
+    for s, channels_last, at_end in itertools.product((3, 49, 65, 1100), (False, True), (False, True)):
+        kernels.at_end = at_end
+        n, k = 3, 16 if at_end else 21
+        x = torch.randn(n, s, k).transpose(1, 2) if channels_last else torch.randn(n, k, s)
+        gate, labels = torch.rand(3, k).to(gate_type), torch.randint(3, (n,))
+        check_forward(kernels, x.to(x_type), gate, labels, pool, project=at_end)
+        check_backward(kernels, x.to(x_type), gate, labels, pool, project=at_end)
