@@ -127,7 +127,9 @@ def main() -> None:
     raw = read_deb(args.deb) if args.deb else read_idx(args.idx)
     checksums = {key: hashlib.sha256(value).hexdigest() for key, value in raw.items()}
     if checksums != SOURCE_SHA256:
-        raise SystemExit(f"these are not the IDX files of Fashion-MNIST: expected sha256 {SOURCE_SHA256}, got {checksums}")
+        raise SystemExit(
+            f"these are not the IDX files of Fashion-MNIST: expected sha256 {SOURCE_SHA256}, got {checksums}"
+        )
 
     rng = np.random.Generator(np.random.PCG64(SEED))
     arrays: dict[str, np.ndarray] = {}

@@ -1,4 +1,4 @@
-"""Augmented training batches as a pure function of (seed, step): reproducible, and resumable without any saved state."""
+"""Augmented training batches as a pure function of (seed, step): reproducible, and resumable without saved state."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Batches:
         device: torch.device | str = "cpu",
     ) -> None:
         if not 1 <= batch_size <= len(images):
-            raise ValueError(f"Batches: batch_size must lie in [1, {len(images)}], the number of images, got {batch_size}")
+            raise ValueError(
+                f"Batches: batch_size must lie in [1, {len(images)}], the number of images, got {batch_size}"
+            )
         self.images = torch.as_tensor(images, device=device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.batch_size, self.seed, self.shift, self.flip, self.sizes = batch_size, seed, shift, flip, sizes
@@ -75,7 +77,7 @@ class Batches:
         n, channels, height, width = x.shape
         device, shift = x.device, self.shift
         offsets = torch.randint(-shift, shift + 1, (2, n, 1, 1), generator=generator).to(device)
-        mirrored = (torch.rand(n, 1, 1, generator=generator) < 0.5).to(device) if self.flip else False
+        mirrored = (torch.rand(n, 1, 1, generator=generator) < 0.5).to(device)
         if not shift and not self.flip:
             return x
         row = torch.arange(height, device=device).view(1, -1, 1) + offsets[0] + shift
@@ -93,8 +95,12 @@ class Batches:
         return x[sample, channel, row.unsqueeze(1), column.unsqueeze(1)]
 
 
-def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> Tensor:
+def normalise(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
+) -> Tensor:
     """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects."""
     x = torch.as_tensor(images, device=device).float()
-    x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(255).view(-1, 1, 1)
+    x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(
+        255
+    ).view(-1, 1, 1)
     return x.contiguous(memory_format=torch.channels_last)

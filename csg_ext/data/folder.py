@@ -58,11 +58,15 @@ def read_image_folder(
     test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if (root / "train").is_dir():
         if test_folder is None:
-            raise FileNotFoundError(f"data: expected {root / 'val'} or {root / 'test'} beside {root / 'train'}, got neither")
+            raise FileNotFoundError(
+                f"data: expected {root / 'val'} or {root / 'test'} beside {root / 'train'}, got neither"
+            )
         parts = {"train": _class_folders(root / "train"), "test": _class_folders(test_folder)}
         unknown = sorted(parts["test"].keys() - parts["train"].keys())
         if unknown:
-            raise ValueError(f"data: every class of {test_folder} must be in {root / 'train'}, got {unknown[0]!r} only there")
+            raise ValueError(
+                f"data: every class of {test_folder} must be in {root / 'train'}, got {unknown[0]!r} only there"
+            )
     else:
         parts = {"train": _class_folders(root), "test": {}}
     classes = sorted(parts["train"])
@@ -70,10 +74,15 @@ def read_image_folder(
         raise ValueError(f"data: expected folders of images ({', '.join(sorted(EXTENSIONS))}) in {root}, got no image")
     for name in classes:
         if not parts["train"][name]:
-            raise ValueError(f"data: expected at least one image in every class folder, got none in class {name!r} of {root}")
+            raise ValueError(
+                f"data: expected at least one image in every class folder, got none in class {name!r} of {root}"
+            )
 
     todo = [
-        (part, classes.index(name), path) for part, folders in parts.items() for name, paths in folders.items() for path in paths
+        (part, classes.index(name), path)
+        for part, folders in parts.items()
+        for name, paths in folders.items()
+        for path in paths
     ]
     skipped: list[str] = []
     readable: list[tuple[str, int, Path]] = []
@@ -121,7 +130,9 @@ def read_image_folder(
         train_labels, test_labels = train_labels[~held_out], train_labels[held_out]
     if not test_images:
         raise ValueError(f"data: expected at least one readable test image in {test_folder or root}, got none")
-    return ImageData(root.name, np.stack(train_images), train_labels, np.stack(test_images), test_labels, classes, skipped)
+    return ImageData(
+        root.name, np.stack(train_images), train_labels, np.stack(test_images), test_labels, classes, skipped
+    )
 
 
 def _stratified(labels: np.ndarray, seed: int) -> np.ndarray:

@@ -64,7 +64,9 @@ def _idx_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
 
 def read_idx_folder(root: Path) -> ImageData | None:
     """The four IDX files in root, root/raw or root/<name>/raw (torchvision); None when there are none."""
-    folders = [f for f in (root, root / "raw", *sorted(root.glob("*/raw"))) if _idx_file(f, ("train-images-idx3-ubyte",))]
+    folders = [
+        f for f in (root, root / "raw", *sorted(root.glob("*/raw"))) if _idx_file(f, ("train-images-idx3-ubyte",))
+    ]
     if not folders:
         return None
     if len(folders) > 1:
@@ -78,7 +80,9 @@ def read_idx_folder(root: Path) -> ImageData | None:
             stems = tuple(f"{p}-{kind}-idx{dims}-ubyte" for p in prefixes)
             path = _idx_file(folders[0], stems)
             if path is None:
-                raise FileNotFoundError(f"data: expected {stems[0]} or {stems[0]}.gz in {folders[0]}, which has neither")
+                raise FileNotFoundError(
+                    f"data: expected {stems[0]} or {stems[0]}.gz in {folders[0]}, which has neither"
+                )
             parts[f"{part}_{kind}"] = read_idx(path)
             if parts[f"{part}_{kind}"].ndim != dims:
                 raise ValueError(f"{path}: expected {dims} dimensions, got {parts[f'{part}_{kind}'].ndim}")
@@ -133,9 +137,13 @@ def _cifar_part(paths: list[Path], label_key: str) -> tuple[np.ndarray, np.ndarr
         batch = _unpickle(path)
         data, label = batch.get("data"), batch.get(label_key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-            raise ValueError(f"{path}: expected 'data' as uint8 (N, 3072), got {getattr(data, 'shape', type(data).__name__)}")
+            raise ValueError(
+                f"{path}: expected 'data' as uint8 (N, 3072), got {getattr(data, 'shape', type(data).__name__)}"
+            )
         if not isinstance(label, list) or len(label) != len(data):
-            raise ValueError(f"{path}: expected {label_key!r} as a list of {len(data)} labels, got {type(label).__name__}")
+            raise ValueError(
+                f"{path}: expected {label_key!r} as a list of {len(data)} labels, got {type(label).__name__}"
+            )
         images.append(data.reshape(-1, 3, 32, 32))
         labels.append(np.asarray(label, np.int64))
     return np.concatenate(images), np.concatenate(labels)
@@ -154,7 +162,9 @@ def read_cifar(root: Path) -> ImageData | None:
     if not found:
         return None
     if len(found) > 1:
-        raise ValueError(f"data: expected one data set, got CIFAR-10 and CIFAR-100 in {root}; name one of the two folders")
+        raise ValueError(
+            f"data: expected one data set, got CIFAR-10 and CIFAR-100 in {root}; name one of the two folders"
+        )
     name, folder, marker = found[0]
     ten = name == "CIFAR-10"
     train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]

@@ -1,4 +1,4 @@
-"""The class-specific gate as a module, its sparsity penalty, and a model that holds one between pooling and classifier."""
+"""The class-specific gate as a module, its sparsity penalty, and a model that holds one before its classifier."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def l1_density(gate: Tensor) -> Tensor:
     if gate.dim() != 2:
         raise ValueError(f"l1_density: gate must be (C, K), got shape {tuple(gate.shape)}")
     return gate.abs().sum() / gate.numel()
+
+
+def _pool(x: Tensor) -> Tensor:
+    """The global average pool, (N, K), of x (N, K, *spatial)."""
+    return x.flatten(2).mean(2) if x.dim() > 2 else x
 
 
 class ClassSpecificGate(nn.Module):
@@ -96,7 +101,9 @@ class GatedModel(nn.Module):
     Source: Liang et al., ECCV 2020, figure 2.
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: int, num_filters: int | None = None, init: float = 0.5) -> None:
+    def __init__(
+        self, backbone: nn.Module, num_classes: int, num_filters: int | None = None, init: float = 0.5
+    ) -> None:
         super().__init__()
         if num_filters is None:
             found = getattr(backbone, "num_filters", None)
@@ -121,13 +128,15 @@ class GatedModel(nn.Module):
 
     def pooled_features(self, x: Tensor) -> Tensor:
         """The ungated pooled features, (N, K): what mutual information is measured on."""
-        return self.forward_features(x).flatten(2).mean(2)
+        return _pool(self.forward_features(x))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (N, C) of the STD path, or of the CSG path when labels are given."""
-        features = self.forward_features(x)
-        pooled = features.flatten(2).mean(2) if labels is None else self.csg(features, labels)
-        return self.classifier(pooled)
+        return self.classify(self.forward_features(x), labels)
+
+    def classify(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (N, C) from a feature map (N, K, *spatial), gated by the labels' rows when labels are given."""
+        return self.classifier(_pool(features) if labels is None else self.csg(features, labels))
 
     def weights(self) -> list[nn.Parameter]:
         """Every parameter but the gate."""

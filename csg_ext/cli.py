@@ -1,0 +1,264 @@
+"""The command line: `csg-ext train` and `csg-ext info`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_HELP = {
+    "model": "resnet20, resnet32, resnet44 or resnet56",
+    "seed": "seed of the weights, the batches and the augmentation; both arms share it",
+    "epochs": "passes over the train images",
+    "batch_size": "images per step",
+    "lr": "peak learning rate of the weights",
+    "momentum": "momentum of the weights' SGD",
+    "weight_decay": "weight decay of the weights",
+    "lr_warmup": "share of the run over which the learning rate rises",
+    "gate_lr": "learning rate of the gate",
+    "lambda_1": "weight of the CSG path's loss",
+    "lambda_2": "weight of the gate's sparsity penalty",
+    "budget": "the gate's L1 norm beyond which the penalty acts; K when not given",
+    "penalty": "l1, l2 or smooth_l1",
+    "schedule": "steps (alternate by steps), epochs (the paper's) or joint",
+    "period": "length of one alternation, in steps or epochs",
+    "csg_share": "share of a period that takes the CSG path",
+    "warmup": "first share of the run that takes the STD path alone",
+    "final_std": "last share of the run that takes the STD path alone",
+    "shift": "random shift of train images, pixels",
+    "flip": "mirror train images at random",
+    "low_size": "image side in pixels during the first epochs; 0: the native one",
+    "low_share": "share of the epochs at low_size",
+    "precision": "auto, bf16 or fp32",
+}
+_OUTPUT = "runs/train"
+
+
+def _parser() -> argparse.ArgumentParser:
+    from csg_ext.training.config import TrainConfig
+
+    parser = argparse.ArgumentParser(prog="csg-ext", description="Class-specific gates for convolutional networks.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train STD and CSG under one budget and compare them",
+        description="Trains a network twice under the same budget and seed, without (STD) and with (CSG) a "
+        "class-specific gate, and compares accuracy and mutual information between filters and classes. "
+        "Ctrl-C saves the state.",
+    )
+    train.add_argument("--output", metavar="DIR", default=_OUTPUT, help=f"folder of the results (default {_OUTPUT})")
+    train.add_argument("--resume", action="store_true", help="continue the run in --output")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in --output")
+    train.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+    train.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads per arm (default: half of the CPUs, at most 4)"
+    )
+    data = train.add_argument_group("data (default: a 12k/2k subset of Fashion-MNIST inside the package)")
+    data.add_argument(
+        "--data",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="image folder, torchvision's folder of CIFAR-10/100 or an MNIST, IDX files, or .npz",
+    )
+    data.add_argument(
+        "--image-size", type=int, metavar="N", default=argparse.SUPPRESS, help="side that images of a folder get"
+    )
+    data.add_argument(
+        "--strict", action="store_true", default=argparse.SUPPRESS, help="an unreadable image is an error"
+    )
+    data.add_argument(
+        "--hold-out",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="measure on the last N train images instead of the test part, to choose settings",
+    )
+    settings = train.add_argument_group("settings of the run")
+    for field in dataclasses.fields(TrainConfig):
+        name = "--" + field.name.replace("_", "-")
+        text = (
+            f"{_HELP[field.name]} (default {field.default:.4g})"
+            if isinstance(field.default, float)
+            else (f"{_HELP[field.name]} (default {field.default})" if field.default is not None else _HELP[field.name])
+        )
+        if isinstance(field.default, bool):
+            settings.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_HELP[field.name]
+            )
+        else:
+            kind = float if field.name == "budget" else type(field.default)
+            settings.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+    info = commands.add_parser("info", help="what was built and what runs here")
+    info.add_argument("--json", action="store_true", help="print the facts as JSON")
+    return parser
+
+
+def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """The stored request, after a check that the options given now do not ask for anything else."""
+    known = stored["config"] | stored["source"]
+    for name, value in request.items():
+        if known[name] != value:
+            raise ValueError(
+                f"--resume continues with the run's own settings: {name} was {known[name]!r}, got {value!r}"
+            )
+    return stored
+
+
+def _train(arguments: dict[str, Any]) -> int:
+    folder = Path(arguments.pop("output"))
+    resume, overwrite = arguments.pop("resume"), arguments.pop("overwrite")
+    device, threads = arguments.pop("device"), arguments.pop("threads")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    if "data" in arguments:
+        arguments["data"] = str(Path(arguments["data"]).absolute())
+
+    from csg_ext.training.config import TrainConfig
+    from csg_ext.training.files import RUN, write_text
+
+    source: dict[str, Any] = {"data": None, "image_size": None, "strict": False, "hold_out": None}
+    run_file = folder / RUN
+    if resume:
+        if not run_file.is_file():
+            raise FileNotFoundError(f"--resume expects a run in {folder}, which has no {RUN}")
+        stored = _same_request(json.loads(run_file.read_text()), arguments)
+        config, source, fingerprint = TrainConfig(**stored["config"]), stored["source"], stored["sha256"]
+    else:
+        source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
+        config, fingerprint = TrainConfig(**arguments), None
+        if run_file.exists() and not overwrite:
+            raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
+
+    from tqdm import tqdm
+
+    from csg_ext.data import load_images
+    from csg_ext.training import compare
+    from csg_ext.training.display import Progress
+
+    device = compare.pick_device(device)
+    begun = time.monotonic()
+    data = load_images(
+        source["data"],
+        image_size=source["image_size"],
+        strict=source["strict"],
+        seed=config.seed,
+        progress=lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False),
+    )
+    if source["hold_out"]:
+        data = data.hold_out(source["hold_out"])
+    if data.skipped:
+        print(f"{len(data.skipped)} images do not decode and are left out:", file=sys.stderr)
+        for line in data.skipped[:10]:
+            print(f"  {line}", file=sys.stderr)
+        if len(data.skipped) > 10:
+            print(f"  ... all of them are in {folder / 'skipped.txt'}", file=sys.stderr)
+    if fingerprint not in (None, data.fingerprint()):
+        raise ValueError(
+            f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        _clear(folder)
+        write_text(
+            run_file,
+            json.dumps({"config": config.as_dict(), "source": source, "sha256": data.fingerprint()}, indent=1) + "\n",
+        )
+        if data.skipped:
+            write_text(folder / "skipped.txt", "\n".join(data.skipped) + "\n")
+    height, width = data.train_images.shape[2:]
+    print(
+        f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
+        f"seed {config.seed}, {device}) on {data.name}: {len(data.train_labels)} train and "
+        f"{len(data.test_labels)} test images, {height}x{width}, {len(data.classes)} classes.",
+        flush=True,
+    )
+    with Progress(compare.ARMS) as display:
+        results = compare.run_arms(config, data, folder, resume=resume, device=device, threads=threads, display=display)
+    summary = compare.summarise(results, config, data, time.monotonic() - begun)
+    compare.save_summary(folder, summary)
+    _draw(folder, data.classes, summary)
+    print("\n" + compare.table(summary))
+    print(f"Everything is in {folder}: summary.json, table.txt, gate.png, mutual_information.png, training.png")
+    return 0
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run left where this one will write, and nothing else."""
+    from csg_ext.training import files
+    from csg_ext.training.compare import ARMS
+
+    for arm in ARMS:
+        for name in (
+            files.CHECKPOINT,
+            files.RESULT,
+            files.ARRAYS,
+            files.WEIGHTS,
+            files.METRICS_CSV,
+            files.METRICS_JSON,
+        ):
+            (folder / arm / name).unlink(missing_ok=True)
+    for name in (files.SUMMARY, files.TABLE, "skipped.txt"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _draw(folder: Path, classes: list[str], summary: dict[str, Any]) -> None:
+    from csg_ext import plots
+    from csg_ext.training import compare
+    from csg_ext.training.files import METRICS_JSON, atomic_file
+
+    arrays = {arm: compare.load_arrays(folder, arm) for arm in compare.ARMS}
+    histories = {arm: json.loads((folder / arm / METRICS_JSON).read_text()) for arm in compare.ARMS}
+    for name, (figure, _) in {
+        "gate": plots.plot_gate(arrays["csg"]["gate"], classes),
+        "mutual_information": plots.plot_mutual_information(
+            arrays["std"]["mi"], arrays["csg"]["mi"], classes, summary["std"]["mis_bound"]
+        ),
+        "training": plots.plot_training(histories, len(classes)),
+    }.items():
+        with atomic_file(folder / f"{name}.png") as file:
+            figure.savefig(file, format="png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 after a failure, 2 for bad input, 130 after Ctrl-C."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    if command == "info":
+        from csg_ext import info
+
+        return info.main(["--json"] if arguments["json"] else [])
+
+    output = arguments["output"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        return _train(arguments)
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted; the state is saved. Continue with: csg-ext train --resume --output {output}", file=sys.stderr
+        )
+        return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"csg-ext train: error: it needs {error.name}, which is missing: pip install 'csg-ext[train]'",
+            file=sys.stderr,
+        )
+        return 1
+    except (OSError, ValueError, RuntimeError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"csg-ext train: error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, (OSError, ValueError)) else 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,41 @@
+"""How far the gate's classes, the filters' classes and the network's decisions agree."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from csg_ext.metrics.mutual_information import best_class
+
+
+def class_agreement(gate: ArrayLike, mi: ArrayLike) -> float:
+    """Share of filters whose largest gate entry and largest MI name the same class; gate (C, K), mi (K, C).
+
+    1/C is what chance gives. Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
+    """
+    g, m = np.asarray(gate), np.asarray(mi)
+    if g.ndim != 2 or g.T.shape != m.shape or g.size == 0:
+        raise ValueError(
+            f"class_agreement: mi must be the gate's transposed shape, got gate {g.shape} and mi {m.shape}"
+        )
+    return float(np.mean(g.argmax(axis=0) == best_class(m)))
+
+
+def own_filter_accuracy(
+    features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike, labels: ArrayLike
+) -> float:
+    """Accuracy when every class is scored by its own filters alone, the gate rounded to one-hot columns.
+
+    score[n, c] = bias[c] + sum of features[n, k] * weight[c, k] over the filters k whose largest gate entry is c. No
+    label enters the scores, unlike in the CSG path. Close to the STD path's accuracy: the network is ideally
+    class-specific. features (N, K), weight (C, K), bias (C,), gate (C, K), labels (N,).
+    """
+    a, w, g = np.asarray(features), np.asarray(weight), np.asarray(gate)
+    if a.ndim != 2 or w.shape != g.shape or a.shape[1] != g.shape[1]:
+        raise ValueError(
+            "own_filter_accuracy: features, weight and gate must be (N, K), (C, K) and (C, K), "
+            f"got {a.shape}, {w.shape} and {g.shape}"
+        )
+    owned = np.arange(g.shape[0])[:, None] == g.argmax(axis=0)
+    scores = a @ (w * owned).T + np.asarray(bias)
+    return float(np.mean(scores.argmax(axis=1) == np.asarray(labels)))

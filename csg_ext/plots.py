@@ -1,0 +1,112 @@
+"""Pictures of the gate, of mutual information and of training; each function returns (Figure, Axes).
+
+Colours: cividis and the Okabe-Ito palette, readable with colour-vision deficiency; lines also differ in dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE = "#0072B2", "#D55E00"
+COLOURS = "cividis"
+
+
+def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return figure, figure.subplots(**grid)
+
+
+def class_order(scores: ArrayLike) -> NDArray[np.int64]:
+    """The order of filters by their best class, then by falling score, from scores (C, K); (K,)."""
+    s = np.asarray(scores)
+    return np.lexsort((-s.max(axis=0), s.argmax(axis=0)))
+
+
+def _draw_matrix(axes: Axes, matrix: NDArray[Any], classes: Sequence[str], limits: tuple[float, float]) -> Any:
+    """Classes down, filters across in class_order, a thin line between blocks."""
+    order = class_order(matrix)
+    image = axes.imshow(
+        matrix[:, order], aspect="auto", cmap=COLOURS, vmin=limits[0], vmax=limits[1], interpolation="nearest"
+    )
+    edges = np.cumsum(np.bincount(matrix.argmax(axis=0), minlength=len(matrix)))[:-1]
+    for edge in edges:
+        axes.axvline(edge - 0.5, color="white", linewidth=0.4)
+    axes.set_yticks(range(len(classes)), classes if len(classes) <= 40 else [""] * len(classes))
+    axes.set_xlabel(f"{matrix.shape[1]} filters, sorted by class")
+    return image
+
+
+def _check(name: str, matrix: NDArray[Any], classes: Sequence[str]) -> None:
+    if matrix.ndim != 2 or len(matrix) != len(classes):
+        raise ValueError(f"{name}: expected a matrix with {len(classes)} rows, one per class, got shape {matrix.shape}")
+
+
+def plot_gate(gate: ArrayLike, classes: Sequence[str]) -> tuple[Figure, Axes]:
+    """The gate (C, K), filters sorted by their class: near block-diagonal when filters are class-specific."""
+    g = np.asarray(gate)
+    _check("plot_gate", g, classes)
+    figure, axes = _figure(8, 1.2 + 0.25 * min(len(classes), 40))
+    figure.colorbar(_draw_matrix(axes, g, classes, (0, 1)), ax=axes, label="gate entry", pad=0.01)
+    axes.set_title(f"Class-specific gate, L1-density {np.abs(g).mean():.3f} (floor {1 / len(g):.3f})", loc="left")
+    return figure, axes
+
+
+def plot_mutual_information(
+    std: ArrayLike, csg: ArrayLike, classes: Sequence[str], bound: float | None = None
+) -> tuple[Figure, NDArray[Any]]:
+    """The MI matrices (K, C) of STD and CSG on one colour scale, each sorted by its own classes; axes (2,).
+
+    bound, the entropy of a class in nats, is the top of the colour scale; the largest value is when not given.
+    """
+    matrices = {"STD": np.asarray(std).T, "CSG": np.asarray(csg).T}
+    for matrix in matrices.values():
+        _check("plot_mutual_information", matrix, classes)
+    top = bound if bound is not None else max(float(m.max()) for m in matrices.values())
+    figure, axes = _figure(11, 1.5 + 0.25 * min(len(classes), 40), ncols=2, sharey=True)
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        image = _draw_matrix(ax, matrix, classes, (0, top))
+        ax.set_title(f"{name}: MIS {matrix.max(axis=0).mean():.3f} nats", loc="left")
+    figure.colorbar(image, ax=list(axes), label="mutual information, nats", pad=0.01)
+    return figure, axes
+
+
+def plot_training(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], num_classes: int
+) -> tuple[Figure, NDArray[Any]]:
+    """Training curves by epoch: loss and accuracy of the STD path on the train images, L1-density; axes (3,).
+
+    histories: {"std": rows, "csg": rows} as metrics.json holds them.
+    """
+    figure, axes = _figure(11, 3, ncols=3)
+    styles = {"std": (BLUE, "--"), "csg": (ORANGE, "-")}
+    panels = (
+        ("loss_std", "cross-entropy, STD path (train)"),
+        ("train_accuracy", "accuracy, STD path (train)"),
+        ("l1_density", "L1-density of the gate"),
+    )
+    for ax, (key, title) in zip(axes, panels, strict=True):
+        for arm, rows in histories.items():
+            points = [(row["epoch"], row[key]) for row in rows if row[key] is not None]
+            if points:
+                colour, dash = styles.get(arm, ("black", ":"))
+                ax.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker=".", label=arm.upper())
+        ax.set_title(title, loc="left")
+        ax.set_xlabel("epoch")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    axes[2].axhline(1 / num_classes, color="grey", linewidth=0.8, linestyle=":", label=f"floor 1/{num_classes}")
+    axes[2].set_ylim(0, 1.02)
+    for ax in axes:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False)
+    return figure, axes

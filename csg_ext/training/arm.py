@@ -1,0 +1,221 @@
+"""Trains and measures one arm in this process: fit, checkpoint, resume, evaluate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
+
+from csg_ext import metrics
+from csg_ext.data.batches import Batches, derive_seed, normalise
+from csg_ext.data.images import ImageData
+from csg_ext.nn.gate import GatedModel
+from csg_ext.nn.resnet import build_backbone
+from csg_ext.training.checkpoint import AtomicCheckpointIO, Interruption, TrainingInterrupted
+from csg_ext.training.config import TrainConfig
+from csg_ext.training.files import (
+    ARRAYS,
+    CHECKPOINT,
+    METRICS_CSV,
+    METRICS_JSON,
+    RESULT,
+    WEIGHTS,
+    atomic_file,
+    write_text,
+)
+from csg_ext.training.module import ROW, AlternateTraining
+from csg_ext.training.schedule import CSG, STD
+
+Report = Callable[[dict[str, Any]], None]
+_INIT_STREAM = 4  # random stream of the initial weights: the same for both arms
+_REPORT_SECONDS = 0.2
+
+
+def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run computes in bf16: asked for, or "auto" on a processor that has instructions for it."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+
+
+def build_model(config: TrainConfig, data: ImageData) -> GatedModel:
+    """The model with the initial weights that the seed gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, _INIT_STREAM))
+        model = GatedModel(build_backbone(config.model, data.channels), len(data.classes))
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
+
+
+class _Keeper(Callback):
+    """After every step: progress; after every epoch and on interruption: the checkpoint and the metrics files."""
+
+    def __init__(self, folder: Path, report: Report, interruption: Interruption, stop_after: int | None) -> None:
+        self.folder, self.report, self.interruption, self.stop_after = folder, report, interruption, stop_after
+        self._last = self._reported = time.perf_counter()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+        assert isinstance(pl_module, AlternateTraining)
+        now = time.perf_counter()
+        pl_module.seconds += now - self._last
+        self._last = now
+        epoch_ended = pl_module.step_count % len(pl_module.batches) == 0
+        stop = self.interruption.requested or pl_module.step_count == self.stop_after
+        if epoch_ended:
+            pl_module.end_epoch()
+        if epoch_ended or stop:
+            pl_module.check_finite()
+            trainer.save_checkpoint(self.folder / CHECKPOINT)
+            write_history(self.folder, pl_module.history)
+        if epoch_ended or stop or now - self._reported > _REPORT_SECONDS:
+            self._reported = now
+            self.report(
+                {
+                    "step": pl_module.step_count,
+                    "steps": pl_module.schedule.total_steps,
+                    "epochs": pl_module.config.epochs,
+                    "row": pl_module.history[-1] if epoch_ended else None,
+                }
+            )
+        if stop and pl_module.step_count < pl_module.schedule.total_steps:
+            raise TrainingInterrupted(f"stopped after step {pl_module.step_count} of {pl_module.schedule.total_steps}")
+
+
+def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    """The rows of every epoch as metrics.csv and metrics.json."""
+    lines = [",".join(ROW)] + [",".join("" if row[key] is None else str(row[key]) for key in ROW) for row in history]
+    write_text(folder / METRICS_CSV, "\n".join(lines) + "\n")
+    write_text(folder / METRICS_JSON, json.dumps(history, indent=1) + "\n")
+
+
+def predict(model: GatedModel, images: NDArray[np.uint8], data: ImageData, batch_size: int = 250) -> tuple[Any, Any]:
+    """Pooled features (N, K) and logits (N, C) of the STD path as numpy arrays, in fp32 on the model's device."""
+    device = model.gate.device
+    mean, std = data.statistics()
+    model.eval()
+    features, logits = [], []
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            pooled = model.pooled_features(normalise(images[start : start + batch_size], mean, std, device))
+            features.append(pooled.cpu())
+            logits.append(model.classifier(pooled).cpu())
+    return torch.cat(features).numpy(), torch.cat(logits).numpy()
+
+
+def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
+    """Measures a trained model on the test part through its STD path: (numbers, arrays).
+
+    numbers: accuracy, mis, mis_ceiling, mis_bound (nats) and, for the arm "csg", l1_density, class_agreement and
+    one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C).
+    """
+    features, logits = predict(model, data.test_images, data)
+    labels, classes = data.test_labels, len(data.classes)
+    mi = metrics.class_mutual_info(features, labels, classes)
+    gate = model.gate.detach().cpu().numpy()
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels, logits.argmax(1)), 1)
+    numbers = {
+        "accuracy": float(np.mean(logits.argmax(1) == labels)),
+        "mis": metrics.mutual_information_score(mi),
+        "mis_ceiling": metrics.mis_ceiling(logits, labels),
+        "mis_bound": metrics.entropy_bound(classes),
+    }
+    if arm == CSG:
+        weight, bias = (p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias))
+        numbers["l1_density"] = model.csg.density()
+        numbers["class_agreement"] = metrics.class_agreement(gate, mi)
+        numbers["one_hot_accuracy"] = metrics.own_filter_accuracy(features, weight, bias, gate, labels)
+    return numbers, {"mi": mi, "gate": gate, "confusion": confusion}
+
+
+def train_arm(
+    arm: str,
+    config: TrainConfig,
+    data: ImageData,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    report: Report = lambda message: None,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Trains one arm ("std" or "csg") and measures it; returns what result.json holds.
+
+    folder receives last.ckpt (after every epoch and on Ctrl-C), metrics.csv, metrics.json, model.safetensors,
+    result.json and arrays.npz (mi, gate, confusion). resume continues from last.ckpt where there is one, bit for bit
+    on the CPU with the same number of threads. report gets a dict after every few steps. stop_after stops as Ctrl-C
+    does after that step.
+
+    Raises TrainingInterrupted after Ctrl-C (the state is saved), DivergedError when the loss is no number,
+    OSError when a file cannot be written (the old one survives).
+    """
+    if arm not in (STD, CSG):
+        raise ValueError(f"train_arm: arm must be 'std' or 'csg', got {arm!r}")
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    place = torch.device(device)
+    mean, std = data.statistics()
+    batches = Batches(
+        data.train_images,
+        data.train_labels,
+        min(config.batch_size, len(data.train_labels)),
+        seed=config.seed,
+        mean=mean,
+        std=std,
+        shift=config.shift,
+        flip=config.flip,
+        sizes=config.sizes(data.train_images.shape[2]),
+        device=place,
+    )
+    module = AlternateTraining(build_model(config, data), batches, config, arm)
+    bf16 = uses_bf16(config, place)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with Interruption() as interruption, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer = pl.Trainer(
+            max_epochs=config.epochs,
+            accelerator="gpu" if place.type == "cuda" else "cpu",
+            devices=[place.index or 0] if place.type == "cuda" else 1,
+            precision="bf16-mixed" if bf16 else "32-true",
+            callbacks=[_Keeper(out, report, interruption, stop_after)],
+            plugins=[AtomicCheckpointIO()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        checkpoint = out / CHECKPOINT
+        trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+    report({"evaluating": True})
+    numbers, arrays = evaluate(module.model.to(place), data, arm)
+    with atomic_file(out / WEIGHTS) as file:
+        from safetensors.torch import save
+
+        file.write(save({k: v.contiguous().cpu() for k, v in module.model.state_dict().items()}))
+    with atomic_file(out / ARRAYS) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    result = {
+        "arm": arm,
+        **numbers,
+        "train_seconds": round(module.seconds, 2),
+        "steps": module.step_count,
+        "precision": "bf16" if bf16 else "fp32",
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,67 @@
+"""Lightning's checkpoints written atomically and read safely, and Ctrl-C without loss."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from csg_ext.training.files import atomic_file
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and read with weights_only=True: no code runs on loading."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Writes the checkpoint; raises OSError with one sentence and keeps the old file when that fails."""
+        with atomic_file(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__cause__ or cause.__context__
+                raise (cause if isinstance(cause, OSError) else error) from None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Reads a checkpoint; raises ValueError with one sentence when it is damaged."""
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged zip or pickle can raise almost anything
+            raise ValueError(f"{path}: expected a checkpoint of csg-ext, got one that fails with: {error}") from None
+
+
+class Interruption:
+    """Turns Ctrl-C (and SIGTERM) into a flag, so that a step is never cut in two; a second Ctrl-C acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class TrainingInterrupted(Exception):
+    """Training stopped on request; the state is in the checkpoint."""

@@ -1,0 +1,253 @@
+"""Both arms under the same budget and seed, each in its own process, and the summary that compares them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from csg_ext.data.images import ImageData
+from csg_ext.metrics import gap_closed
+from csg_ext.training.config import TrainConfig
+from csg_ext.training.files import ARRAYS, LOG, RESULT, SUMMARY, TABLE, write_text
+from csg_ext.training.worker import FAILED, INTERRUPTED
+
+ARMS = ("std", "csg")
+Display = Callable[[str, dict[str, Any]], None]
+_MAX_THREADS = 4  # per arm: batches of 64 small images keep no more busy
+
+
+class ArmFailed(RuntimeError):
+    """An arm stopped with an error, which the message says."""
+
+
+def default_threads() -> int:
+    """Threads of one arm when both run side by side on this machine's CPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, cores // 2))
+
+
+class _Worker:
+    """The process of one arm, its messages put into a queue as (arm, message), and (arm, None) at its end."""
+
+    def __init__(self, arm: str, job: dict[str, Any], messages: queue.Queue[tuple[str, dict[str, Any] | None]]) -> None:
+        self.arm, self.error = arm, ""
+        folder = Path(job["folder"])
+        folder.mkdir(parents=True, exist_ok=True)
+        threads = str(job["threads"])
+        environment = os.environ | {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one arm would take the other's core
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        self.log_path = folder / LOG
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "csg_ext.training.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
+            )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            json.dump(job, pipe)
+        threading.Thread(target=self._read, args=(self.process.stdout, messages), daemon=True).start()
+
+    def _read(self, lines: IO[str], messages: queue.Queue[tuple[str, dict[str, Any] | None]]) -> None:
+        for line in lines:
+            messages.put((self.arm, json.loads(line)))
+        messages.put((self.arm, None))
+
+    def interrupt(self) -> None:
+        """Asks the process to save its state and stop."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGINT)
+
+    def failure(self) -> str:
+        """Why the process failed, in one sentence."""
+        if self.error:
+            return f"arm {self.arm}: {self.error}"
+        lines = self.log_path.read_text(errors="replace").strip().splitlines()
+        last = lines[-1] if lines else "it wrote nothing"
+        return f"arm {self.arm} ended with status {self.process.returncode}: {last} (see {self.log_path})"
+
+
+def run_arms(
+    config: TrainConfig,
+    data: ImageData,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    display: Display = lambda arm, message: None,
+) -> dict[str, dict[str, Any]]:
+    """Trains the arms that have no result yet: side by side on the CPU, one after the other on a GPU.
+
+    Returns {"std": result, "csg": result} as train_arm does. display gets every message of every arm.
+    Raises KeyboardInterrupt when it was interrupted and every arm has saved its state, ArmFailed when one failed; the
+    other arm then saves its state too.
+    """
+    todo = [arm for arm in ARMS if not (resume and (folder / arm / RESULT).exists())]
+    groups = [todo] if device == "cpu" else [[arm] for arm in todo]
+    with tempfile.TemporaryDirectory(prefix="csg_ext_") as scratch:
+        data.save(Path(scratch) / "data.npz")
+        job = {
+            "config": config.as_dict(),
+            "data": str(Path(scratch) / "data.npz"),
+            "resume": resume,
+            "device": device,
+            "threads": threads or default_threads(),
+        }
+        for group in groups:
+            if group:
+                _run_group([(arm, job | {"arm": arm, "folder": str(folder / arm)}) for arm in group], display)
+    return {arm: json.loads((folder / arm / RESULT).read_text()) for arm in ARMS}
+
+
+def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None:
+    messages: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
+    workers: dict[str, _Worker] = {}
+    interrupted = False
+
+    def stop_all() -> None:
+        for worker in workers.values():
+            worker.interrupt()
+
+    try:
+        for arm, job in jobs:
+            workers[arm] = _Worker(arm, job, messages)
+        running = set(workers)
+        while running:
+            try:
+                arm, message = messages.get()
+                if message is None:
+                    running.discard(arm)
+                    if workers[arm].process.wait() not in (0, INTERRUPTED):
+                        stop_all()
+                elif "error" in message:
+                    workers[arm].error = message["error"]
+                else:
+                    display(arm, message)
+            except KeyboardInterrupt:
+                if interrupted:  # the second Ctrl-C: do not wait for the state to be saved
+                    raise
+                interrupted = True
+                display("", {"interrupting": True})
+                stop_all()
+    finally:
+        for worker in workers.values():
+            if worker.process.poll() is None:
+                worker.process.kill()
+            worker.process.wait()
+    failed = [worker for worker in workers.values() if worker.process.returncode not in (0, INTERRUPTED)]
+    if failed:
+        # The arm that says why comes first: the other one may have failed while it was being stopped.
+        raise ArmFailed(max(failed, key=lambda w: (bool(w.error), w.process.returncode == FAILED)).failure())
+    if interrupted or any(worker.process.returncode == INTERRUPTED for worker in workers.values()):
+        raise KeyboardInterrupt
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("csg-ext", "torch", "numpy", "lightning", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def summarise(
+    results: dict[str, dict[str, Any]], config: TrainConfig, data: ImageData, seconds: float
+) -> dict[str, Any]:
+    """What summary.json holds: both arms' numbers, the share of the gap closed, the settings, data and versions."""
+    std, csg = results["std"], results["csg"]
+    return {
+        "std": std,
+        "csg": csg,
+        "gap_closed": gap_closed(csg["mis"], std["mis"], std["mis_ceiling"]),
+        "seed": config.seed,
+        "config": config.as_dict(),
+        "data": {
+            "name": data.name,
+            "train": len(data.train_labels),
+            "test": len(data.test_labels),
+            "shape": list(data.train_images.shape[1:]),
+            "classes": data.classes,
+            "sha256": data.fingerprint(),
+            "skipped": data.skipped,
+        },
+        "seconds": round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "versions": versions(),
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The comparison as aligned text."""
+    std, csg = summary["std"], summary["csg"]
+    classes = len(summary["data"]["classes"])
+    rows = [
+        ("accuracy (STD path: no label is used)", f"{std['accuracy']:.2%}", f"{csg['accuracy']:.2%}"),
+        ("MIS: mutual information filter-class, nats", f"{std['mis']:.4f}", f"{csg['mis']:.4f}"),
+        ("  its ceiling: the network's own class scores", f"{std['mis_ceiling']:.4f}", f"{csg['mis_ceiling']:.4f}"),
+        ("  share of the gap to STD's ceiling closed", "", f"{summary['gap_closed']:.2f}"),
+        (f"L1-density of the gate (floor {1 / classes:.4g})", "", f"{csg['l1_density']:.4f}"),
+        ("filters whose gate class is their MI class", "", f"{csg['class_agreement']:.1%}"),
+        ("accuracy, each class scored by its own filters only", "", f"{csg['one_hot_accuracy']:.2%}"),
+        ("training, seconds", f"{std['train_seconds']:.0f}", f"{csg['train_seconds']:.0f}"),
+    ]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{'':{width}}  {'STD':>8}  {'CSG':>8}"]
+    lines += [f"{name:{width}}  {a:>8}  {b:>8}" for name, a, b in rows]
+    data = summary["data"]
+    lines.append(
+        f"{data['name']}: {data['train']} train, {data['test']} test images; {summary['config']['model']}, "
+        f"{summary['config']['epochs']} epochs, seed {summary['seed']}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def save_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Writes summary.json and table.txt."""
+    write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_text(folder / TABLE, table(summary))
+
+
+def pick_device(name: str) -> str:
+    """ "cpu", "cuda" or "cuda:i" from a name that may be "auto"."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return name
+    if name.split(":")[0] != "cuda":
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:INDEX, got {name!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} needs a GPU that this torch can use, got none (torch {torch.__version__})")
+    return name
+
+
+def load_arrays(folder: Path, arm: str) -> dict[str, np.ndarray]:
+    """mi (K, C), gate (C, K) and confusion (C, C) of a finished arm."""
+    with np.load(folder / arm / ARRAYS) as archive:
+        return {key: archive[key] for key in archive.files}
