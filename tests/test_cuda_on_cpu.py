@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import os
 import subprocess
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,12 +20,8 @@ from csg_ext import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "cuda_on_cpu"
-SOURCES = [
-    ROOT / "csrc/gated_pool/gated_pool_cuda.cu",
-    ROOT / "csrc/gate_step/gate_step_cuda.cu",
-    HERE / "cuda_on_cpu.cpp",
-    HERE / "library.cpp",
-]
+KERNELS = [ROOT / "csrc/gated_pool/gated_pool_cuda.cu", ROOT / "csrc/gate_step/gate_step_cuda.cu"]
+STAND_IN = HERE / "cuda_on_cpu.cpp"
 HEADERS = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h")])
 # Few blocks, so that the kernels' grid-stride loops run.
 FLAGS = (
@@ -56,9 +51,9 @@ def compiler() -> str:
     return os.environ.get("CXX", "g++")
 
 
-def build_folder(*parts: str) -> Path:
-    digest = hashlib.sha256(" ".join([compiler(), *FLAGS, *parts]).encode())
-    for path in [*SOURCES, *HEADERS, HERE / "planted.cpp"]:
+def build_folder() -> Path:
+    digest = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
+    for path in [*KERNELS, *HEADERS, *sorted(HERE.glob("*.cpp"))]:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,25 +61,26 @@ def build_folder(*parts: str) -> Path:
 
 
 def compile_one(source: Path, target: Path) -> None:
-    subprocess.run(
-        [compiler(), *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(target)], check=True, text=True
-    )
+    if not target.exists():
+        part = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler(), *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
+        part.replace(target)
 
 
-def build_library() -> Path:
+def build(target: str, sources: list[Path], *options: str) -> Path:
+    """build/cuda_on_cpu/<hash of everything that goes in>/target; objects are shared between targets."""
     folder = build_folder()
-    library = folder / "csg_cuda_on_cpu.so"
-    if not library.exists():
-        objects = [folder / f"{source.name}.{os.getpid()}.o" for source in SOURCES]
+    path = folder / target
+    if not path.exists():
+        objects = [folder / f"{source.name}.o" for source in sources]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(compile_one, SOURCES, objects))
-        linked = folder / f"{os.getpid()}.so"
-        command = [compiler(), "-shared", "-fsanitize=undefined", "-o", str(linked), *map(str, objects)]
-        subprocess.run(command, check=True)
-        linked.replace(library)
-        for path in objects:
-            path.unlink()
-    return library
+            list(pool.map(compile_one, sources, objects))
+        linked = folder / f"{target}.{os.getpid()}"
+        subprocess.run(
+            [compiler(), *options, "-fsanitize=undefined", "-o", str(linked), *map(str, objects)], check=True
+        )
+        linked.replace(path)
+    return path
 
 
 # ---- Mirrors of the structs in csrc.
@@ -148,7 +144,14 @@ class Step(ctypes.Structure):
 
 
 class ColumnMax(ctypes.Structure):
-    _fields_ = [("gate", Pointer), ("type", Enum), ("c", Int64), ("k", Int64), ("col_max", Pointer), ("col_arg", Pointer)]
+    _fields_ = [
+        ("gate", Pointer),
+        ("type", Enum),
+        ("c", Int64),
+        ("k", Int64),
+        ("col_max", Pointer),
+        ("col_arg", Pointer),
+    ]
 
 
 class Kernels:
@@ -161,12 +164,16 @@ class Kernels:
         self.library.cuda_on_cpu_map.argtypes = [ctypes.c_size_t]
         self.library.cuda_on_cpu_unmap.argtypes = [Pointer, ctypes.c_size_t]
         self.library.cuda_on_cpu_set_seed.argtypes = [ctypes.c_uint64]
+        self.library.cuda_on_cpu_launches.restype = Int64
         self.at_end = True
         sizes = (Int64 * 4).in_dll(self.library, "csg_sizes")
         assert list(sizes) == [ctypes.sizeof(struct) for struct in (Forward, Backward, Step, ColumnMax)]
 
     def seed(self, seed: int) -> None:
         self.library.cuda_on_cpu_set_seed(seed)
+
+    def launches(self) -> int:
+        return self.library.cuda_on_cpu_launches()
 
     def call(self, name: str, parameters: ctypes.Structure) -> None:
         status = getattr(self.library, name)(ctypes.byref(parameters))
@@ -185,6 +192,15 @@ class Kernels:
         weakref.finalize(memory, self.library.cuda_on_cpu_unmap, page, size)
         tensor = torch.frombuffer(memory, dtype=dtype)
         return tensor.fill_(float("nan") if dtype.is_floating_point else -1)
+
+    def sparse(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """A buffer of zeros, of which only the pages that are touched take memory."""
+        size = elements * dtype.itemsize
+        page = self.library.cuda_on_cpu_map(size)
+        assert page
+        memory = (ctypes.c_char * size).from_address(page)
+        weakref.finalize(memory, self.library.cuda_on_cpu_unmap, page, size)
+        return torch.frombuffer(memory, dtype=dtype)
 
     def guarded(self, t: Tensor | None) -> Tensor | None:
         """A copy with the same strides."""
@@ -214,20 +230,28 @@ class Kernels:
         self.call("csg_column_max", ColumnMax(p(gate), TYPES[gate.dtype], *gate.shape, p(top), p(where)))
         return top, where
 
-    def rows(self, gate: Tensor, labels: Tensor | None, project: bool) -> tuple[GateRows, list[Tensor | None]]:
+    def rows(
+        self, gate: Tensor, labels: Tensor | None, project: bool, copy: bool = True
+    ) -> tuple[GateRows, list[Tensor | None]]:
         top, where = self.column_max(gate) if project else (None, None)
-        keep = [self.guarded(gate), self.guarded(labels), top, where]
+        keep = [self.guarded(gate) if copy else gate, self.guarded(labels), top, where]
         p = self.pointer
         rows = GateRows(p(keep[0]), TYPES[gate.dtype], gate.shape[0], p(keep[1]), p(top), p(where))
         return rows, keep
 
     def forward(
-        self, x: Tensor, gate: Tensor, labels: Tensor | None, pool: str = "avg", project: bool = False
+        self,
+        x: Tensor,
+        gate: Tensor,
+        labels: Tensor | None,
+        pool: str = "avg",
+        project: bool = False,
+        copy: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (N, K, S) with any strides the kernels take."""
         n, k, s = x.shape
-        x = self.guarded(x)
-        rows, keep = self.rows(gate, labels, project)
+        x = self.guarded(x) if copy else x
+        rows, keep = self.rows(gate, labels, project, copy)
         out, pooled = self.empty(n, k, dtype=gate.dtype), self.empty(n, k, dtype=gate.dtype)
         index = self.empty(n, k, dtype=torch.int64) if pool == "max" else None
         p = self.pointer
@@ -292,7 +316,7 @@ class Kernels:
 
 @pytest.fixture(scope="module")
 def built() -> Kernels:
-    return Kernels(build_library())
+    return Kernels(build("csg_cuda_on_cpu.so", [*KERNELS, STAND_IN, HERE / "library.cpp"], "-shared"))
 
 
 @pytest.fixture
@@ -389,7 +413,7 @@ def check_backward(
     close(got_gate, leaf.grad, scale * max(1.0, n**0.5) * (4 if project else 1))
 
 
-SIZES = [(3, 5, 1, 1), (4, 16, 2, 3), (5, 24, 7, 7), (3, 8, 13, 5), (2, 3, 33, 21), (2, 3, 112, 112)]
+SIZES = [(3, 5, 1, 1), (4, 16, 2, 3), (5, 24, 7, 7), (3, 8, 13, 5), (2, 3, 33, 21), (1, 3, 112, 112)]
 SIZE_IDS = ["x".join(map(str, size)) for size in SIZES]
 
 
@@ -419,3 +443,253 @@ def test_every_type(kernels: Kernels, x_type: torch.dtype, gate_type: torch.dtyp
         gate, labels = torch.rand(3, k).to(gate_type), torch.randint(3, (n,))
         check_forward(kernels, x.to(x_type), gate, labels, pool, project=at_end)
         check_backward(kernels, x.to(x_type), gate, labels, pool, project=at_end)
+
+
+def test_rounding(kernels: Kernels) -> None:
+    """Every half value survives; fp32 gradients are rounded to half types as torch rounds them, ties and all."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(64, 1024, 1)
+        _, pooled, _ = kernels.forward(x, torch.ones(1, 1024), torch.zeros(64, dtype=torch.int64))
+        torch.testing.assert_close(pooled, x.float()[..., 0], rtol=0, atol=0, equal_nan=True)
+        exponents = torch.randint(-30, 20, (20, 1000)).float()
+        grads = torch.cat([torch.randn(20, 1000) * exponents.exp2(), pooled[:20, :1000] * (1 + 2.0**-11)])
+        blank = torch.zeros(40, 1000, 1, dtype=dtype)
+        zeros = torch.zeros(40, 1000)
+        got, _ = kernels.backward(blank, torch.ones(40, 1000), None, None, grads, zeros, None, want=(True, False))
+        torch.testing.assert_close(got[..., 0], grads.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_nan_and_infinity(kernels: Kernels, pool: str, channels_last: bool) -> None:
+    for s in (3, 49, 2500):
+        x = torch.randn(6, 5, s)
+        x[0, 0] = -torch.inf
+        x[1, 0, -1] = torch.nan
+        x[2, 1, [1, 2]] = torch.nan
+        x[3, 2, [0, -1]] = torch.inf
+        x[4] = 0.5  # ties everywhere
+        x[5, 3] = torch.nan
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x
+        check_forward(kernels, x, torch.rand(2, 5) + 0.5, torch.randint(2, (6,)), pool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_projection(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Negative entries, ties, columns without a positive entry and columns with a NaN, forward and gradient."""
+    gate = torch.randn(7, 70)
+    gate[:, 1] = -gate[:, 1].abs() - 0.1
+    gate[:, 2] = 0
+    gate[[1, 4], 3] = 3.0
+    gate[0, 4] = torch.nan
+    gate[[2, 5], 65] = torch.nan
+    gate[:, 6] = 1.0
+    gate = gate.to(dtype)
+    labels = torch.randint(7, (40,))
+    top, where = kernels.column_max(gate)
+    torch.testing.assert_close(top, gate.max(0).values, rtol=0, atol=0, equal_nan=True)
+    np.testing.assert_array_equal(where.numpy(), gate.double().numpy().argmax(0))
+    x = torch.randn(40, 70, 6).to(dtype)
+    check_forward(kernels, x, gate, labels, "avg", project=True)
+    # The reference gives a column with a NaN the gradient of its NaN alone; the kernels make all of it NaN.
+    number = ~gate.isnan().any(0)
+    _, got = kernels.backward(
+        x, gate, labels, torch.randn(40, 70).to(dtype), None, torch.randn(40, 70).to(dtype), None, True, (False, True)
+    )
+    assert got[:, ~number].isnan().all()
+    for grads in ("both", "out", "pooled"):
+        check_backward(kernels, x[:, number], gate[:, number], labels, "avg", True, grads)
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize(("n", "c", "k"), [(600, 3, 5), (300, 1000, 7), (40, 90, 130), (9, 1, 33), (1, 2, 1)])
+def test_gate_gradient(kernels: Kernels, n: int, c: int, k: int, project: bool) -> None:
+    x, gate = torch.randn(n, k, 2), torch.rand(c, k)
+    check_backward(kernels, x, gate, torch.randint(c, (n,)), "avg", project)
+    check_backward(kernels, x, torch.rand(n, k), None, "avg", project)
+    labels = torch.randint(c, (n,))
+    grad = torch.randn(n, k)
+    for want in ((True, False), (False, True), (False, False)):
+        grad_x, grad_gate = kernels.backward(x, gate, labels, grad, None, grad, None, project, want)
+        assert (grad_x is not None, grad_gate is not None) == want
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_labels_out_of_range(kernels: Kernels, pool: str, channels_last: bool) -> None:
+    """A sample whose label names no row becomes NaN and touches nobody else; what it pooled stays right."""
+    labels = torch.tensor([0, -1, 2, 3, 1, 2**62, -(2**63)])
+    good = (labels >= 0) & (labels < 3)
+    for s in (4, 49, 3000):
+        x = torch.randn(7, s, 6).transpose(1, 2) if channels_last else torch.randn(7, 6, s)
+        gate, grad = torch.rand(3, 6), torch.randn(7, 6)
+        out, pooled, index = kernels.forward(x, gate, labels, pool)
+        expected, expected_pooled = expected_forward(x, gate, labels.where(good, 0), pool, False)
+        close(pooled, expected_pooled)
+        close(out[good], expected[good])
+        assert out[~good].isnan().all()
+        for project in (False, True):
+            grad_x, grad_gate = kernels.backward(x, gate, labels, grad, grad, pooled, index, project)
+            of_good = [None if t is None else t[good] for t in (x, labels, grad, pooled, index)]
+            alone_x, alone_gate = kernels.backward(
+                of_good[0], gate, of_good[1], of_good[2], of_good[2], of_good[3], of_good[4], project
+            )
+            close(grad_x[good], alone_x)
+            close(grad_gate, alone_gate)
+            if pool == "avg":
+                assert grad_x[~good].isnan().all()
+            else:
+                assert torch.equal(grad_x[~good].isnan().sum(2), torch.ones_like(index[~good]))
+        # The gated path brings nothing: the label does not matter.
+        grad_x, grad_gate = kernels.backward(x, gate, labels, None, grad, pooled, index)
+        assert not grad_x.isnan().any() and not grad_gate.any()
+
+
+def test_empty(kernels: Kernels) -> None:
+    before = kernels.launches()
+    none = torch.empty(0, dtype=torch.int64)
+    for shape in ((0, 4, 9), (3, 0, 9)):
+        out, pooled, _ = kernels.forward(torch.empty(shape), torch.ones(2, shape[1]), none[: shape[0]])
+        assert out.shape == pooled.shape == shape[:2]
+    kernels.step(torch.empty(0, 3), None)
+    kernels.step(torch.empty(3, 0), None)
+    assert kernels.launches() == before
+    nothing = torch.empty(0, 4)
+    for project in (False, True):
+        _, grad_gate = kernels.backward(
+            torch.empty(0, 4, 9), torch.ones(2, 4), none, nothing, nothing, nothing, None, project
+        )
+        assert torch.equal(grad_gate, torch.zeros(2, 4))
+
+
+def test_launches(kernels: Kernels) -> None:
+    """Forward is one launch, backward two, a gate step one."""
+    for x in layouts(2, 4, 9, torch.float32).values():
+        gate, labels, grad = torch.rand(3, 4), torch.randint(3, (2,)), torch.randn(2, 4)
+        before = kernels.launches()
+        _, pooled, _ = kernels.forward(x, gate, labels)
+        assert kernels.launches() == before + 1
+        kernels.backward(x, gate, labels, grad, grad, pooled, None)
+        assert kernels.launches() == before + 3
+        kernels.step(gate, gate, gate, lr=0.1)
+        assert kernels.launches() == before + 4
+
+
+def test_same_bits_on_every_schedule(kernels: Kernels) -> None:
+    """The order in which threads and blocks run changes no bit of any result."""
+    torch.manual_seed(1)
+    gate, labels = torch.rand(5, 40), torch.randint(5, (30,))
+    grad, buffer = torch.randn(5, 40), torch.randn(5, 40)
+    results: list[list[Tensor]] = []
+    for seed in range(4):
+        kernels.seed(seed)
+        torch.manual_seed(2)
+        found = list(kernels.step(gate, grad, buffer, lr=0.1, momentum=0.9, nesterov=True))
+        for s, channels_last, pool in itertools.product((49, 700), (False, True), ("avg", "max")):
+            n = 30 if s == 49 else 3
+            x = torch.randn(n, s, 40).transpose(1, 2) if channels_last else torch.randn(n, 40, s)
+            out, pooled, index = kernels.forward(x, gate, labels[:n], pool, True)
+            upstream = torch.randn(n, 40)
+            found += [out, pooled, *kernels.backward(x, gate, labels[:n], upstream, upstream, pooled, index, True)]
+        results.append(found)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_offsets_beyond_31_bits(kernels: Kernels) -> None:
+    """Elements more than 2^31 apart in x and in the gate: memory is reserved, but only what is read is ever touched."""
+    far = 2**31 + 64
+    for dtype, k, s in ((torch.float16, 3, 5), (torch.float16, 3, 1200)):
+        flat = kernels.sparse(far + k * s, dtype)
+        for strides in ((far, s, 1), (far, 1, k)):
+            x = flat.as_strided((2, k, s), strides)
+            x.copy_(torch.randn(2, k, s))
+            gate, labels = torch.rand(2, k), torch.tensor([1, 0])
+            out, pooled, _ = kernels.forward(x, gate, labels, copy=False)
+            expected_out, expected_pooled = expected_forward(x, gate, labels, "avg", False)
+            close(pooled, expected_pooled)
+            close(out, expected_out)
+    rows, k = 2**31 // 512 + 2, 512
+    gate = kernels.sparse(rows * k, torch.float16).view(rows, k)
+    gate[-1], gate[1] = 0.5, 0.25
+    x, labels = torch.randn(2, k, 3).half(), torch.tensor([rows - 1, 1])
+    out, pooled, _ = kernels.forward(x, gate, labels, copy=False)
+    close(out, pooled.double() * torch.tensor([[0.5], [0.25]]))
+
+
+# ---- gate_step.
+
+
+@pytest.mark.parametrize("method", ["scale", "euclidean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_gate_step(kernels: Kernels, dtype: torch.dtype, method: str) -> None:
+    options = [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05},
+        {"momentum": 0.9, "first_step": True},
+    ]
+    for number, (classes, option) in enumerate(itertools.product((1, 2, 10, 97), options)):
+        kernels.at_end = number % 2 == 0
+        k = 21 if number % 3 else 8
+        gate, grad = (torch.rand(classes, k) + 0.5).to(dtype), torch.randn(classes, k).to(dtype)
+        if classes > 1 and k == 21:
+            gate[:, 2] = -2 - gate[:, 2].abs()  # stays without a positive entry
+            gate[-1, 3] = torch.nan
+            grad[0, 4] = torch.nan
+        buffer = torch.randn(classes, k).to(dtype) if option else None
+        got, got_buffer = kernels.step(gate, grad, buffer, lr=0.1, method=method, **option)
+        wide = [None if t is None else t.double() for t in (gate, grad, buffer)]
+        expected, expected_buffer = reference.gate_step(*wide, lr=0.1, method=method, **option)
+        close(got, expected)
+        if buffer is not None:
+            close(got_buffer, expected_buffer)
+    projected, _ = kernels.step(gate, None, method=method)
+    close(projected, reference.project_gate(gate.double(), method))
+
+
+@pytest.mark.parametrize("classes", [500, 600, 1000, 2048, 2100])
+def test_gate_step_of_many_classes(kernels: Kernels, classes: int) -> None:
+    """Columns that fit in registers, loosely and tightly, and those that do not; the largest entry is exactly 1."""
+    for dtype in (torch.float32, torch.bfloat16):
+        gate, grad, buffer = (torch.randn(classes, 11).to(dtype) for _ in range(3))
+        got, got_buffer = kernels.step(gate, grad, buffer, lr=0.1, momentum=0.9)
+        expected, expected_buffer = reference.gate_step(
+            gate.double(), grad.double(), buffer.double(), lr=0.1, momentum=0.9
+        )
+        close(got, expected)
+        close(got_buffer, expected_buffer)
+        assert (got.max(0).values == 1).all()
+
+
+# ---- The stand-in itself.
+
+CAUGHT = {
+    "missing-barrier": "wrong: out",
+    "divergent-barrier": "wait at different barriers",
+    "exit-before-barrier": "waits for ever at a barrier that another thread does not reach",
+    "dynamic-overrun": "touched memory outside its buffers",
+    "static-overrun": "wrote outside its shared memory",
+    "global-overread": "touched memory outside its buffers",
+    "misaligned": "misaligned address",
+    "absent-lane": "which takes no part",
+    "lane-never-comes": "waits for ever",
+}
+
+
+@pytest.mark.parametrize("bug", ["none", *CAUGHT])
+def test_planted_bugs_are_caught(bug: str) -> None:
+    program = build("planted", [STAND_IN, HERE / "planted.cpp"])
+    for seed in range(3):
+        run = subprocess.run([str(program), bug, str(seed)], capture_output=True, text=True, timeout=20)
+        output = run.stdout + run.stderr
+        assert (run.returncode == 0) == (bug == "none"), output
+        assert CAUGHT.get(bug, "right") in output
+
+
+def test_driver() -> None:
+    """The self-check that CTest runs."""
+    program = build("driver", [*KERNELS, STAND_IN, HERE / "driver.cpp"])
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr

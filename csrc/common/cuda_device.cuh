@@ -1,4 +1,4 @@
-// Device helpers of every kernel: conversions, 16-byte accesses, reductions over lanes, the projection of a gate entry.
+// Device helpers of every kernel: conversions, 16-byte accesses, reductions over lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -140,20 +140,6 @@ struct Top {
 template <typename R>
 __device__ inline void merge_lanes(R& r, int first, int end) {
   for (int offset = first; offset < end; offset *= 2) r.merge(r.from_lane_xor(offset));
-}
-
-// ---- The gate.
-
-template <typename A>
-__device__ inline A clip01(A v) {  // a NaN stays
-  return v < A(0) ? A(0) : (v > A(1) ? A(1) : v);
-}
-
-// Entry g of a column whose largest entry is top, projected by scaling; is_top: g is the (first) largest entry.
-template <typename A>
-__device__ inline A project_scale(A g, A top, bool is_top) {
-  if (top > A(0)) return clip01(g / top);
-  return top != top ? top : A(is_top);
 }
 
 }  // namespace csg

@@ -11,6 +11,7 @@
 
 #include "../common/cuda_device.cuh"
 #include "../common/cuda_launch.cuh"
+#include "../common/projection.h"
 
 namespace csg {
 namespace {
@@ -62,9 +63,8 @@ __device__ inline Acc<T> updated(const GateStep& p, const Rates<Acc<T>>& rates, 
 
 template <typename A>
 __device__ inline A project(Projection how, A g, const Top<A, int64_t>& top, int64_t c) {
-  if (how == Projection::Scale) return project_scale(g, top.value, c == top.at);
-  if (top.value != top.value) return top.value;
-  return c == top.at ? A(1) : clip01(g);
+  const bool is_top = c == top.at;
+  return how == Projection::Scale ? project_scale(g, top.value, is_top) : project_euclidean(g, top.value, is_top);
 }
 
 // kRows: entries of a column that a thread keeps; 0: none, columns of any length.

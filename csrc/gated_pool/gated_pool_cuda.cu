@@ -15,6 +15,7 @@
 
 #include "../common/cuda_device.cuh"
 #include "../common/cuda_launch.cuh"
+#include "../common/projection.h"
 
 namespace csg {
 namespace {

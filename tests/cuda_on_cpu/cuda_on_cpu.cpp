@@ -74,6 +74,7 @@ unsigned char* shared_static;
 unsigned char* shared_dynamic;
 unsigned char* shared_dynamic_end;
 size_t static_bytes, dynamic_bytes;
+int64_t launches;
 std::vector<SharedArray> shared_arrays;
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...) {
@@ -256,6 +257,7 @@ int launch(int64_t blocks, int threads, size_t dynamic_shared_bytes, const std::
   shared_dynamic = shared_dynamic_end - (dynamic_bytes + 15) / 16 * 16;
   thread_count = threads;
   body = &thread_body;
+  ++launches;
   failed = false;
   message.clear();
   blockDim = {static_cast<unsigned>(threads), 1, 1};
@@ -329,6 +331,7 @@ int lane() { return running % kWarp; }
 // What tests written in Python need beside the launchers.
 extern "C" {
 const char* cuda_on_cpu_error() { return cuda_on_cpu::error(); }
+int64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
 void cuda_on_cpu_set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 // A buffer of whole pages between two pages that may not be touched; nullptr when there is no memory.
 void* cuda_on_cpu_map(size_t bytes) { return cuda_on_cpu::map_guarded(bytes); }

@@ -12,7 +12,7 @@ extern "C" void cuda_on_cpu_set_seed(uint64_t seed);
 
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 256;
 
 enum class Bug {
   None,
@@ -30,21 +30,22 @@ constexpr std::string_view kNames[] = {
     "none",           "missing-barrier", "divergent-barrier", "exit-before-barrier", "dynamic-overrun",
     "static-overrun", "global-overread", "misaligned",        "absent-lane",         "lane-never-comes"};
 
-// out[block][i] = in[block][63 - i] + the sum of in over the thread's warp.
+// out[block][i] = in[block][kThreads - 1 - i] + the sum of in over the thread's warp.
 __global__ void reverse_and_sum(const float* in, float* out, Bug bug) {
   CSG_DYNAMIC_SHARED(shared);
   CSG_SHARED(float, sums, kThreads / 32);
   float* const staged = reinterpret_cast<float*>(shared);
   const int i = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
-  if (bug == Bug::ExitBeforeBarrier && i == 5) return;
-  staged[i + (bug == Bug::DynamicOverrun ? 1 : 0)] = in[first + i + (bug == Bug::GlobalOverread ? 1 : 0)];
+  staged[i + (bug == Bug::DynamicOverrun ? 1 : 0)] = in[first + i];
   float sum = in[first + i];
+  if (bug == Bug::GlobalOverread) sum += 0 * in[first + i + 1];
   for (int offset = 16; offset > 0; offset /= 2) {
     if (bug == Bug::LaneNeverComes && offset == 2 && i == 40) continue;
     const unsigned mask = bug == Bug::AbsentLane ? (i % 32 < 16 ? 0xffffu : 0xffff0000u) : 0xffffffffu;
     sum += __shfl_xor_sync(mask, sum, offset);
   }
   if (i % 32 == 0) sums[i / 32 + (bug == Bug::StaticOverrun ? 1 : 0)] = sum;
+  if (bug == Bug::ExitBeforeBarrier && i == 5) return;
   if (bug == Bug::DivergentBarrier && i < 32) {
     __syncthreads();
   } else if (bug != Bug::MissingBarrier) {
@@ -67,7 +68,7 @@ int main(int argc, char** argv) {
   }
   if (bug < 0) return 2;
   cuda_on_cpu_set_seed(static_cast<uint64_t>(std::atoi(argv[2])));
-  constexpr int kBlocks = 16;  // both buffers fill one page of 4096 bytes
+  constexpr int kBlocks = 4;  // both buffers fill one page of 4096 bytes
   auto* const in = static_cast<float*>(cuda_on_cpu_map(sizeof(float) * kBlocks * kThreads));
   auto* const out = static_cast<float*>(cuda_on_cpu_map(sizeof(float) * kBlocks * kThreads));
   for (int i = 0; i < kBlocks * kThreads; ++i) in[i] = static_cast<float>(i % 97);
