@@ -99,10 +99,15 @@ def gated_pool(
     elif validate and labels.is_cuda and labels.numel() and gate.dim() == 2:
         _validate_labels(labels, gate.shape[0])
     top = where = None
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         if project:
             top, where = torch.ops.csg_ext.column_max.default(gate.detach())
         out, pooled, _ = torch.ops.csg_ext.gated_pool.default(x, gate, rows, top, where, mode)
+        return (out, pooled) if return_pooled else out
+    if torch._C._are_functorch_transforms_active():
+        if project:
+            gate = reference.project_gate(gate)
+        out, pooled, _ = _TransformedGatedPool.apply(x, gate, rows, None, None, mode)
         return (out, pooled) if return_pooled else out
     try:
         if project:
@@ -240,6 +245,8 @@ def _fake_gated_pool(
             f"gated_pool: x (N, K, *spatial), gate (C, K) and labels (N,) do not fit, got {tuple(x.shape)}, "
             f"{tuple(gate.shape)} and {None if labels is None else tuple(labels.shape)}"
         )
+    if any(t is not None and t.device != x.device for t in (gate, labels)):
+        raise ValueError(f"gated_pool: gate and labels must be on the device of x, {x.device}, got another device")
     n, k = x.shape[:2]
     torch._check(gate.shape[1] == k, lambda: f"gated_pool: gate must have K = {k} columns, got {tuple(gate.shape)}")
     rows = gate if labels is None else labels
@@ -264,35 +271,40 @@ def _fake_gated_pool_backward(
     return grad_x, gate.new_empty(gate.shape if need_gate else 0)
 
 
-# ---- vmap: a batch of calls is one call over more samples, or over a taller gate --------------------------------------
+# ---- torch.func: a vmapped call is one call over more samples, or over a taller gate ----------------------------------
 
 
-def _vmap_gated_pool(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    x, gate, labels, top, where, pool = args
-    if in_dims[3] is not None or in_dims[4] is not None:
-        raise ValueError("gated_pool: project=True is not supported under vmap over gates; project_gate them first")
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    x, gate, labels, _, _, pool = args
     batch = info.batch_size
     x = x.movedim(in_dims[0], 0) if in_dims[0] is not None else x.expand(batch, *x.shape)
     n, k = x.shape[1], x.shape[2]
-    flat_x = x.flatten(0, 1)
     if labels is None:
-        rows = gate.movedim(in_dims[1], 0) if in_dims[1] is not None else gate.expand(batch, *gate.shape)
-        flat_gate, flat_labels = rows.flatten(0, 1), None
+        gate = gate.movedim(in_dims[1], 0) if in_dims[1] is not None else gate.expand(batch, *gate.shape)
+        gate = gate.flatten(0, 1)
     else:
         labels = labels.movedim(in_dims[2], 0) if in_dims[2] is not None else labels.expand(batch, *labels.shape)
-        flat_gate = gate
         if in_dims[1] is not None:
             gate = gate.movedim(in_dims[1], 0)
             # Only labels inside the gate may be shifted: another gate's rows must stay out of reach.
             inside = (labels >= 0) & (labels < gate.shape[1])
             shift = torch.arange(batch, device=labels.device)[:, None] * gate.shape[1]
             labels = torch.where(inside, labels + shift, -1)
-            flat_gate = gate.flatten(0, 1)
-        flat_labels = labels.flatten(0, 1)
-    out, pooled, index = torch.ops.csg_ext.gated_pool.default(flat_x, flat_gate, flat_labels, top, where, pool)
+            gate = gate.flatten(0, 1)
+        labels = labels.flatten(0, 1)
+    out, pooled, index = _TransformedGatedPool.apply(x.flatten(0, 1), gate, labels, None, None, pool)
     index_dim = None if pool == _AVG else 0
     index = index if pool == _AVG else index.reshape(batch, n, k)
     return (out.reshape(batch, n, k), pooled.reshape(batch, n, k), index), (0, 0, index_dim)
 
 
-torch.library.register_vmap("csg_ext::gated_pool", _vmap_gated_pool)
+class _TransformedGatedPool(torch.autograd.Function):
+    """The path under torch.func's transforms, which take neither of the other two."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.csg_ext._gated_pool.default(*inputs)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_op_backward)
+    vmap = staticmethod(_vmap)

@@ -66,10 +66,16 @@ inline ScalarType floating_type(const Tensor& t, const char* op, const char* arg
   }
 }
 
+inline std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+
 inline void check_same_device(const Tensor& t, const Tensor& x, const char* op, const char* argument) {
   const bool same = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
                     (!t.is_cuda() || t.get_device_index() == x.get_device_index());
-  check(same, op, ": ", argument, " must be on the device of the first argument, got one on another device");
+  check(same, op, ": ", argument, " must be on the device of the other tensors, ", device_of(x), ", got ",
+        device_of(t));
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

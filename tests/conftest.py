@@ -1,0 +1,49 @@
+"""What the tests share: devices, the CPU's instruction-set levels, seeds, and the collection of GPU-only files."""
+
+from __future__ import annotations
+
+import os
+
+# Idle OpenMP threads that spin take the other core from whatever runs beside the tests; read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import csg_ext  # noqa: F401  (loads the operators)
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+LEVELS = {0: "baseline", 1: "avx2", 2: "avx512"}
+
+# These files hold only what needs a GPU.
+collect_ignore = [] if torch.cuda.is_available() else ["test_on_gpu.py"]
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """Fresh inputs for every test, the same ones in every run."""
+    torch.manual_seed(sum(request.node.name.encode()))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def available_levels() -> list[int]:
+    """The instruction sets that this processor runs."""
+    op = torch.ops.csg_ext._cpu_level
+    now = op(-1)
+    best = op(2)
+    op(now)
+    return list(range(best + 1))
+
+
+@pytest.fixture(params=available_levels(), ids=lambda level: LEVELS[level])
+def cpu_level(request: pytest.FixtureRequest):
+    """Runs the test with each variant of the CPU kernels, chosen explicitly."""
+    op = torch.ops.csg_ext._cpu_level
+    now = op(-1)
+    assert op(request.param) == request.param
+    yield request.param
+    op(now)

@@ -1,0 +1,502 @@
+"""gated_pool against its definition: values, gradients of any order, layouts, dtypes, transforms, errors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from tolerances import assert_within
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+import csg_ext
+from csg_ext import reference
+
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+TYPES = [(F32, F32), (F64, F64), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
+TYPE_IDS = [f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES]
+
+# Odd sizes on purpose: below one vector, not a multiple of one, exactly one, several blocks of channels.
+SHAPES = [(3, 5), (1, 1, 1), (4, 7, 9), (2, 3, 1, 1), (8, 64, 4, 4), (3, 33, 7, 7), (2, 300, 13, 5), (2, 3, 67, 41)]
+SHAPES += [(2, 5, 3, 4, 5), (2, 1030, 2, 2), (1, 1, 50, 60), (5, 16, 3, 3)]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The middle of a larger tensor: rows stay contiguous, channels and samples do not, the start is misaligned."""
+    n, k, *rest = x.shape
+    big = x.new_zeros(n + 2, k + 3, *rest)
+    big[1 : n + 1, 2 : k + 2] = x
+    return big[1 : n + 1, 2 : k + 2]
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every second position of a larger tensor: no native layout."""
+    if x.dim() < 3:
+        return x
+    big = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    big[..., ::2] = x
+    return big[..., ::2]
+
+
+LAYOUTS = {"rows": lambda x: x, "channels_last": channels_last, "sliced": sliced, "strided": strided}
+
+
+def inputs(shape, types, device="cpu", classes=6, soft=False, project=False):
+    x = torch.randn(*shape, device=device).to(types[0])
+    gate = torch.rand(classes, shape[1], device=device)
+    if project:
+        gate = gate * 3 - 0.7
+        gate[:, ::5] = -gate[:, ::5].abs() - 0.1  # columns without a positive entry
+    gate = gate.to(types[1])
+    if soft:
+        labels = torch.rand(shape[0], classes, device=device).to(types[1])
+    else:
+        labels = torch.randint(0, classes, (shape[0],), device=device)
+    return x, gate, labels
+
+
+def compare(x, gate, labels, **options):
+    """Forward and backward of the kernel against the fp64 definition."""
+    x, gate = x.detach().requires_grad_(), gate.detach().requires_grad_()
+    x64, gate64 = x.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
+    soft = labels.is_floating_point()
+    labels64 = labels.double() if soft else labels
+    out, pooled = csg_ext.gated_pool(x, gate, labels, return_pooled=True, **options)
+    want, want_pooled = reference.gated_pool(x64, gate64, labels64, return_pooled=True, **options)
+    assert out.dtype == pooled.dtype == gate.dtype
+    row = reference.gate_rows(gate64, labels64, options.get("project", False)).detach()
+    axis = 2 if options.get("channel_dim", 1) == 1 else 1
+    magnitude = (x64.detach().abs().flatten(2).mean(2) if axis == 2 else x64.detach().abs().mean(1)) if x.dim() > 2 else x64.abs()
+    row_magnitude = row.abs() if not soft else labels64.abs() @ reference_gate(gate64, options).abs()
+    row_error = 0.0 if gate.dtype in (F32, F64) or not soft else torch.finfo(gate.dtype).eps
+    assert_within(pooled, want_pooled, magnitude, "pooled")
+    assert_within(out, want, magnitude * row_magnitude * (1 + row_error / torch.finfo(F32).eps), "out")
+
+    grad_out, grad_pooled = torch.randn_like(out), torch.randn_like(pooled)
+    got_x, got_gate = torch.autograd.grad((out, pooled), (x, gate), (grad_out, grad_pooled))
+    want_x, want_gate = torch.autograd.grad((want, want_pooled), (x64, gate64), (grad_out.double(), grad_pooled.double()))
+    spread = grad_out.double().abs() * row_magnitude + grad_pooled.double().abs()
+    spatial = [1] * (x.dim() - 2)
+    magnitude_x = spread.reshape(*spread.shape, *spatial) if axis == 2 else spread[:, None]
+    soft_row = torch.finfo(gate.dtype).eps / torch.finfo(F32).eps if soft and gate.dtype in (F16, BF16) else 1.0
+    assert got_x.dtype == x.dtype and got_gate.dtype == gate.dtype
+    assert_within(got_x, want_x, magnitude_x * soft_row, "gradient of x")
+    # Each term carries the rounding of pooled (and, for weights, of the terms) to the gate's dtype.
+    terms = (grad_out.double() * want_pooled.detach()).abs().sum(0, keepdim=True) * labels64.abs().max() if soft else None
+    if terms is None:
+        product = (grad_out.double() * want_pooled.detach()).abs()
+        product = product + grad_out.double().abs() * magnitude
+        terms = torch.zeros_like(gate64).index_add(0, labels, product)
+        if options.get("project"):
+            top = gate64.detach().max(0).values
+            terms = (terms + product.sum(0)) / torch.where(top > 0, top, 1.0)
+    else:
+        terms = terms + (grad_out.double().abs() * magnitude).sum(0, keepdim=True)
+        if options.get("project"):
+            top = gate64.detach().max(0).values
+            terms = terms * (1 + len(gate)) / torch.where(top > 0, top, 1.0)
+    rounding = torch.finfo(gate.dtype).eps / torch.finfo(F32).eps if gate.dtype in (F16, BF16) else 1.0
+    assert_within(got_gate, want_gate, terms * max(1.0, rounding / 40), "gradient of gate")
+
+
+def reference_gate(gate: Tensor, options: dict) -> Tensor:
+    return (reference.project_gate(gate) if options.get("project") else gate).detach()
+
+
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_values_and_gradients(device, types, layout, pool):
+    for shape, project, soft in itertools.product(SHAPES, [False, True], [False, True]):
+        x, gate, labels = inputs(shape, types, device, soft=soft, project=project)
+        compare(LAYOUTS[layout](x), gate, labels, pool=pool, project=project)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+def test_every_cpu_variant(cpu_level, types, layout):
+    for shape, pool, project in itertools.product(SHAPES, ["avg", "max"], [False, True]):
+        x, gate, labels = inputs(shape, types, project=project)
+        compare(LAYOUTS[layout](x), gate, labels, pool=pool, project=project)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_tokens(device, types):
+    x, gate, labels = inputs((4, 40, 197), types, device)
+    tokens = x.movedim(1, -1).contiguous()
+    compare(tokens, gate, labels, channel_dim=-1)
+    compare(tokens, gate, labels, channel_dim=-1, pool="max", project=True)
+    grad = torch.autograd.grad(
+        csg_ext.gated_pool(tokens.requires_grad_(), gate, labels, channel_dim=-1).float().sum(), tokens
+    )[0]
+    assert grad.shape == tokens.shape
+
+
+def test_large_maps(device):
+    for shape in [(1, 3, 112, 112), (2, 16, 56, 56), (1, 2, 300, 300)]:
+        for layout, pool in itertools.product(["rows", "channels_last"], ["avg", "max"]):
+            compare(LAYOUTS[layout](torch.rand(*shape, device=device)), torch.rand(4, shape[1], device=device),
+                    torch.zeros(shape[0], dtype=torch.int64, device=device), pool=pool)  # fmt: skip
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+def test_first_and_second_derivatives(device, pool, project, layout):
+    for shape in [(4, 3), (3, 4, 5), (3, 4, 2, 3), (2, 3, 2, 1, 2)]:
+        x, gate, labels = inputs(shape, (F64, F64), device, project=project)
+        x, gate = LAYOUTS[layout](x).requires_grad_(), gate.requires_grad_()
+
+        def hard(x, gate, labels=labels):
+            return csg_ext.gated_pool(x, gate, labels, pool=pool, project=project, return_pooled=True)
+
+        assert gradcheck(hard, (x, gate))
+        assert gradgradcheck(hard, (x, gate))
+        weights = torch.rand(shape[0], len(gate), dtype=F64, device=device, requires_grad=True)
+
+        def soft(x, gate, weights):
+            return csg_ext.gated_pool(x, gate, weights, pool=pool, project=project)
+
+        assert gradcheck(soft, (x, gate, weights))
+        assert gradgradcheck(soft, (x, gate, weights))
+
+
+def test_third_derivative_matches_the_definition(device):
+    x, gate, labels = inputs((3, 4, 2, 3), (F64, F64), device)
+    for project, pool in itertools.product([False, True], ["avg", "max"]):
+        results = []
+        for f in (csg_ext.gated_pool, reference.gated_pool):
+            a, g = x.clone().requires_grad_(), gate.clone().requires_grad_()
+            value = f(a, g, labels, pool=pool, project=project).sin().sum()
+            parts: tuple[Tensor, ...] = ()
+            for _ in range(3):
+                parts = torch.autograd.grad(value, (a, g), create_graph=True)
+                value = sum(p.sin().sum() for p in parts)
+            results.append((value.detach(), *[p.detach() for p in parts]))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_only_small_tensors_are_saved(device):
+    for pool in ("avg", "max"):
+        x, gate, labels = inputs((4, 8, 16, 16), (F32, F32), device)
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            csg_ext.gated_pool(x.requires_grad_(), gate.requires_grad_(), labels, pool=pool)
+        assert saved and max(t.numel() for t in saved) <= max(4 * 8, gate.numel())
+
+
+def test_partial_gradients(device):
+    x, gate, labels = inputs((4, 8, 5, 5), (F32, F32), device)
+    full_x, full_gate = x.clone().requires_grad_(), gate.clone().requires_grad_()
+    csg_ext.gated_pool(full_x, full_gate, labels).square().sum().backward()
+    only_x, only_gate = x.clone().requires_grad_(), gate.clone().requires_grad_()
+    csg_ext.gated_pool(only_x, gate, labels).square().sum().backward()
+    csg_ext.gated_pool(x, only_gate, labels).square().sum().backward()
+    assert torch.equal(only_x.grad, full_x.grad) and torch.equal(only_gate.grad, full_gate.grad)
+    out, pooled = csg_ext.gated_pool(full_x, full_gate, labels, return_pooled=True)
+    (grad,) = torch.autograd.grad(pooled.sum(), full_x)  # only the STD path: the gate's branch has no gradient
+    torch.testing.assert_close(grad, torch.full_like(grad, 1 / 25))
+
+
+def test_gradient_keeps_the_layout(device):
+    x, gate, labels = inputs((4, 8, 5, 5), (F32, F32), device)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        a = x.contiguous(memory_format=memory_format).requires_grad_()
+        (grad,) = torch.autograd.grad(csg_ext.gated_pool(a, gate, labels).sum(), a)
+        assert grad.is_contiguous(memory_format=memory_format)
+
+
+def test_expanded_inputs(device):
+    x = torch.randn(1, 6, 1, 1, device=device).expand(4, 6, 3, 3)
+    gate = torch.rand(1, 6, device=device).expand(5, 6)
+    labels = torch.tensor([2], device=device).expand(4)
+    compare(x, gate, labels)
+    compare(torch.randn(1, 6, 3, 3, device=device).expand(4, 6, 3, 3), gate, labels, pool="max")
+    out = csg_ext.gated_pool(x.requires_grad_(), gate, labels)
+    out.sum().backward()  # an expanded gradient arrives in backward
+
+
+def test_same_bits_for_any_number_of_threads():
+    x, gate, labels = inputs((64, 130, 9, 9), (F32, F32))
+    x = torch.cat([x] * 4).requires_grad_()
+    labels = torch.cat([labels] * 4)
+    gate.requires_grad_()
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 1):
+            torch.set_num_threads(count)
+            for pool, layout in itertools.product(["avg", "max"], LAYOUTS.values()):
+                out = csg_ext.gated_pool(layout(x), gate, labels, pool=pool, project=True)
+                results.append((count, [out, *torch.autograd.grad(out.square().sum(), (x, gate))]))
+    finally:
+        torch.set_num_threads(threads)
+    per_count = len(results) // 4
+    for i in range(per_count):
+        for other in range(1, 4):
+            for a, b in zip(results[i][1], results[i + other * per_count][1], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_half_sums_do_not_overflow(device):
+    x = torch.full((2, 3, 64, 64), 60000.0, dtype=F16, device=device)  # the sum is 2.5e8, the mean fits
+    out = csg_ext.gated_pool(x, torch.ones(2, 3, dtype=F16, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+    assert torch.equal(out.cpu(), torch.full((2, 3), 60000.0, dtype=F16))
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+@pytest.mark.parametrize("dtype", [F32, F64, F16, BF16])
+def test_nan_and_infinity(device, layout, dtype):
+    x = torch.randn(6, 20, 7, 5, device=device).to(dtype)
+    x[0, 3, 2, 1] = float("nan")
+    x[1, 4, 6, 4] = float("inf")
+    x[2, 5, 0, 0] = -float("inf")
+    x[3, 6, 1, 1], x[3, 6, 5, 2] = float("inf"), float("nan")
+    gate = torch.rand(3, 20, device=device).to(dtype)
+    gate[1, 7] = float("nan")
+    labels = torch.tensor([0, 1, 2, 0, 1, 2], device=device)
+    x = LAYOUTS[layout](x)
+    for pool, project in itertools.product(["avg", "max"], [False, True]):
+        out, pooled = csg_ext.gated_pool(x, gate, labels, pool=pool, project=project, return_pooled=True)
+        want = reference.gated_pool(x.double(), gate.double(), labels, pool=pool, project=project, return_pooled=True)
+        for a, b in zip((out, pooled), want, strict=True):
+            assert torch.equal(a.isnan(), b.isnan())
+            torch.testing.assert_close(a.double(), b, equal_nan=True, rtol=20 * torch.finfo(dtype).eps, atol=0.02)
+
+
+def test_maximum_goes_to_the_first_of_equals(device):
+    for layout, dtype in itertools.product(["rows", "channels_last"], [F32, F64, F16, BF16]):
+        x = torch.randint(0, 3, (4, 37, 9, 9), device=device).to(dtype)
+        x[0, 0, 4, 4] = float("nan")
+        x[0, 0, 7, 7] = float("nan")
+        x = LAYOUTS[layout](x).requires_grad_()
+        gate = torch.ones(2, 37, dtype=dtype, device=device)
+        (grad,) = torch.autograd.grad(
+            csg_ext.gated_pool(x, gate, torch.zeros(4, dtype=torch.int64, device=device), pool="max").sum(), x
+        )
+        flat = x.detach().flatten(2).double()
+        nan = flat.isnan()
+        best = torch.where(nan.any(2, keepdim=True), nan, flat == flat.amax(2, keepdim=True))
+        first = best & (best.cumsum(2) == 1)
+        assert torch.equal(grad.flatten(2) != 0, first)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (4, 0, 3, 3), (0, 0, 2), (0, 5)])
+def test_empty(device, shape):
+    x = torch.randn(*shape, device=device, requires_grad=True)
+    gate = torch.rand(3, shape[1], device=device, requires_grad=True)
+    for labels in (torch.zeros(shape[0], dtype=torch.int64, device=device), torch.zeros(shape[0], 3, device=device)):
+        for pool, project in itertools.product(["avg", "max"], [False, True]):
+            out, pooled = csg_ext.gated_pool(x, gate, labels, pool=pool, project=project, return_pooled=True)
+            assert out.shape == pooled.shape == shape[:2]
+            grad_x, grad_gate = torch.autograd.grad(out.sum() + pooled.sum(), (x, gate))
+            assert grad_x.shape == x.shape and torch.equal(grad_gate, torch.zeros_like(gate))
+
+
+def test_offsets_beyond_32_bits():
+    """Strides above 2^31 elements; only the touched pages of the storage exist."""
+    far = 2**31 + 64
+    storage = torch.empty(2 * far + 4096, dtype=F16)
+    for shape, stride in [((2, 3, 8), (far, 24, 1)), ((2, 3, 8), (64, far // 2, 1)), ((2, 3, 3), (16, 1, far // 2))]:
+        x = storage.as_strided(shape, stride)
+        values = torch.randn(*shape).to(F16)
+        x.copy_(values)
+        gate, labels = torch.rand(4, 3), torch.tensor([3, 1])
+        for pool in ("avg", "max"):
+            got = csg_ext.gated_pool(x, gate, labels, pool=pool)
+            torch.testing.assert_close(got, reference.gated_pool(values, gate, labels, pool=pool), rtol=1e-6, atol=1e-6)
+
+
+# ---- transforms ------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    ops = torch.ops.csg_ext
+    for shape, pool, types in itertools.product([(4, 6, 3, 3), (4, 6)], [0, 1], [(F32, F32), (BF16, F32)]):
+        x, gate, labels = inputs(shape, types, device)
+        for grad in (False, True):
+            x, gate = x.detach().requires_grad_(grad), gate.detach().requires_grad_(grad)
+            torch.library.opcheck(ops.gated_pool.default, (x, gate, labels, None, None, pool))
+        top, where = ops.column_max(gate.detach())
+        torch.library.opcheck(ops.gated_pool.default, (x, gate, labels, top, where, pool))
+        x, gate = x.detach(), gate.detach()
+        torch.library.opcheck(ops._gated_pool.default, (x, gate, labels, None, None, pool))
+        out, pooled, index = ops._gated_pool(x, gate, labels, None, None, pool)
+        for last in (False, True):
+            torch.library.opcheck(
+                ops.gated_pool_backward.default,
+                (out, None, pooled, index, gate, labels, top, where, shape, last, types[0], pool, True, True),
+            )
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_compile_in_one_graph(device, pool, soft):
+    torch._dynamo.reset()
+
+    def step(x, gate, labels):
+        out, pooled = csg_ext.gated_pool(x.relu(), gate, labels, pool=pool, project=True, return_pooled=True)
+        return (out * 2 + pooled).tanh()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for shape in [(8, 16, 5, 5), (5, 16, 7, 4)]:
+        x, gate, labels = inputs(shape, (F32, F32), device, soft=soft, project=True)
+        grads = []
+        for f in (step, compiled):
+            a, g = x.clone().requires_grad_(), gate.clone().requires_grad_()
+            out = f(a, g, labels)
+            grads.append((out.detach(), *torch.autograd.grad(out.sum(), (a, g))))
+        for eager, graph in zip(*grads, strict=True):
+            torch.testing.assert_close(graph, eager)
+
+
+def test_export(device):
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Parameter(torch.rand(6, 16))
+
+        def forward(self, x, labels):
+            return csg_ext.gated_pool(x, self.gate, labels, project=True)
+
+    head = Head().to(device)
+    x, _, labels = inputs((8, 16, 5, 5), (F32, F32), device)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(head, (x, labels), dynamic_shapes={"x": {0: batch}, "labels": {0: batch}})
+    assert any("csg_ext" in str(node.target) for node in program.graph.nodes)
+    x, _, labels = inputs((3, 16, 5, 5), (F32, F32), device)
+    torch.testing.assert_close(program.module()(x, labels), head(x, labels))
+
+
+def test_autocast(device):
+    conv = torch.nn.Conv2d(3, 8, 3).to(device)
+    gate = torch.nn.Parameter(torch.rand(4, 8, device=device))
+    image, labels = torch.randn(5, 3, 9, 9, device=device), torch.randint(0, 4, (5,), device=device)
+    for weights in (labels, torch.nn.functional.one_hot(labels, 4).float()):
+        with torch.autocast(device, dtype=BF16):
+            features = conv(image)
+            out = csg_ext.gated_pool(features, gate, weights)
+        assert features.dtype == BF16 and out.dtype == F32  # the gate's row is not rounded to bf16
+        torch.testing.assert_close(out, reference.gated_pool(features.float(), gate, weights))
+        out.sum().backward()
+        assert gate.grad.dtype == F32
+
+
+def test_vmap_is_a_larger_batch(device):
+    x = torch.randn(5, 3, 4, 2, 2, device=device)
+    gates, labels = torch.rand(5, 6, 4, device=device), torch.randint(0, 6, (5, 3), device=device)
+    for pool in ("avg", "max"):
+        for dims in [(0, 0, 0), (0, None, 0), (0, None, None), (None, 0, 0), (None, 0, None), (1, 0, 0)]:
+            args = [
+                x.movedim(0, dims[0]) if dims[0] is not None else x[0],
+                gates if dims[1] is not None else gates[0],
+                labels if dims[2] is not None else labels[0],
+            ]
+
+            def call(x, gate, labels, pool=pool):
+                return csg_ext.gated_pool(x, gate, labels, pool=pool)
+
+            got = torch.vmap(call, in_dims=dims)(*args)
+            for b in range(5):
+                parts = [a if d is None else a.select(d, b) for a, d in zip(args, dims, strict=True)]
+                assert torch.equal(got[b], call(*parts))
+
+
+def test_functional_gradients(device):
+    x, gate, labels = inputs((3, 4, 2, 2), (F64, F64), device)
+
+    def loss(gate):
+        return csg_ext.gated_pool(x, gate, labels).square().sum()
+
+    got = torch.func.grad(loss)(gate)
+    want = torch.func.grad(lambda g: reference.gated_pool(x, g, labels).square().sum())(gate)
+    torch.testing.assert_close(got, want)
+    per_sample = torch.vmap(torch.func.grad(lambda x, g, y: csg_ext.gated_pool(x[None], g, y[None]).square().sum()),
+                            in_dims=(0, None, 0))(x, gate, labels)  # fmt: skip
+    assert per_sample.shape == x.shape
+
+
+def test_deepcopy_and_repeated_backward(device):
+    x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)
+    gate = torch.nn.Parameter(gate)
+    out = csg_ext.gated_pool(x, gate, labels)
+    out.sum().backward(retain_graph=True)
+    first = gate.grad.clone()
+    out.sum().backward()
+    assert torch.equal(gate.grad, 2 * first)
+    assert torch.equal(copy.deepcopy(gate), gate)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def case(x=(4, 8, 3, 3), gate=(5, 8), labels=(4,), x_dtype=F32, gate_dtype=F32, label_dtype=torch.int64):
+    def zeros(shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+
+    return zeros(x, x_dtype), zeros(gate, gate_dtype), zeros(labels, label_dtype)
+
+
+def with_label(value):
+    x, gate, labels = case()
+    labels[3] = value
+    return x, gate, labels
+
+
+def with_nan_weight():
+    x, gate, weights = case(labels=(4, 5), label_dtype=F32)
+    weights[2, 1] = float("nan")
+    return x, gate, weights
+
+
+BAD = [
+    (case(x=(4,)), {}, ValueError, r"x must have the shape \(N, K, \*spatial\), got \(4,\)"),
+    (case(gate=(5, 7)), {}, ValueError, r"gate must have a column for each of the K = 8 channels, got the shape \(5, 7\)"),
+    (case(gate=(8,)), {}, ValueError, r"gate must have the shape \(C, K\), got \(8,\)"),
+    (case(labels=(3,)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(3,\)"),
+    (case(labels=(4, 1)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(4, 1\)"),
+    (case(label_dtype=torch.int32), {}, TypeError, r"labels must be int64 class indices .*, got int32"),
+    (case(label_dtype=torch.bool), {}, TypeError, r"labels must be int64 class indices .*, got bool"),
+    (case(x_dtype=torch.int64), {}, TypeError, r"x must be float32, float64, float16 or bfloat16, got int64"),
+    (case(gate_dtype=torch.int64), {}, TypeError, r"gate must be float32, float64, float16 or bfloat16, got int64"),
+    (case(gate_dtype=F64), {}, TypeError, r"gate must have the dtype of x, or be float32 with half x, got float64"),
+    (case(gate_dtype=F16), {}, TypeError, r"gate must have the dtype of x, or be float32 with half x, got float16"),
+    (with_label(12), {}, ValueError, r"labels\[3\] = 12 is outside \[0, 5\)"),
+    (with_label(-1), {}, ValueError, r"labels\[3\] = -1 is outside \[0, 5\)"),
+    (with_nan_weight(), {}, ValueError, r"labels\[2, 1\] is NaN"),
+    (case(labels=(4, 6), label_dtype=F32), {}, ValueError, r"floating-point labels must have the shape \(N, C\).*\(4, 6\)"),
+    (case(labels=(4,), label_dtype=F32), {}, ValueError, r"floating-point labels must have the shape \(N, C\).*\(4,\)"),
+    (case(x=(4, 8, 0, 3)), {}, ValueError, r"x must have at least one spatial position to pool, got .*\(4, 8, 0, 3\)"),
+    (case(), {"pool": "median"}, ValueError, r"pool must be 'avg' or 'max', got 'median'"),
+    (case(), {"channel_dim": 2}, ValueError, r"channel_dim must be 1 or -1, got 2"),
+    (case(gate=(0, 8)), {"project": True}, ValueError, r"gate must have at least one row, got \(0, 8\)"),
+    (([[1.0]], *case()[1:]), {}, TypeError, r"x must be a torch.Tensor, got list"),
+    ((case()[0], case()[1], [0, 1, 2, 3]), {}, TypeError, r"labels must be a torch.Tensor, got list"),
+]
+
+
+@pytest.mark.parametrize("args, options, error, message", BAD, ids=range(len(BAD)))
+def test_bad_input_is_one_clear_sentence(args, options, error, message):
+    with pytest.raises(error, match=rf"^gated_pool: {message}[^\n]*$"):
+        csg_ext.gated_pool(*args, **options)
+
+
+def test_meta_tensors_give_shapes_and_mixed_devices_an_error():
+    x, gate, labels = (t.to("meta") for t in case())
+    assert csg_ext.gated_pool(x, gate, labels, pool="max", project=True).shape == (4, 8)
+    with pytest.raises(ValueError, match=r"^gated_pool: gate and labels must be on the device of x, cpu"):
+        csg_ext.gated_pool(case()[0], gate, case()[2])
+
+
+def test_changed_label_is_noticed_before_backward():
+    x, gate, labels = case()
+    out = csg_ext.gated_pool(x, gate.requires_grad_(), labels)
+    labels[0] = 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
