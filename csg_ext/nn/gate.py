@@ -138,6 +138,11 @@ class GatedModel(nn.Module):
         """Logits (N, C) from a feature map (N, K, *spatial), gated by the labels' rows when labels are given."""
         return self.classifier(_pool(features) if labels is None else self.csg(features, labels))
 
+    def both_paths(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the STD path and of the CSG path, from one read of the feature map."""
+        gated, pooled = gated_pool(features, self.gate, labels, return_pooled=True)
+        return self.classifier(pooled), self.classifier(gated)
+
     def weights(self) -> list[nn.Parameter]:
         """Every parameter but the gate."""
         return [p for p in self.parameters() if p is not self.csg.gate]

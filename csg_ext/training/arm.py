@@ -142,7 +142,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     return numbers, {"mi": mi, "gate": gate, "confusion": confusion}
 
 
-def train_arm(
+def fit_arm(
     arm: str,
     config: TrainConfig,
     data: ImageData,
@@ -152,19 +152,16 @@ def train_arm(
     device: str = "cpu",
     report: Report = lambda message: None,
     stop_after: int | None = None,
-) -> dict[str, Any]:
-    """Trains one arm ("std" or "csg") and measures it; returns what result.json holds.
+) -> AlternateTraining:
+    """Trains one arm ("std" or "csg"); the returned module holds the model and the history.
 
-    folder receives last.ckpt (after every epoch and on Ctrl-C), metrics.csv, metrics.json, model.safetensors,
-    result.json and arrays.npz (mi, gate, confusion). resume continues from last.ckpt where there is one, bit for bit
-    on the CPU with the same number of threads. report gets a dict after every few steps. stop_after stops as Ctrl-C
-    does after that step.
+    folder receives last.ckpt (after every epoch and on Ctrl-C), metrics.csv and metrics.json. resume continues from
+    last.ckpt where there is one, bit for bit on the CPU with the same number of threads. report gets a dict after
+    every few steps. stop_after stops after that step as Ctrl-C does.
 
     Raises TrainingInterrupted after Ctrl-C (the state is saved), DivergedError when the loss is no number,
     OSError when a file cannot be written (the old one survives).
     """
-    if arm not in (STD, CSG):
-        raise ValueError(f"train_arm: arm must be 'std' or 'csg', got {arm!r}")
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     place = torch.device(device)
@@ -182,7 +179,6 @@ def train_arm(
         device=place,
     )
     module = AlternateTraining(build_model(config, data), batches, config, arm)
-    bf16 = uses_bf16(config, place)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with Interruption() as interruption, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -190,7 +186,7 @@ def train_arm(
             max_epochs=config.epochs,
             accelerator="gpu" if place.type == "cuda" else "cpu",
             devices=[place.index or 0] if place.type == "cuda" else 1,
-            precision="bf16-mixed" if bf16 else "32-true",
+            precision="bf16-mixed" if uses_bf16(config, place) else "32-true",
             callbacks=[_Keeper(out, report, interruption, stop_after)],
             plugins=[AtomicCheckpointIO()],
             logger=False,
@@ -200,8 +196,28 @@ def train_arm(
         )
         checkpoint = out / CHECKPOINT
         trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+    module.model.to(place)
+    return module
+
+
+def train_arm(
+    arm: str,
+    config: TrainConfig,
+    data: ImageData,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    report: Report = lambda message: None,
+) -> dict[str, Any]:
+    """fit_arm, then evaluate on the test part; returns what result.json holds.
+
+    folder receives, besides fit_arm's files, model.safetensors, arrays.npz (mi, gate, confusion) and result.json.
+    """
+    out, place = Path(folder), torch.device(device)
+    module = fit_arm(arm, config, data, out, resume=resume, device=device, report=report)
     report({"evaluating": True})
-    numbers, arrays = evaluate(module.model.to(place), data, arm)
+    numbers, arrays = evaluate(module.model, data, arm)
     with atomic_file(out / WEIGHTS) as file:
         from safetensors.torch import save
 
@@ -213,7 +229,7 @@ def train_arm(
         **numbers,
         "train_seconds": round(module.seconds, 2),
         "steps": module.step_count,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": "bf16" if uses_bf16(config, place) else "fp32",
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }

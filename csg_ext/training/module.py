@@ -17,7 +17,7 @@ from csg_ext.data.batches import Batches, derive_seed
 from csg_ext.nn.gate import GatedModel
 from csg_ext.optim import ProjectedSGD
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.schedule import CSG, JOINT, STD, Schedule
+from csg_ext.training.schedule import CSG, STD, Schedule
 
 _STEP_STREAM = 3  # random stream of everything drawn inside a step, e.g. dropout
 _CHECK_EVERY = 20  # steps between checks of the loss: reading it waits for the device
@@ -100,20 +100,25 @@ class AlternateTraining(pl.LightningModule):
         weights_optimizer.zero_grad()
         gate_optimizer.zero_grad()
 
-        features = self.model.forward_features(x)
-        loss, sums = torch.zeros((), device=x.device), self.sums
-        if path in (STD, JOINT):
-            logits = self.model.classify(features)
-            std_loss = F.cross_entropy(logits, labels)
+        std_logits = csg_logits = None
+        if path == STD:
+            std_logits = self.model(x)
+        elif path == CSG:
+            csg_logits = self.model(x, labels)
+        else:
+            std_logits, csg_logits = self.model.both_paths(self.model.forward_features(x), labels)
+        loss, sums, n = torch.zeros((), device=x.device), self.sums, len(labels)
+        if std_logits is not None:
+            std_loss = F.cross_entropy(std_logits, labels)
             loss = loss + std_loss
-            sums[0] += std_loss.detach() * len(labels)
-            sums[1] += len(labels)
-            sums[2] += (logits.detach().argmax(1) == labels).sum()
-        if path in (CSG, JOINT):
-            csg_loss = F.cross_entropy(self.model.classify(features, labels), labels)
+            sums[0] += std_loss.detach() * n
+            sums[1] += n
+            sums[2] += (std_logits.detach().argmax(1) == labels).sum()
+        if csg_logits is not None:
+            csg_loss = F.cross_entropy(csg_logits, labels)
             loss = loss + c.lambda_1 * csg_loss + c.lambda_2 * self.model.csg.penalty(c.budget, c.penalty)
-            sums[3] += csg_loss.detach() * len(labels)
-            sums[4] += len(labels)
+            sums[3] += csg_loss.detach() * n
+            sums[4] += n
         self.manual_backward(loss)
         weights_optimizer.step()
         if path != STD:
