@@ -1,0 +1,297 @@
+"""project_gate, gate_step_ and the projected optimizers against their definitions and torch.optim."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from tolerances import accumulator
+from torch.autograd import gradcheck, gradgradcheck
+
+import csg_ext
+from csg_ext import reference
+from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SHAPES = [(1, 1), (1, 7), (2, 64), (10, 64), (7, 129), (100, 33), (1000, 40), (3, 1025)]
+METHODS = ["scale", "euclidean"]
+
+
+def gates(shape, dtype, device="cpu"):
+    gate = torch.randn(*shape, device=device)
+    gate[:, ::7] = -gate[:, ::7].abs()  # no positive entry
+    gate[:, 1::11] = 0.5  # ties
+    if shape[1] > 3:
+        gate[0, 3] = float("nan")
+    return gate.to(dtype)
+
+
+def in_feasible_set(gate: torch.Tensor) -> bool:
+    """V_G: entries in [0, 1], every column's maximum exactly 1; columns of NaN aside."""
+    gate = gate[:, ~gate.isnan().any(0)]
+    return bool((gate >= 0).all() and (gate <= 1).all() and (gate.amax(0) == 1).all())
+
+
+def assert_close(got, want, dtype):
+    # One rounding to the dtype, and a handful in the accumulator.
+    eps, acc = torch.finfo(dtype).eps, torch.finfo(accumulator(dtype)).eps
+    torch.testing.assert_close(got.double(), want.double(), rtol=eps + 8 * acc, atol=8 * acc, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_projection(device, dtype, method):
+    for shape in SHAPES:
+        gate = gates(shape, dtype, device)
+        want = reference.project_gate(gate.double(), method)
+        got = csg_ext.project_gate(gate, method)
+        assert_close(got, want, dtype)
+        assert in_feasible_set(got)
+        assert torch.equal(gate.isnan().any(0), got.isnan().all(0))
+        again = gate.clone()
+        version = again._version
+        assert csg_ext.project_gate_(again, method) is again
+        assert torch.equal(again.nan_to_num(5), got.nan_to_num(5)) and again._version > version
+        fixed = got.clone()
+        csg_ext.project_gate_(fixed, method)  # a projection leaves feasible points where they are
+        assert torch.equal(fixed.nan_to_num(5), got.nan_to_num(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_cpu_variant(cpu_level, dtype):
+    for shape, method in itertools.product(SHAPES, METHODS):
+        gate, grad = gates(shape, dtype), torch.randn(*shape).to(dtype)
+        assert_close(csg_ext.project_gate(gate, method), reference.project_gate(gate.double(), method), dtype)
+        top, where = torch.ops.csg_ext.column_max(gate)
+        want_top, want_where = gate.max(0)
+        assert torch.equal(top.nan_to_num(9), want_top.nan_to_num(9))
+        assert torch.equal(where, want_where)
+        step_and_compare(gate, grad, method, dict(lr=0.3, momentum=0.9, weight_decay=0.01), dtype)
+
+
+def step_and_compare(gate, grad, method, options, dtype):
+    """The kernel rounds the update once to the dtype; the definition is applied from the rounded values on."""
+    use_buffer = options.get("momentum", 0) != 0
+    buffer = torch.randn_like(gate) if use_buffer else None
+    new_gate, new_buffer = gate.clone(), None if buffer is None else buffer.clone()
+    csg_ext.gate_step_(new_gate, grad, new_buffer, method=method, **options)
+    acc = accumulator(dtype)
+    d = grad.to(acc) + options.get("weight_decay", 0.0) * gate.to(acc)
+    if buffer is not None:
+        kept = d if options.get("first_step") else (
+            options["momentum"] * buffer.to(acc) + (1 - options.get("dampening", 0.0)) * d
+        )  # fmt: skip
+        assert_close(new_buffer, kept, dtype)
+        d = d + options["momentum"] * kept if options.get("nesterov") else kept
+    updated = gate.to(acc) - options["lr"] * d
+    assert in_feasible_set(new_gate)
+    want = reference.project_gate(updated.double(), method)
+    # The rounding of the update moves a column's maximum as well as its entries: two roundings of the dtype, relative
+    # to the maximum; where two entries are that close, or the column is nearly dead, either may win.
+    eps = torch.finfo(dtype).eps
+    top = updated.double().max(0).values
+    second = updated.double().topk(min(2, len(gate)), 0).values[-1] if len(gate) > 1 else top - 1
+    clear = (top.abs() > 0.05) & ((top - second) > 8 * eps) & ~top.isnan()
+    scale = updated.double().abs().amax(0) / top.abs().clamp_min(0.05)
+    bound = (6 * eps + 64 * torch.finfo(acc).eps) * (1 + scale)
+    assert ((new_gate.double() - want).abs() <= bound)[:, clear].all()
+    assert torch.equal(new_gate.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_step_matches_the_definition(device, dtype, method):
+    options = [
+        dict(lr=0.1),
+        dict(lr=0.1, weight_decay=0.1),
+        dict(lr=0.1, momentum=0.9),
+        dict(lr=0.1, momentum=0.9, first_step=True),
+        dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.05),
+        dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05),
+        dict(lr=0.0),
+    ]
+    for shape, option in itertools.product(SHAPES, options):
+        gate = reference.project_gate(torch.rand(*shape, device=device, dtype=torch.float64)).to(dtype)
+        grad = torch.randn(*shape, device=device).to(dtype)
+        step_and_compare(gate, grad, method, option, dtype)
+
+
+def test_same_bits_for_any_number_of_threads():
+    gate, grad, buffer = torch.rand(200, 4096), torch.randn(200, 4096), torch.randn(200, 4096)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            g, b = gate.clone(), buffer.clone()
+            csg_ext.gate_step_(g, grad, b, lr=0.1, momentum=0.9)
+            results.append((g, b))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_projection_is_differentiable(device, method):
+    gate = torch.randn(5, 7, dtype=torch.float64, device=device, requires_grad=True)
+    with torch.no_grad():
+        gate[:, 2] = -gate[:, 2].abs() - 0.1
+    assert gradcheck(lambda g: csg_ext.project_gate(g, method), (gate,))
+    assert gradgradcheck(lambda g: csg_ext.project_gate(g, method), (gate,))
+
+
+def test_strided_gates_and_empty_ones(device):
+    big = torch.randn(12, 80, device=device)
+    view = big[1:11, ::2]
+    want = reference.project_gate(view.double())
+    outside = big[:, 1::2].clone()
+    csg_ext.project_gate_(view)
+    assert_close(view, want, torch.float32)
+    assert torch.equal(big[:, 1::2], outside)
+    buffer = torch.zeros(40, 10, device=device).t()
+    csg_ext.gate_step_(view, torch.randn(10, 40, device=device), buffer, lr=0.1, momentum=0.9)
+    assert buffer.abs().sum() > 0
+    for shape in [(0, 4), (4, 0), (0, 0)]:
+        gate = torch.zeros(shape, device=device)
+        assert csg_ext.project_gate(gate).shape == shape
+        csg_ext.gate_step_(gate, gate.clone(), lr=0.1)
+
+
+def test_a_graph_notices_the_step(device):
+    gate = torch.rand(3, 4, device=device, requires_grad=True)
+    loss = csg_ext.gated_pool(torch.randn(2, 4, 3, 3, device=device, requires_grad=True), gate,
+                              torch.tensor([0, 1], device=device)).sum()  # fmt: skip
+    csg_ext.project_gate_(gate)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_opcheck_and_compile(device):
+    ops = torch.ops.csg_ext
+    gate, grad, buffer = (torch.rand(5, 7, device=device) for _ in range(3))
+    for euclidean in (False, True):
+        args = (gate.clone(), grad, buffer.clone(), 0.1, 0.9, 0.0, 0.01, True, False, euclidean)
+        torch.library.opcheck(ops.gate_step_.default, args)
+        torch.library.opcheck(ops.gate_step_.default, (gate.clone(), None, None, 0.0, 0.0, 0.0, 0.0, False, False, euclidean))
+    torch.library.opcheck(ops.column_max.default, (gate,))
+    torch._dynamo.reset()
+
+    def step(gate, grad, buffer):
+        csg_ext.gate_step_(gate, grad, buffer, lr=0.1, momentum=0.9)
+        return gate * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    a, b = (gate.clone(), buffer.clone()), (gate.clone(), buffer.clone())
+    torch.testing.assert_close(compiled(a[0], grad, a[1]), step(b[0], grad, b[1]))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.1}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.9, "nesterov": True}],
+    ids=str,
+)
+def test_projected_sgd_is_sgd_then_projection(device, options):
+    gate = torch.full((6, 20), 0.5, device=device, requires_grad=True)
+    other = gate.detach().clone().requires_grad_()
+    ours, theirs = ProjectedSGD([gate], lr=0.2, **options), torch.optim.SGD([other], lr=0.2, **options)
+    for _ in range(6):
+        grad = torch.randn(6, 20, device=device)
+        gate.grad, other.grad = grad.clone(), grad.clone()
+        ours.step()
+        theirs.step()
+        with torch.no_grad():
+            other.copy_(reference.project_gate(other))
+        torch.testing.assert_close(gate, other, rtol=1e-5, atol=1e-6)
+        assert in_feasible_set(gate.detach())
+
+
+def test_projected_sgd_resumes(device):
+    def run(steps, state=None):
+        torch.manual_seed(3)
+        gate = torch.full((4, 9), 0.5, device=device, requires_grad=True)
+        optimizer = ProjectedSGD([gate], lr=0.1, momentum=0.9)
+        grads = torch.randn(6, 4, 9, device=device)
+        start = 0
+        if state is not None:
+            start = 3
+            with torch.no_grad():
+                gate.copy_(state[0])
+            optimizer.load_state_dict(state[1])
+        for i in range(start, steps):
+            gate.grad = grads[i]
+            optimizer.step()
+        return gate.detach().clone(), optimizer.state_dict()
+
+    assert torch.equal(run(6)[0], run(6, run(3))[0])
+
+
+def test_projected_adam_with_a_scheduler(device):
+    linear, gate = torch.nn.Linear(20, 3).to(device), torch.nn.Parameter(torch.full((3, 20), 0.5, device=device))
+    adam = torch.optim.Adam([{"params": linear.parameters()}, {"params": [gate], "lr": 0.1}], lr=1e-3)
+    optimizer = ProjectedOptimizer(adam, [gate])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    x, labels = torch.randn(8, 20, 3, 3, device=device), torch.randint(0, 3, (8,), device=device)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(linear(csg_ext.gated_pool(x, gate, labels)), labels).backward()
+        optimizer.step()
+        scheduler.step()
+        assert in_feasible_set(gate.detach())
+    assert adam.param_groups[1]["lr"] == pytest.approx(0.0125)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups is adam.param_groups
+    extra = torch.nn.Parameter(torch.zeros(2, device=device))
+    optimizer.add_param_group({"params": [extra]})
+    assert len(adam.param_groups) == len(optimizer.param_groups) == 3
+
+
+def test_an_unconstrained_gate_needs_no_projection(device):
+    """project=True: plain SGD on any gate gives the loss of the projected one, and decreases it."""
+    gate = torch.nn.Parameter(torch.randn(4, 12, device=device))
+    x, labels = torch.rand(32, 12, 3, 3, device=device), torch.arange(32, device=device) % 4
+    classifier = torch.randn(12, 4, device=device)
+    optimizer = torch.optim.SGD([gate], lr=0.5)
+    losses = []
+    for _ in range(30):
+        out = csg_ext.gated_pool(x, gate, labels, project=True)
+        same = csg_ext.gated_pool(x, csg_ext.project_gate(gate.detach()), labels)
+        torch.testing.assert_close(out.detach(), same)
+        loss = torch.nn.functional.cross_entropy(out @ classifier, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def matrix(rows=3, columns=4, dtype=torch.float32):
+    return torch.rand(rows, columns).to(dtype)
+
+
+BAD = [
+    (lambda: csg_ext.project_gate(matrix()[0]), ValueError, r"project_gate: gate must have the shape \(C, K\), got \(4,\)"),
+    (lambda: csg_ext.project_gate_(matrix(), "l2"), ValueError, r"project_gate_: method must be 'scale' or 'euclidean', got 'l2'"),
+    (lambda: csg_ext.project_gate_(matrix(dtype=torch.int64)), TypeError, r"project_gate_: gate must be float32.*got torch.int64"),
+    (lambda: csg_ext.project_gate([1.0]), TypeError, r"project_gate: gate must be a torch.Tensor, got list"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(4), lr=0.1), ValueError, r"gate_step_: grad must have the shape of gate, \(3, 4\), got \(4, 4\)"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(dtype=torch.float64), lr=0.1), TypeError, r"gate_step_: grad must have the dtype of gate, float32, got float64"),
+    (lambda: csg_ext.gate_step_(matrix(), None, lr=0.1), TypeError, r"gate_step_: grad must be a torch.Tensor, got NoneType"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(), lr=-1.0), ValueError, r"gate_step_: lr must be >= 0, got -1.0"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(), lr=0.1, momentum=0.9), ValueError, r"gate_step_: momentum = 0.9 needs a momentum_buffer"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(), matrix(2), lr=0.1, momentum=0.9), ValueError, r"gate_step_: momentum_buffer must have the shape of gate"),
+    (lambda: csg_ext.gate_step_(matrix(), matrix(), matrix(), lr=0.1, nesterov=True), ValueError, r"gate_step_: nesterov needs momentum > 0"),
+    (lambda: ProjectedSGD([matrix()[0].requires_grad_()]), ValueError, r"ProjectedSGD: every parameter must be a gate \(C, K\), got \(4,\)"),
+    (lambda: ProjectedSGD([matrix().requires_grad_()], lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
+    (lambda: ProjectedOptimizer(torch.optim.SGD([matrix().requires_grad_()], lr=1), [matrix()]), ValueError, r"ProjectedOptimizer: gates\[0\] must be a parameter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=range(len(BAD)))
+def test_bad_input_is_one_clear_sentence(call, error, message):
+    with pytest.raises(error, match=rf"^{message}[^\n]*$"):
+        call()
