@@ -116,12 +116,12 @@ def _assignments(path: Path) -> dict[str, object]:
 
 def find_cuda(environ: Mapping[str, str] = os.environ) -> CudaToolkit | None:
     """The CUDA toolkit of CUDA_HOME or CUDA_PATH, of nvcc on PATH, or of /usr/local/cuda; None when there is none."""
-    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    given = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc", path=environ.get("PATH"))
-    if home:
-        nvcc = Path(home) / "bin" / "nvcc"
+    if given:
+        nvcc = Path(given) / "bin" / "nvcc"
         if not nvcc.is_file():
-            raise BuildError(f"CUDA_HOME must be a folder that holds bin/nvcc, got {home}.")
+            raise BuildError(f"CUDA_HOME must be a folder that holds bin/nvcc, got {given}.")
     elif on_path:
         nvcc = Path(on_path)
     else:
@@ -301,52 +301,163 @@ def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
     raise BuildError("a C++20 compiler is needed and none was found: install one (Debian, Ubuntu: apt install g++).")
 
 
+@dataclass(frozen=True)
+class Host:
+    """The C++ compiler and its options."""
+
+    compiler: tuple[str, ...]
+    optimise: tuple[str, ...]  # with what CPPFLAGS and CXXFLAGS add
+    hide: tuple[str, ...]
+    warn: tuple[str, ...]
+    link_extra: tuple[str, ...]
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Host:
+        strict = ["-Werror"] if environ.get("CSG_EXT_WERROR", "0") != "0" else []
+        extra = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+        return cls(
+            compiler=tuple(find_compiler(environ)),
+            optimise=("-std=c++20", "-O3", "-DNDEBUG", *extra),
+            hide=("-fPIC", "-fvisibility=hidden"),
+            warn=("-Wall", "-Wextra", *strict),
+            link_extra=tuple(shlex.split(environ.get("LDFLAGS", ""))),
+        )
+
+    @property
+    def compile(self) -> tuple[str, ...]:
+        return (*self.compiler, *self.optimise, *self.hide, "-fvisibility-inlines-hidden", *self.warn)
+
+    @property
+    def link(self) -> tuple[str, ...]:
+        return (*self.compiler, "-shared", *self.optimise, *self.link_extra)
+
+
 def sources(root: Path) -> dict[str, list[Path]]:
     """The sources of each library, relative to the project's root."""
     csrc = root / "csrc"
-    kernels = sorted(csrc.glob("*/*.cpp"))
-    bindings = [path for path in kernels if path.stem == path.parent.name]  # compiled for the CPU and again for CUDA
+    operators = sorted(csrc.glob("*/*.cpp"))
+    bindings = [path for path in operators if path.stem == path.parent.name]  # compiled for the CPU and again for CUDA
     found = {
-        "_C": [csrc / "ext.cpp", *kernels],
+        "_C": [csrc / "ext.cpp", *operators],
         "_cuda": [*sorted(csrc.glob("*/*.cu")), *bindings],
         "_bind": [csrc / "bind.cpp"],
     }
     return {name: [path.relative_to(root) for path in paths] for name, paths in found.items()}
 
 
-def build(root: Path, build_dir: Path, version: str, environ: Mapping[str, str] = os.environ) -> dict[str, Path]:
+def _object(source: Path, folder: Path, command: Iterable[str]) -> Object:
+    return Object(source, folder / ("_".join(source.parts[1:]) + ".o"), tuple(command))
+
+
+def _stable_abi(torch: Torch) -> list[str]:
+    return [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", str(torch.include)]
+
+
+def cpu_library(torch: Torch, host: Host, paths: Iterable[Path], build_dir: Path) -> Library:
+    """_C.so: operator schemas and CPU kernels."""
+    command = [*host.compile, *_stable_abi(torch)]
+    return Library(
+        build_dir / "_C.so",
+        tuple(_object(path, build_dir / "_C", command) for path in paths),
+        host.link,
+        ("-Wl,--no-as-needed", f"-L{torch.lib}", "-ltorch_cpu"),
+    )
+
+
+def bind_library(torch: Torch, host: Host, paths: Iterable[Path], build_dir: Path) -> Library:
+    """_bind: a Python module. pybind11's headers are those that torch ships: a build requirement would lie in a folder
+    that pip deletes afterwards, and every build would compile anew."""
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        raise BuildError(
+            f"{include} lacks Python.h: install Python's headers (Debian, Ubuntu: apt install python3-dev)."
+        )
+    command = [*host.compile, "-isystem", str(torch.include), "-isystem", include, "-I", str(build_dir / "facts")]
+    return Library(
+        build_dir / f"_bind{sysconfig.get_config_var('EXT_SUFFIX')}",
+        tuple(_object(path, build_dir / "_bind", command) for path in paths),
+        host.link,
+    )
+
+
+def cuda_library(
+    torch: Torch, host: Host, toolkit: CudaToolkit, architectures: Iterable[str], paths: Iterable[Path], build_dir: Path
+) -> Library:
+    """_cuda.so: CUDA kernels, and the bindings compiled for CUDA.
+
+    The CUDA runtime is linked statically: nothing to find at load time, and any minor version of torch's CUDA will do.
+    """
+    define = ["-DUSE_CUDA", "-DCSG_CUDA"]
+    nvcc = [str(toolkit.nvcc)]
+    if "CXX" in os.environ:
+        nvcc += ["-ccbin", host.compiler[-1]]
+    strict = ["-Werror", "all-warnings"] if "-Werror" in host.warn else []
+    device = [*nvcc, "-std=c++20", "-O3", "-DNDEBUG", *gencode_flags(architectures), *define, *strict]
+    device.append(f"-Xcompiler={','.join([*host.hide, *host.warn])}")
+    binding = [*host.compile, *_stable_abi(torch), *define, "-isystem", str(toolkit.home / "include")]
+    stub = _stand_in_for_torch_cuda(torch, host, build_dir)
+    return Library(
+        build_dir / "_cuda.so",
+        tuple(_object(path, build_dir / "_cuda", device if path.suffix == ".cu" else binding) for path in paths),
+        (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
+        ("-Xlinker=--no-as-needed", f"-L{torch.lib}", *stub, "-ltorch_cuda", "-ltorch_cpu"),
+    )
+
+
+def _stand_in_for_torch_cuda(torch: Torch, host: Host, build_dir: Path) -> list[str]:
+    """Where torch has no CUDA, an empty library to link with: at run time a torch with CUDA has the real one."""
+    if (torch.lib / "libtorch_cuda.so").exists():
+        return []
+    stub = build_dir / "stub" / "libtorch_cuda.so"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    command = [*host.compiler, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull, "-o", str(stub)]
+    run(command, os.environ, "making a stand-in for libtorch_cuda.so")
+    return [f"-L{stub.parent}"]
+
+
+def build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
     """Build what can be built and return {file name inside csg_ext: library}. Runs with `root` as current folder."""
     if not sys.platform.startswith("linux"):
         raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
     started = time.time()
     torch = find_torch()
-    compiler = find_compiler(environ)
-    toolkit, reason = choose_cuda(torch, environ)
-    python_include = Path(sysconfig.get_path("include"))
-    if not (python_include / "Python.h").is_file():
-        raise BuildError(f"{python_include} lacks Python.h: install Python's headers (Debian, Ubuntu: python3-dev).")
-
-    strict = ["-Werror"] if environ.get("CSG_EXT_WERROR", "0") != "0" else []
-    extra = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
-    link_extra = shlex.split(environ.get("LDFLAGS", ""))
-    optimise = ["-std=c++20", "-O3", "-DNDEBUG"]
-    # gcc warns of its own AVX-512 header (GCC bug 105593); clang does not know the option.
-    warn = ["-Wall", "-Wextra", "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", *strict]
-    hide = ["-fPIC", "-fvisibility=hidden"]
-    stable_abi = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", str(torch.include)]
-    cxx = [*compiler, *optimise, *hide, "-fvisibility-inlines-hidden", *warn, *extra]
-    link = [*compiler, "-shared", *extra, *link_extra]
-    libtorch = ["-Wl,--no-as-needed", f"-L{torch.lib}", "-ltorch_cpu"]
+    host = Host.from_environ()
+    toolkit, reason = choose_cuda(torch)
+    facts = build_facts(version, torch, host, toolkit, reason)
+    write_if_changed(build_dir / "facts" / "build_facts.h", facts_header(facts))
     paths = sources(root)
-
-    def objects(name: str, command: list[str]) -> tuple[Object, ...]:
-        folder = build_dir / name
-        return tuple(
-            Object(path, folder / ("_".join(path.parts[1:]) + ".o"), tuple(command))
-            for path in paths[name]
-            if path.suffix != ".cu"
+    jobs = max_jobs()
+    environ = dict(os.environ)
+    libraries = [cpu_library(torch, host, paths["_C"], build_dir), bind_library(torch, host, paths["_bind"], build_dir)]
+    if toolkit is None:
+        say(f"building CPU kernels for torch {torch.version}; no CUDA kernels: {reason}.")
+    else:
+        architectures = facts["cuda_architectures"].split()
+        say(
+            f"building CPU and CUDA kernels for torch {torch.version}, nvcc {toolkit.version}, "
+            f"{facts['cuda_architectures']}."
         )
+        libraries.append(cuda_library(torch, host, toolkit, architectures, paths["_cuda"], build_dir))
+        # nvcc compiles the architectures of one file side by side where CPUs would be idle.
+        files = sum(path.suffix == ".cu" for path in paths["_cuda"])
+        threads = max(1, min(len(architectures), jobs // max(1, files)))
+        environ["NVCC_APPEND_FLAGS"] = f"{environ.get('NVCC_APPEND_FLAGS', '')} --threads {threads}".strip()
 
+    todo = [item for library in libraries for item in library.objects]
+    todo.sort(key=lambda item: (item.source.suffix != ".cu", "_cpu" not in item.source.stem))  # the slow ones first
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        compiled = sum(pool.map(lambda item: item.compile(environ), todo))
+        linked = sum(pool.map(lambda library: library.link(environ), libraries))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    say(f"compiled {compiled} of {len(todo)} files, linked {linked} libraries in {time.time() - started:.0f} s.")
+    return {library.output.name: library.output for library in libraries}
+
+
+def build_facts(version: str, torch: Torch, host: Host, toolkit: CudaToolkit | None, reason: str) -> dict[str, str]:
+    """What csg_ext._bind.build_info() will return; `reason` says why there is no toolkit."""
+    compiler = subprocess.run([*host.compiler, "--version"], capture_output=True, text=True).stdout
     facts = {
         "version": version,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
@@ -356,87 +467,23 @@ def build(root: Path, build_dir: Path, version: str, environ: Mapping[str, str] 
         "cuda": "",
         "cuda_architectures": "",
         "cuda_left_out": reason,
-        "compiler": _first_line([*compiler, "--version"]),
-        "flags": shlex.join([*optimise, *extra]),
+        "compiler": compiler.partition("\n")[0].strip(),
+        "flags": shlex.join(host.optimise),
     }
-    libraries = {
-        "_C.so": Library(
-            build_dir / "_C.so", objects("_C", [*cxx, *stable_abi]), tuple(link), (*libtorch, "-Wl,--as-needed")
-        )
-    }
-    if toolkit is None:
-        say(f"building the CPU kernels for torch {torch.version}; CUDA kernels left out: {reason}.")
-    else:
-        architectures = cuda_architectures(environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
+    if toolkit is not None:
+        architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), toolkit.architectures)
         facts |= {"cuda": toolkit.version, "cuda_architectures": " ".join(architectures)}
-        say(
-            f"building the CPU and CUDA kernels for torch {torch.version}, nvcc {toolkit.version}, "
-            f"architectures {' '.join(architectures)}."
-        )
-        nvcc = [str(toolkit.nvcc), *(["-ccbin", compiler[-1]] if environ.get("CXX") else [])]
-        device = [*nvcc, *optimise, "-lineinfo", *gencode_flags(architectures), "-DUSE_CUDA", "-DCSG_CUDA"]
-        device += [f"-Xcompiler={','.join([*hide, *warn])}", *(["-Werror", "all-warnings"] if strict else [])]
-        kernels = tuple(
-            Object(path, build_dir / "_cuda" / ("_".join(path.parts[1:]) + ".o"), tuple(device))
-            for path in paths["_cuda"]
-            if path.suffix == ".cu"
-        )
-        host = [*cxx, *stable_abi, "-DUSE_CUDA", "-DCSG_CUDA", "-isystem", str(toolkit.home / "include")]
-        libraries["_cuda.so"] = Library(
-            build_dir / "_cuda.so",
-            (*kernels, *objects("_cuda", host)),
-            # The CUDA runtime is linked statically: nothing to find at load time, any minor version of torch's CUDA.
-            (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
-            (
-                "-Xlinker=--no-as-needed",
-                *_libtorch_cuda(torch, compiler, build_dir, environ),
-                f"-L{torch.lib}",
-                "-ltorch_cpu",
-            ),
-        )
-        threads = max(1, min(len(architectures), max_jobs(environ) // max(1, len(kernels))))
-        appended = environ.get("NVCC_APPEND_FLAGS", "")
-        environ = {**environ, "NVCC_APPEND_FLAGS": f"{appended} --threads {threads}".strip()}
-
-    facts_header = build_dir / "facts" / "build_facts.h"
-    _write_if_changed(facts_header, _facts_header(facts))
-    module = f"_bind{sysconfig.get_config_var('EXT_SUFFIX')}"
-    # torch ships pybind11's headers: the same file at every build, where a build requirement lies in a folder that
-    # pip deletes afterwards.
-    bind_include = ["-isystem", str(torch.include), "-isystem", str(python_include), "-I", str(facts_header.parent)]
-    libraries[module] = Library(build_dir / module, objects("_bind", [*cxx, *bind_include]), tuple(link))
-
-    todo = [item for library in libraries.values() for item in library.objects]
-    todo.sort(key=lambda item: item.source.suffix != ".cu")  # the slow ones first
-    with ThreadPoolExecutor(max_jobs(environ)) as pool:
-        compiled = sum(pool.map(lambda item: item.compile(environ), todo))
-        linked = sum(pool.map(lambda library: library.link(environ), libraries.values()))
-    say(f"compiled {compiled} of {len(todo)} files, linked {linked} libraries in {time.time() - started:.0f} s.")
-    return {name: library.output for name, library in libraries.items()}
+    return facts
 
 
-def _libtorch_cuda(torch: Torch, compiler: list[str], build_dir: Path, environ: Mapping[str, str]) -> list[str]:
-    """Link options for libtorch_cuda; an empty library of that name stands in where torch has no CUDA."""
-    if (torch.lib / "libtorch_cuda.so").exists():
-        return [f"-L{torch.lib}", "-ltorch_cuda"]
-    stub = build_dir / "stub" / "libtorch_cuda.so"
-    stub.parent.mkdir(parents=True, exist_ok=True)
-    command = [*compiler, "-shared", "-Wl,-soname,libtorch_cuda.so", "-x", "c++", os.devnull, "-o", str(stub)]
-    run(command, environ, "making a stand-in for libtorch_cuda.so")
-    return [f"-L{stub.parent}", "-ltorch_cuda"]
-
-
-def _facts_header(facts: Mapping[str, str]) -> str:
+def facts_header(facts: Mapping[str, str]) -> str:
+    """The facts as a C++ header: CSG_BUILD_FACTS initialises an array of pairs."""
     rows = "".join(f"  {{{json.dumps(key)}, {json.dumps(value)}}}, \\\n" for key, value in facts.items())
     return f"// What this build is made of (generated).\n#pragma once\n#define CSG_BUILD_FACTS \\\n{rows}\n"
 
 
-def _first_line(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.partition("\n")[0].strip()
-
-
-def _write_if_changed(path: Path, text: str) -> None:
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a file, but leave its time alone when it holds that text already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
@@ -455,3 +502,27 @@ def install(built: Mapping[str, Path], package: Path) -> None:
         fresh = target.with_name(f".{name}.new")
         shutil.copy2(library, fresh)
         os.replace(fresh, target)
+
+
+def write_cmake_settings(folder: Path, version: str, cuda: bool) -> None:
+    """Write folder/torch.cmake and folder/build_facts.h, which CMakeLists.txt reads."""
+    torch = find_torch()
+    toolkit = find_cuda() if cuda else None
+    facts = build_facts(version, torch, Host.from_environ(), toolkit, "CSG_CUDA=OFF")
+    settings = {
+        "CSG_TORCH_INCLUDE": str(torch.include),
+        "CSG_TORCH_LIB": str(torch.lib),
+        "CSG_TORCH_TARGET_VERSION": TARGET_VERSION,
+        "CSG_CUDA_HOME": "" if toolkit is None else str(toolkit.home),
+        "CSG_CUDA_GENCODE": ";".join(gencode_flags(facts["cuda_architectures"].split())),
+    }
+    lines = ["# Written by build_support.native."] + [f'set({key} "{value}")' for key, value in settings.items()]
+    write_if_changed(folder / "torch.cmake", "\n".join(lines) + "\n")
+    write_if_changed(folder / "build_facts.h", facts_header(facts))
+
+
+if __name__ == "__main__":  # CMakeLists.txt calls it: FOLDER VERSION CUDA(ON|OFF), with CXX set
+    try:
+        write_cmake_settings(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "ON")
+    except BuildError as error:
+        sys.exit(f"csg-ext: {error}")

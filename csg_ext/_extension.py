@@ -50,8 +50,8 @@ def _load_cpu() -> None:
     failure = _load("_C.so")
     if failure is not None:
         raise ImportError(
-            f"csg_ext was built with torch {BUILD['torch']} and does not load in torch {torch.__version__} ({failure}): "
-            f"{_REBUILD}."
+            f"csg_ext was built with torch {BUILD['torch']} and does not load in torch {torch.__version__} "
+            f"({failure}): {_REBUILD}."
         )
 
 
