@@ -195,7 +195,10 @@ def fit_arm(
             enable_model_summary=False,
         )
         checkpoint = out / CHECKPOINT
-        trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+        try:
+            trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+        except SystemExit:  # what Lightning makes of a second Ctrl-C
+            raise KeyboardInterrupt from None
     module.model.to(place)
     return module
 

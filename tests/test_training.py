@@ -1,0 +1,428 @@
+"""Tests of the alternate training: schedule, both arms' equal terms, exact resume, interruption, damage, full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from csg_ext.data import Batches, ImageData
+from csg_ext.nn import GatedModel, build_backbone
+from csg_ext.training import Schedule, TrainConfig
+from csg_ext.training.arm import build_model, fit_arm, train_arm
+from csg_ext.training.checkpoint import AtomicCheckpointIO, Interruption, TrainingInterrupted
+from csg_ext.training.files import ARRAYS, CHECKPOINT, METRICS_CSV, METRICS_JSON, RESULT, WEIGHTS, atomic_file
+from csg_ext.training.module import AlternateTraining, DensityWarning, DivergedError
+
+STEPS = 5  # per epoch, with the digits below
+
+
+def _digits() -> ImageData:
+    """Three digits at 8 x 8: 330 train images, 5 steps of 64 an epoch."""
+    digits = load_digits()
+    keep = digits.target < 3
+    images, labels = (digits.images[keep] * 15.9).astype(np.uint8)[:, None], digits.target[keep].astype(np.int64)
+    return ImageData("digits", images[:330], labels[:330], images[330:], labels[330:], ["0", "1", "2"])
+
+
+DATA = _digits()
+CONFIG = TrainConfig(epochs=3, schedule="steps", period=4, csg_share=0.5, final_std=0.1, flip=False, low_size=0)
+
+
+@contextlib.contextmanager
+def _one_thread():
+    """One thread, as a second one only costs on images this small; no remarks on runs too short to become sparse."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DensityWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with _one_thread():
+        yield
+
+
+def _schedule(**options) -> Schedule:
+    defaults = dict(
+        kind="steps",
+        total_steps=100,
+        steps_per_epoch=10,
+        period=6,
+        csg_share=1 / 3,
+        warmup=0.0,
+        final_std=0.1,
+        lr_warmup=0.3,
+    )
+    return Schedule(**(defaults | options))
+
+
+# ---- schedule
+
+
+def test_alternation_by_steps():
+    schedule = _schedule()
+    paths = [schedule.path(s) for s in range(100)]
+    assert paths[:12] == ["std"] * 4 + ["csg"] * 2 + ["std"] * 4 + ["csg"] * 2
+    assert paths[90:] == ["std"] * 10
+    assert set(_schedule(warmup=0.5).path(s) for s in range(50)) == {"std"}
+
+
+def test_alternation_by_epochs_is_the_papers():
+    schedule = _schedule(kind="epochs", period=3, final_std=0.0)
+    assert [schedule.path(10 * e) for e in range(10)] == ["std", "std", "csg"] * 3 + ["std"]
+    assert [schedule.path(10 * e + 9) for e in range(10)] == ["std", "std", "csg"] * 3 + ["std"]
+
+
+def test_joint():
+    paths = [_schedule(kind="joint").path(s) for s in range(100)]
+    assert paths == ["joint"] * 90 + ["std"] * 10
+
+
+@pytest.mark.parametrize("kind", ["steps", "epochs", "joint"])
+def test_rates_follow_the_runs_clock_and_reach_zero(kind):
+    """The released code's CSG rate never decayed, because it counted CSG epochs only."""
+    schedule = _schedule(kind=kind)
+    weights = [schedule.lr_factor(s) for s in range(100)]
+    gate = [schedule.gate_lr_factor(s) for s in range(100)]
+    assert weights[0] == pytest.approx(0.04) and max(weights) == pytest.approx(1) and np.argmax(weights) == 30
+    assert weights[-1] < 1e-3 and gate[0] == 1 and gate[-1] < 1e-3
+    assert all(a >= b for a, b in zip(gate, gate[1:], strict=False))
+    assert all(a >= b for a, b in zip(weights[30:], weights[31:], strict=False))
+    assert _schedule(lr_warmup=0.0).lr_factor(0) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"schedule": "random"}, "schedule must be one of steps, epochs, joint, got 'random'"),
+        ({"model": "vgg"}, "model must be one of resnet20, .* got 'vgg'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be a non-negative number, got nan"),
+        ({"csg_share": 1.5}, r"csg_share must lie in \[0, 1\], got 1.5"),
+        ({"budget": -1.0}, "budget must be positive, got -1.0"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_sizes():
+    config = TrainConfig(epochs=5, low_size=20, low_share=0.6)
+    assert config.sizes(28) == [20, 20, 20, 28, 28]
+    assert config.sizes(16) == [16] * 5 and replace(config, low_size=0).sizes(28) == [28] * 5
+
+
+# ---- one step, against plain PyTorch
+
+
+@pytest.mark.parametrize("schedule", ["steps", "joint"])
+def test_steps_are_the_methods(tmp_path, schedule):
+    """The trainer's steps equal the method written out: losses, SGD with momentum, projected gate, rates.
+
+    Four steps, as rounding grows fast from step to step: one flipped ReLU is seen in the fourth digit.
+    """
+    config = replace(CONFIG, epochs=1, batch_size=80, schedule=schedule, period=2, final_std=0.25, precision="fp32")
+    config = replace(config, penalty="l2", lambda_1=0.7, gate_lr=0.1, lr=0.02)
+    module = fit_arm("csg", config, DATA, tmp_path)
+    model, total = build_model(config, DATA), 4
+    mean, std = DATA.statistics()
+    batches = Batches(DATA.train_images, DATA.train_labels, 80, seed=0, mean=mean, std=std, shift=2)
+    rates = Schedule.of(config, total)
+    weights = torch.optim.SGD(model.weights(), lr=config.lr, momentum=0.9, weight_decay=5e-4)
+    gate_steps = 0
+    for step in range(total):
+        x, y = batches[step]
+        late = step == 3
+        csg = not late and (schedule == "joint" or step % 2 == 1)
+        both = csg and schedule == "joint"
+        loss = torch.zeros(())
+        features = model.backbone(x).mean((2, 3))
+        if not csg or both:
+            loss = loss + F.cross_entropy(model.classifier(features), y)
+        if csg:
+            excess = F.relu(model.gate.abs().sum() - 64)
+            gated = F.cross_entropy(model.classifier(features * model.gate[y]), y)
+            loss = loss + 0.7 * gated + config.lambda_2 * excess**2
+        model.zero_grad()
+        loss.backward()
+        weights.param_groups[0]["lr"] = config.lr * rates.lr_factor(step)
+        weights.step()
+        if csg:
+            gate_steps += 1
+            with torch.no_grad():
+                moved = model.gate - config.gate_lr * rates.gate_lr_factor(step) * model.gate.grad
+                top = moved.max(0).values
+                assert (top > 0).all()  # else the projection has a special case
+                model.gate.copy_((moved / top).clamp(0, 1))
+    assert gate_steps == (3 if schedule == "joint" else 1)
+    for (name, ours), theirs in zip(module.model.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_arms_share_everything_but_the_path(tmp_path):
+    """Same initial weights, batches and rates: with no CSG step the two arms are the same network, bit for bit."""
+    config = replace(CONFIG, epochs=1, csg_share=0.0)
+    std, csg = (fit_arm(arm, config, DATA, tmp_path / arm).model.state_dict() for arm in ("std", "csg"))
+    assert all(torch.equal(std[key], csg[key]) for key in std)
+    other = fit_arm("csg", replace(config, csg_share=0.5), DATA, tmp_path / "other").model
+    assert not torch.equal(other.classifier.weight, std["classifier.weight"])
+    assert std["csg.gate"].eq(0.5).all() and not other.gate.eq(0.5).any()
+    assert other.gate.max(0).values.eq(1).all() and 0 <= other.gate.min()
+    assert not torch.equal(
+        build_model(replace(config, seed=1), DATA).classifier.weight, build_model(config, DATA).classifier.weight
+    )
+
+
+def test_history_and_files(tmp_path):
+    messages = []
+    result = train_arm("csg", CONFIG, DATA, tmp_path, report=messages.append)
+    rows = json.loads((tmp_path / METRICS_JSON).read_text())
+    assert [row["epoch"] for row in rows] == [1, 2, 3] and [row["step"] for row in rows] == [5, 10, 15]
+    with (tmp_path / METRICS_CSV).open() as file:
+        assert [float(row["loss_std"]) for row in csv.DictReader(file)] == [row["loss_std"] for row in rows]
+    assert all(0 <= row["train_accuracy"] <= 1 and row["loss_csg"] > 0 for row in rows[:2])
+    assert rows[-1]["l1_density"] == pytest.approx(result["l1_density"])
+    assert json.loads((tmp_path / RESULT).read_text()) == result
+    assert {"accuracy", "mis", "mis_ceiling", "l1_density", "class_agreement", "one_hot_accuracy"} <= result.keys()
+    assert messages[-1] == {"evaluating": True} and sum(bool(m.get("row")) for m in messages) == 3
+    with np.load(tmp_path / ARRAYS) as arrays:
+        assert arrays["mi"].shape == (64, 3) and arrays["gate"].shape == (3, 64)
+        assert arrays["confusion"].sum() == len(DATA.test_labels)
+        assert np.trace(arrays["confusion"]) / arrays["confusion"].sum() == pytest.approx(result["accuracy"])
+    model = GatedModel(build_backbone("resnet20", 1), 3)
+    model.load_state_dict(load_file(tmp_path / WEIGHTS))
+    assert torch.equal(
+        model.gate.detach(), torch.load(tmp_path / CHECKPOINT, weights_only=True)["state_dict"]["model.csg.gate"]
+    )
+
+
+def test_it_learns(tmp_path):
+    config = replace(CONFIG, epochs=12, period=3, csg_share=1 / 3, precision="fp32", gate_lr=20.0)
+    result = train_arm("csg", config, DATA, tmp_path)
+    assert result["accuracy"] > 0.9 and result["l1_density"] < 0.4
+    assert result["mis"] <= result["mis_bound"] + 0.05
+
+
+# ---- resume
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The checkpoint of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    with _one_thread():
+        fit_arm("csg", CONFIG, DATA, folder)
+    return torch.load(folder / CHECKPOINT, weights_only=True)
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def _assert_same_run(folder, whole) -> None:
+    resumed = torch.load(folder / CHECKPOINT, weights_only=True)
+    for part in ("state_dict", "optimizer_states", "csg_ext"):
+        assert _same(resumed[part], whole[part]), part
+
+
+@pytest.mark.parametrize("stop", [1, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS, 3 * STEPS - 1])
+def test_resume_is_bit_for_bit(tmp_path, whole, stop):
+    """In mid-epoch, at an epoch's last step and at its end: weights, optimizers, history."""
+    with pytest.raises(TrainingInterrupted, match=f"after step {stop} of 15"):
+        fit_arm("csg", CONFIG, DATA, tmp_path, stop_after=stop)
+    module = fit_arm("csg", CONFIG, DATA, tmp_path, resume=True)
+    assert module.step_count == 15
+    _assert_same_run(tmp_path, whole)
+
+
+def test_ctrl_c_in_mid_epoch_then_again_then_resume(tmp_path, whole):
+    def press(at):
+        todo = [signal.SIGINT]
+
+        def report(message):
+            if message.get("step", 0) >= at and todo:
+                os.kill(os.getpid(), todo.pop())
+
+        return report
+
+    before = signal.getsignal(signal.SIGINT)
+    stops = []
+    for at in (1, STEPS + 1):
+        with pytest.raises(TrainingInterrupted) as caught:
+            fit_arm("csg", CONFIG, DATA, tmp_path, resume=True, report=press(at))
+        stops.append(int(str(caught.value).split()[3]))
+    assert 0 < stops[0] < stops[1] < 15
+    assert signal.getsignal(signal.SIGINT) is before
+    fit_arm("csg", CONFIG, DATA, tmp_path, resume=True)
+    _assert_same_run(tmp_path, whole)
+
+
+def test_resume_after_the_end_trains_nothing(tmp_path, whole):
+    fit_arm("csg", CONFIG, DATA, tmp_path)
+    module = fit_arm("csg", CONFIG, DATA, tmp_path, resume=True)
+    assert module.step_count == 15
+    _assert_same_run(tmp_path, whole)
+
+
+def test_resume_refuses_other_settings_and_other_arms(tmp_path):
+    fit_arm("csg", replace(CONFIG, epochs=1), DATA, tmp_path)
+    with pytest.raises(ValueError, match="settings that it began with, got another epochs, lr"):
+        fit_arm("csg", replace(CONFIG, lr=0.2), DATA, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="expected a checkpoint of csg-ext's arm 'std', got 'csg'"):
+        fit_arm("std", replace(CONFIG, epochs=1), DATA, tmp_path, resume=True)
+
+
+def test_damaged_checkpoint(tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"PK\3\4 damaged")
+    with pytest.raises(ValueError, match="last.ckpt: expected a checkpoint of csg-ext, got one that fails"):
+        fit_arm("csg", CONFIG, DATA, tmp_path, resume=True)
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# ---- full disks
+
+
+def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """The disk fills in the middle of the second checkpoint: the first one survives, and the run resumes from it."""
+    config = replace(CONFIG, epochs=2)
+    with pytest.raises(TrainingInterrupted):
+        fit_arm("csg", config, DATA, tmp_path, stop_after=3)
+    old = (tmp_path / CHECKPOINT).read_bytes()
+    save = torch.save
+
+    def full(checkpoint, file):
+        file.write(b"part of a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"last.ckpt cannot be written \(No space left on device\); the old file is kept"):
+        fit_arm("csg", config, DATA, tmp_path, resume=True)
+    assert (tmp_path / CHECKPOINT).read_bytes() == old
+    assert not list(tmp_path.glob(".*.part"))
+    monkeypatch.setattr(torch, "save", save)
+    assert fit_arm("csg", config, DATA, tmp_path, resume=True).step_count == 10
+
+
+def test_a_file_size_limit_stops_a_real_checkpoint_write(tmp_path):
+    """The kernel refuses the write inside torch.save itself (RLIMIT_FSIZE)."""
+    program = textwrap.dedent("""
+        import resource, signal, sys, torch
+        from csg_ext.training.checkpoint import AtomicCheckpointIO
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        io, path = AtomicCheckpointIO(), sys.argv[1]
+        io.save_checkpoint({"w": torch.arange(10)}, path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            io.save_checkpoint({"w": torch.zeros(1_000_000)}, path)
+        except OSError as error:
+            print(error.strerror)
+        print(io.load_checkpoint(path)["w"].tolist())
+    """)
+    path = tmp_path / "last.ckpt"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"{path} cannot be written (File too large); the old file is kept"
+    assert second == str(list(range(10)))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_atomic_file(tmp_path):
+    target = tmp_path / "a.txt"
+    with pytest.raises(ZeroDivisionError), atomic_file(target) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_file(target) as file:
+        file.write(b"whole")
+        assert not target.exists()
+    assert target.read_bytes() == b"whole"
+    with pytest.raises(OSError, match="cannot be written .*; nothing is written"), atomic_file(tmp_path / "no" / "b"):
+        pass
+
+
+def test_checkpoints_are_read_without_running_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": Evil()}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match="x.ckpt: expected a checkpoint of csg-ext"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- what must be noticed
+
+
+def test_nan_loss_stops_with_one_sentence_and_keeps_the_last_good_state(tmp_path):
+    config = replace(CONFIG, lr=1e30, lr_warmup=0.0, precision="fp32")
+    with pytest.raises(DivergedError, match=r"the loss of arm std is not finite by step 5 of 15: try .* lr=1e\+30"):
+        fit_arm("std", config, DATA, tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def _module(arm: str = "csg", **options) -> AlternateTraining:
+    config = replace(CONFIG, epochs=4, **options)
+    batches = Batches(DATA.train_images, DATA.train_labels, 64, mean=[0.5], std=[0.2])
+    return AlternateTraining(build_model(config, DATA), batches, config, arm)
+
+
+@pytest.mark.parametrize("density, warns", [(0.98, True), (0.4, False)])
+def test_a_density_that_stalls_is_said_once(density, warns):
+    module = _module()
+    module.model.csg.gate.data.fill_(density)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for epoch in range(1, 5):
+            module.step_count = epoch * STEPS
+            module.end_epoch()
+    assert [str(w.message).startswith("the gate's L1-density stalls at 0.98 after 10 of 20 steps") for w in caught] == [
+        True
+    ] * warns
+
+
+def test_a_density_that_falls_is_fine():
+    module = _module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for epoch, density in enumerate((1.0, 0.9, 0.8, 0.7), 1):
+            module.model.csg.gate.data.fill_(density)
+            module.step_count = epoch * STEPS
+            module.end_epoch()
+
+
+def test_unknown_arm():
+    with pytest.raises(ValueError, match="arm must be 'std' or 'csg', got 'both'"):
+        _module("both")
