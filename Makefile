@@ -30,7 +30,7 @@ demo:
 	@$(MAKE) --no-print-directory $(VENV)/.package-train
 	@$(BIN)/csg-ext train --output $(DEMO)
 
-test: pytest ctest
+test: ctest pytest
 
 pytest: $(VENV)/.package-dev
 	$(BIN)/python -m pytest

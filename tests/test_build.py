@@ -1,0 +1,227 @@
+"""The build: how torch, CUDA and the sources are found, what is compiled, what it says when something is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from build_support import backend, native  # noqa: E402
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *dryrun*) echo '#$ _HERE_={home}/bin' >&2 ;;
+  *list-gpu-arch*) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+  *version*) echo 'Cuda compilation tools, release {version}, V{version}.88' ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake_torch(tmp_path):
+    """Writes the parts of a torch that the build looks at."""
+
+    def write(version="2.13.0", cuda=None, headers=True):
+        root = tmp_path / "torch"
+        (root / "include").mkdir(parents=True) if headers else root.mkdir()
+        text = f"from typing import Optional\n__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\n"
+        (root / "version.py").write_text(text)
+        return root
+
+    return write
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """Writes a toolkit, and beside it a wrapper of its nvcc as some machines have on PATH."""
+
+    def write(version="13.0"):
+        home, wrapper = tmp_path / "cuda", tmp_path / "bin" / "nvcc"
+        for path in (home / "bin" / "nvcc", wrapper):
+            path.parent.mkdir(parents=True)
+            path.write_text(NVCC.format(home=home, version=version))
+            path.chmod(0o755)
+        return home, {"PATH": f"{wrapper.parent}:/usr/bin:/bin"}
+
+    return write
+
+
+def run_python(python, code, **environ):
+    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH")}
+    # What an isolated build sees: nothing that is installed.
+    hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
+    code = f"{hide}; sys.path.append({str(ROOT)!r})\n{code}"
+    return subprocess.run([python, "-c", code], env=clean | environ, capture_output=True, text=True)
+
+
+def test_an_isolated_build_finds_the_environments_torch():
+    done = run_python(sys.executable, "from build_support.native import *; print(find_torch().root)")
+    assert done.stdout.strip() == str(Path(torch.__file__).parent), done.stderr
+    assert native.find_torch().version == torch.__version__
+    assert native.find_torch().cuda == torch.version.cuda
+
+
+def test_an_activated_environment_is_searched(tmp_path):
+    site = tmp_path / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    assert site / "torch" in native.torch_folders({"VIRTUAL_ENV": str(tmp_path)})
+    assert site / "torch" in native.torch_folders({"CONDA_PREFIX": str(tmp_path)})
+    assert site / "torch" not in native.torch_folders({})
+
+
+def test_without_torch_the_build_stops_with_one_sentence(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    done = run_python(
+        tmp_path / "bare" / "bin" / "python",
+        "from build_support import native\ntry: native.find_torch()\nexcept native.BuildError as e: print(e)",
+        HOME=str(tmp_path),
+        PYTHONUSERBASE=str(tmp_path),
+    )
+    assert done.stdout.startswith("no torch was found for") and "pip install torch" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_backend_reports_a_missing_torch(monkeypatch):
+    monkeypatch.setattr(native, "torch_folders", lambda: iter(()))
+    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
+        with pytest.raises(SystemExit, match="^csg-ext: no torch was found"):
+            hook()
+
+
+def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
+    with pytest.raises(native.BuildError, match=r"torch >= 2\.10 is needed, got torch 2\.9\.1"):
+        native.find_torch([fake_torch("2.9.1")])
+    (tmp_path / "torch" / "include").rmdir()
+    with pytest.raises(native.BuildError, match="no torch was found"):
+        native.find_torch([tmp_path / "torch"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (None, ["8.0", "9.0+PTX"]),  # of the default, what this nvcc knows; PTX of the newest
+        ("", ["8.0", "9.0+PTX"]),
+        ("8.0;9.0a;12.0+PTX", ["8.0", "9.0a", "12.0+PTX"]),
+        (" 8.6, 9.0 ; 8.6", ["8.6", "9.0"]),
+        ("Ampere Hopper+PTX", ["8.0", "8.6", "9.0+PTX"]),
+    ],
+)
+def test_architecture_list(wanted, expected):
+    assert native.cuda_architectures(wanted, ["7.5", "8.0", "9.0"]) == expected
+
+
+@pytest.mark.parametrize("wanted", ["80", "sm_80", "8.0+ptx", "8.0;Pascals", "9.0b"])
+def test_architecture_list_that_makes_no_sense(wanted):
+    with pytest.raises(native.BuildError, match="TORCH_CUDA_ARCH_LIST must hold entries such as"):
+        native.cuda_architectures(wanted, ["8.0"])
+
+
+def test_default_architectures_unknown_to_nvcc():
+    with pytest.raises(native.BuildError, match="nvcc compiles for none of 8.0"):
+        native.cuda_architectures(None, ["5.0"])
+
+
+def test_gencode_flags():
+    assert native.gencode_flags(["8.0", "9.0a", "12.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_a_wrapper_on_path_leads_to_the_toolkit(fake_nvcc):
+    home, environ = fake_nvcc()
+    expected = native.CudaToolkit(home, "13.0", ("7.5", "8.0", "9.0"))
+    assert native.find_cuda(environ) == expected
+    assert native.find_cuda({**environ, "CUDA_HOME": str(home)}) == expected
+    with pytest.raises(native.BuildError, match="CUDA_HOME must be a folder that holds bin/nvcc, got /nowhere"):
+        native.find_cuda({**environ, "CUDA_HOME": "/nowhere"})
+
+
+def test_when_cuda_kernels_are_built(fake_torch, fake_nvcc, monkeypatch):
+    _, environ = fake_nvcc("12.8")
+    cpu, cuda12, cuda13 = (native.Torch(Path("torch"), "2.13.0", cuda) for cuda in (None, "12.6", "13.0"))
+
+    def choice(torch, **more):
+        toolkit, reason = native.choose_cuda(torch, {**environ, **more})
+        assert (toolkit is None) == bool(reason)
+        return reason
+
+    assert choice(cuda12) == ""  # another minor version will do
+    assert "uses CUDA 13.0 but nvcc is of CUDA 12.8" in choice(cuda13)
+    assert "has no CUDA" in choice(cpu)
+    assert choice(cpu, CSG_EXT_CUDA="1") == "" and choice(cuda13, CSG_EXT_CUDA="1") == ""
+    assert choice(cuda12, CSG_EXT_CUDA="0") == "CSG_EXT_CUDA=0"
+    with pytest.raises(native.BuildError, match="CSG_EXT_CUDA must be 0, 1 or unset, got 'yes'"):
+        choice(cuda12, CSG_EXT_CUDA="yes")
+    monkeypatch.setattr(native, "find_cuda", lambda environ: None)
+    assert "no nvcc was found" in choice(cuda12)
+    with pytest.raises(native.BuildError, match="CSG_EXT_CUDA=1 needs nvcc"):
+        choice(cpu, CSG_EXT_CUDA="1")
+
+
+def test_jobs():
+    assert native.max_jobs({"MAX_JOBS": "3"}) == 3
+    assert 1 <= native.max_jobs({}) <= (os.cpu_count() or 1)
+    for wrong in ("0", "-1", "many"):
+        with pytest.raises(native.BuildError, match="MAX_JOBS must be a positive integer"):
+            native.max_jobs({"MAX_JOBS": wrong})
+
+
+def test_every_source_is_built():
+    found = native.sources(ROOT)
+    on_disk = {path.relative_to(ROOT) for suffix in ("cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{suffix}")}
+    assert set().union(*found.values()) == on_disk
+    bindings = set(found["_C"]) & set(found["_cuda"])
+    assert bindings == {path for path in on_disk if path.stem == path.parent.name}
+    assert any(path.suffix == ".cu" for path in found["_cuda"])
+
+
+def test_no_compiler():
+    with pytest.raises(native.BuildError, match="a C\\+\\+20 compiler is needed and none was found"):
+        native.find_compiler({"PATH": "/nowhere"})
+    assert native.find_compiler({"CXX": "ccache g++"}) == ["ccache", "g++"]
+
+
+def test_only_what_changed_is_compiled_again(tmp_path):
+    source, header = tmp_path / "a.cpp", tmp_path / "with space.inl"
+    source.write_text('#include "with space.inl"\nint f() { return value; }\n')
+    header.write_text("constexpr int value = 1;\n")
+    command = (*native.find_compiler(), "-std=c++20")
+    item = native.Object(source, tmp_path / "out" / "a.o", command)
+    assert item.compile(os.environ)
+    assert not item.compile(os.environ)
+    header.write_text("constexpr int value = 2;\n")
+    assert item.compile(os.environ)
+    assert not item.compile(os.environ)
+    other = native.Object(source, item.output, (*command, "-O1"))
+    assert other.compile(os.environ)
+    header.write_text("constexpr int value = ;\n")
+    with pytest.raises(native.BuildError, match="compiling .*a.cpp failed with exit status 1"):
+        other.compile(os.environ)
+    header.write_text("constexpr int value = 2;\n")
+    assert other.compile(os.environ)  # what failed is never taken for done
+
+
+def test_libraries_that_are_left_out_are_removed(tmp_path):
+    package, built = tmp_path / "package", tmp_path / "built"
+    built.mkdir()
+    for name in ("_C.so", "_cuda.so"):
+        (built / name).write_text(name)
+    native.install({name: built / name for name in ("_C.so", "_cuda.so")}, package)
+    assert sorted(path.name for path in package.iterdir()) == ["_C.so", "_cuda.so"]
+    (built / "_C.so").write_text("new")
+    native.install({"_C.so": built / "_C.so"}, package)
+    assert [path.read_text() for path in package.iterdir()] == ["new"]
+
+
+def test_facts_become_a_header():
+    text = native.facts_header({"compiler": 'g++ "x"', "flags": "a\\b"})
+    assert '{"compiler", "g++ \\"x\\""}' in text and '{"flags", "a\\\\b"}' in text
