@@ -106,6 +106,7 @@ struct Sum {
   A value;
 
   __device__ static Sum empty() { return {A(0)}; }
+  __device__ static Sum of(A x, I) { return {x}; }
   __device__ void add(A x, I) { value += x; }
   __device__ void merge(const Sum& other) { value += other.value; }
   __device__ Sum from_lane_xor(int offset) const { return {__shfl_xor_sync(kFullMask, value, offset)}; }
@@ -119,6 +120,7 @@ struct Top {
   I at;
 
   __device__ static Top empty() { return {-static_cast<A>(INFINITY), kNone}; }
+  __device__ static Top of(A x, I i) { return {x, i}; }
   __device__ void add(A x, I i) {
     const bool larger = !(x <= value) && value == value;  // also when x is NaN
     if (larger || at == kNone) {

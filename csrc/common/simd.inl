@@ -85,28 +85,91 @@ struct Simd<Half> {
 template <typename T>
 constexpr int kLanes = CSG_WIDTH / int(sizeof(Accumulator<T>));
 
-// Sum of the lanes.
-CSG_INLINE float lane_sum(VecF v) {
+// Sum and maximum of the lanes (no NaN among them for the maximum), and the first lane whose mask is set, or -1.
 #if CSG_LEVEL == 2
-  return _mm512_reduce_add_ps((__m512)v);
-#elif CSG_LEVEL == 1
-  __m128 q = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+CSG_INLINE float lane_sum(VecF v) { return _mm512_reduce_add_ps((__m512)v); }
+CSG_INLINE double lane_sum(VecD v) { return _mm512_reduce_add_pd((__m512d)v); }
+CSG_INLINE float lane_max(VecF v) { return _mm512_reduce_max_ps((__m512)v); }
+CSG_INLINE double lane_max(VecD v) { return _mm512_reduce_max_pd((__m512d)v); }
+CSG_INLINE int first_lane(VecI32 mask) {
+  const unsigned bits = _mm512_movepi32_mask((__m512i)mask);
+  return bits ? __builtin_ctz(bits) : -1;
+}
+CSG_INLINE int first_lane(VecI64 mask) {
+  const unsigned bits = _mm512_movepi64_mask((__m512i)mask);
+  return bits ? __builtin_ctz(bits) : -1;
+}
 #else
-  float sum = 0;
-  for (int i = 0; i < CSG_WIDTH / 4; ++i) sum += v[i];
+template <typename V>
+CSG_INLINE auto lane_sum(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(v[0])); ++i) sum += v[i];
   return sum;
+}
+template <typename V>
+CSG_INLINE auto lane_max(V v) {
+  auto best = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(v[0])); ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+#if CSG_LEVEL == 1
+CSG_INLINE int first_lane(VecI32 mask) {
+  const int bits = _mm256_movemask_ps((__m256)mask);
+  return bits ? __builtin_ctz(unsigned(bits)) : -1;
+}
+CSG_INLINE int first_lane(VecI64 mask) {
+  const int bits = _mm256_movemask_pd((__m256d)mask);
+  return bits ? __builtin_ctz(unsigned(bits)) : -1;
+}
+#else
+template <typename V>
+CSG_INLINE int first_lane(V mask) {
+  for (int i = 0; i < int(sizeof(V) / sizeof(mask[0])); ++i)
+    if (mask[i]) return i;
+  return -1;
+}
+#endif
+#endif
+
+// One step of adding vectors while transposing them: the sums of neighbouring lanes of a, beside those of b. The lane
+// orders are those of single instructions: unpack within 128 bits (Group elements at a time), then whole 128-bit parts.
+template <int Group, typename V>
+CSG_INLINE V merge_lanes(V a, V b) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(V{}[0])), part = 16 / int(sizeof(V{}[0])), parts = lanes / part;
+  decltype(V{} < V{}) low, high;
+  for (int i = 0; i < lanes; ++i) {
+    if (Group < part) {
+      const int group = i % part / Group;
+      low[i] = group % 2 * lanes + i / part * part + group / 2 * Group + i % Group;
+      high[i] = low[i] + part / 2;
+    } else {
+      const int source = i / part * 2;
+      low[i] = (source < parts ? source : source - parts + lanes / part) * part + i % part;
+      high[i] = low[i] + part;
+    }
+  }
+#if defined(__clang__)
+  V x, y;
+  for (int i = 0; i < lanes; ++i) {
+    x[i] = low[i] < lanes ? a[low[i]] : b[low[i] - lanes];
+    y[i] = high[i] < lanes ? a[high[i]] : b[high[i] - lanes];
+  }
+  return x + y;
+#else
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 #endif
 }
-CSG_INLINE double lane_sum(VecD v) {
-#if CSG_LEVEL == 2
-  return _mm512_reduce_add_pd((__m512d)v);
-#else
-  double sum = 0;
-  for (int i = 0; i < CSG_WIDTH / 8; ++i) sum += v[i];
-  return sum;
-#endif
+// The sums of as many vectors as there are lanes: that of v[i] in lane i. About three instructions a vector.
+template <int Group, typename V>
+CSG_INLINE V transposed_sum(const V* v) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(V{}[0]));
+  if constexpr (Group == lanes) {
+    return *v;
+  } else {
+    V half[lanes / Group / 2];
+    for (int i = 0; i < lanes / Group / 2; ++i) half[i] = merge_lanes<Group>(v[2 * i], v[2 * i + 1]);
+    return transposed_sum<2 * Group>(half);
+  }
 }
 
 // All ones in the last `count` lanes, zero elsewhere: keeps what an overlapping load has not seen yet.

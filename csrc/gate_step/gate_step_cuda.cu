@@ -6,7 +6,8 @@
 // Share of the memory bandwidth reached: not measured on a GPU.
 //
 // A block takes kColumns columns and keeps them in registers between the update and the projection. More than
-// kMaxLanes * kMostRows classes do not fit: such columns are read a second time, and updated by the same arithmetic.
+// kMaxLanes * kMostBatches * kBatch classes do not fit (1024, fp64: 512): such columns are read a second time, and
+// updated by the same arithmetic.
 #include "gate_step_cuda.h"
 
 #include "../common/cuda_device.cuh"
@@ -17,9 +18,11 @@ namespace csg {
 namespace {
 
 constexpr int kColumns = 8;    // side by side: one 32-byte sector of fp32
-constexpr int kMaxLanes = 64;  // that share a column
+constexpr int kMaxLanes = 32;  // that share a column
 constexpr int kMaxThreads = kColumns * kMaxLanes;
-constexpr int kFewRows = 8, kMostRows = 32;  // of a column in a thread's registers
+constexpr int kBatch = 8;  // entries of a column whose loads a thread has in flight together
+template <typename T>
+constexpr int kMostBatches = 16 / sizeof(Acc<T>);  // that a thread keeps in registers
 
 // Lanes that share a column of c entries: whole warps.
 int lanes_for(int64_t c) { return std::max(kWarp / kColumns, power_of_two(c, kMaxLanes)); }
@@ -45,20 +48,40 @@ struct Rates {
   A lr, momentum, undamped, weight_decay;
 };
 
-// The updated entry i, before projection. Written with fused multiply-adds, so that a second call gives the same bits.
+// Entries first, first + lanes, ... of column k after the update, before the projection; beyond the last class, 0.
+// All loads precede the stores. Fused multiply-adds make a second call give the same bits.
 template <typename T>
-__device__ inline Acc<T> updated(const GateStep& p, const Rates<Acc<T>>& rates, int64_t i, bool write_buffer) {
+__device__ inline void update(const GateStep& p, const Rates<Acc<T>>& rates, int64_t first, int lanes, int64_t k,
+                              bool write_buffer, Acc<T> (&entry)[kBatch]) {
   using A = Acc<T>;
-  const A g = to_acc(static_cast<const T*>(p.gate)[i]);
-  if (p.grad == nullptr) return g;
-  A d = fused(rates.weight_decay, g, to_acc(static_cast<const T*>(p.grad)[i]));
-  if (p.buffer != nullptr) {
-    T* const buffer = static_cast<T*>(p.buffer);
-    const A b = p.first_step ? d : fused(rates.momentum, to_acc(buffer[i]), rates.undamped * d);
-    if (write_buffer) buffer[i] = from_acc<T>(b);
-    d = p.nesterov ? fused(rates.momentum, b, d) : b;
+  const auto* const gate = static_cast<const T*>(p.gate);
+  const auto* const grad = static_cast<const T*>(p.grad);
+  auto* const buffer = static_cast<T*>(p.buffer);
+  const bool read_buffer = buffer != nullptr && grad != nullptr && !p.first_step;
+  A d[kBatch], b[kBatch];
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r) {
+    const int64_t c = first + r * lanes, i = c * p.k + k;
+    const bool valid = c < p.c && k < p.k;
+    entry[r] = valid ? to_acc(gate[i]) : A(0);
+    d[r] = valid && grad != nullptr ? to_acc(grad[i]) : A(0);
+    b[r] = valid && read_buffer ? to_acc(buffer[i]) : A(0);
   }
-  return fused(-rates.lr, d, g);
+  if (grad == nullptr) return;
+#pragma unroll
+  for (int r = 0; r < kBatch; ++r) {
+    const int64_t c = first + r * lanes;
+    A step = fused(rates.weight_decay, entry[r], d[r]);
+    if (buffer != nullptr) {
+      if (!p.first_step)
+        b[r] = fused(rates.momentum, b[r], rates.undamped * step);
+      else
+        b[r] = step;
+      if (write_buffer && c < p.c && k < p.k) buffer[c * p.k + k] = from_acc<T>(b[r]);
+      step = p.nesterov ? fused(rates.momentum, b[r], step) : b[r];
+    }
+    entry[r] = fused(-rates.lr, step, entry[r]);
+  }
 }
 
 template <typename A>
@@ -67,9 +90,9 @@ __device__ inline A project(Projection how, A g, const Top<A, int64_t>& top, int
   return how == Projection::Scale ? project_scale(g, top.value, is_top) : project_euclidean(g, top.value, is_top);
 }
 
-// kRows: entries of a column that a thread keeps; 0: none, columns of any length.
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kMaxThreads)
+// kBatches: batches of a column that a thread keeps; 0: none, columns of any length.
+template <typename T, int kBatches>
+__global__ void __launch_bounds__(kMaxThreads, kBatches == 1 ? 2 : 1)
     step_columns(const GateStep p, const Rates<Acc<T>> rates, const int64_t tiles) {
   using A = Acc<T>;
   using R = Top<A, int64_t>;
@@ -79,31 +102,41 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int64_t k = tile * kColumns + threadIdx.x % kColumns;
-    const bool active = k < p.k;
     R top = R::empty();
-    if constexpr (kRows > 0) {
-      A kept[kRows];
+    const auto find_top = [&](int64_t first, const A(&entry)[kBatch]) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t c = lane + static_cast<int64_t>(r) * lanes;
-        kept[r] = active && c < p.c ? updated<T>(p, rates, c * p.k + k, true) : A(0);
+      for (int r = 0; r < kBatch; ++r) {
+        const int64_t c = first + r * lanes;
+        if (c < p.c && k < p.k) top.add(entry[r], c);
       }
+    };
+    const auto write = [&](int64_t first, const A(&entry)[kBatch]) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t c = lane + static_cast<int64_t>(r) * lanes;
-        if (active && c < p.c) top.add(kept[r], c);
+      for (int r = 0; r < kBatch; ++r) {
+        const int64_t c = first + r * lanes;
+        if (c < p.c && k < p.k) gate[c * p.k + k] = from_acc<T>(project(p.projection, entry[r], top, c));
+      }
+    };
+    if constexpr (kBatches > 0) {
+      A kept[kBatches][kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatches; ++b) {
+        update<T>(p, rates, lane + b * kBatch * lanes, lanes, k, true, kept[b]);
+        find_top(lane + b * kBatch * lanes, kept[b]);
       }
       top = column_top(top, partial);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t c = lane + static_cast<int64_t>(r) * lanes;
-        if (active && c < p.c) gate[c * p.k + k] = from_acc<T>(project(p.projection, kept[r], top, c));
-      }
+      for (int b = 0; b < kBatches; ++b) write(lane + b * kBatch * lanes, kept[b]);
     } else {
-      for (int64_t c = lane; active && c < p.c; c += lanes) top.add(updated<T>(p, rates, c * p.k + k, false), c);
+      A entry[kBatch];
+      for (int64_t first = lane; first < p.c; first += kBatch * lanes) {
+        update<T>(p, rates, first, lanes, k, false, entry);
+        find_top(first, entry);
+      }
       top = column_top(top, partial);
-      for (int64_t c = lane; active && c < p.c; c += lanes) {
-        gate[c * p.k + k] = from_acc<T>(project(p.projection, updated<T>(p, rates, c * p.k + k, true), top, c));
+      for (int64_t first = lane; first < p.c; first += kBatch * lanes) {
+        update<T>(p, rates, first, lanes, k, true, entry);
+        write(first, entry);
       }
     }
   }
@@ -136,9 +169,9 @@ int step(const GateStep& p, void* stream) {
   const Rates<A> rates{static_cast<A>(p.lr), static_cast<A>(p.momentum), static_cast<A>(1 - p.dampening),
                        static_cast<A>(p.weight_decay)};
   const int lanes = lanes_for(p.c);
-  const auto kernel = p.c <= lanes * kFewRows    ? step_columns<T, kFewRows>
-                      : p.c <= lanes * kMostRows ? step_columns<T, kMostRows>
-                                                 : step_columns<T, 0>;
+  const auto kernel = p.c <= lanes * kBatch                     ? step_columns<T, 1>
+                      : p.c <= lanes * kBatch * kMostBatches<T> ? step_columns<T, kMostBatches<T>>
+                                                                : step_columns<T, 0>;
   const int64_t tiles = ceil_div(p.k, kColumns);
   return launch(kernel, tiles, lanes * kColumns, 0, stream, p, rates, tiles);
 }

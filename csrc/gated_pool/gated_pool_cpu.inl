@@ -2,9 +2,10 @@
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
 constexpr int64_t kChannelBlock = 256;      // channels handled together: their sums and gate rows stay in L1
-constexpr int64_t kWideBlock = 1024;        // the same for channels-last maps, where a block is one memory stream
+constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, where a block is one memory stream
 constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
-constexpr int64_t kSumBlockWide = 256;      // the same where one chain of additions sees every position
+constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
+constexpr int64_t kMaxBlock = 1 << 30;      // positions whose number fits a 32-bit lane
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it brings
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
@@ -28,9 +29,8 @@ CSG_INLINE void load_row(const GateRows& g, int64_t n, int64_t k0, int64_t len, 
 
 // pooled and out of `len` channels from their pooled values in the accumulator's type.
 template <typename T>
-CSG_INLINE void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* pooled) {
-  using A = Accumulator<T>;
-  A row[kChannelBlock];
+CSG_INLINE void finish_as(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* pooled) {
+  Accumulator<T> row[kChannelBlock];
   for (int64_t j = 0; j < len; j += kChannelBlock) {
     const int64_t m = min64(kChannelBlock, len - j), at = n * p.k + k0 + j;
     load_row<T>(p.rows, n, k0 + j, m, p.k, row);
@@ -39,19 +39,22 @@ CSG_INLINE void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t
     narrow_block(static_cast<T*>(p.pooled) + at, pooled + j, m);
   }
 }
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const float* pooled) {
+  if (p.rows.type == ScalarType::Float32) return finish_as<float>(p, n, k0, len, pooled);
+  if (p.rows.type == ScalarType::Float16) return finish_as<Half>(p, n, k0, len, pooled);
+  finish_as<BFloat16>(p, n, k0, len, pooled);
+}
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const double* pooled) {
+  finish_as<double>(p, n, k0, len, pooled);
+}
 
-// Sum of n <= kSumBlock contiguous values.
+// The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n <= kSumBlock.
 template <typename X>
-CSG_INLINE Accumulator<X> sum_block(const X* x, int64_t n) {
+CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   using Int = typename S::Int;
   constexpr int L = kLanes<X>;
-  if (n < L) {
-    Accumulator<X> sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += widen(x[i]);
-    return sum;
-  }
   Vec a = S::load(x), b{}, c{}, d{};
   int64_t i = L;
   for (; i + 4 * L <= n; i += 4 * L) {
@@ -64,15 +67,62 @@ CSG_INLINE Accumulator<X> sum_block(const X* x, int64_t n) {
   if (i + L <= n) c += S::load(x + i), i += L;
   if (i + L <= n) d += S::load(x + i), i += L;
   if (i < n) a += (Vec)((Int)S::load(x + n - L) & last_lanes<Int>(int(n - i)));
-  return lane_sum((a + b) + (c + d));
+  return (a + b) + (c + d);
 }
 
+#if CSG_LEVEL > 0
+// bf16 two to a lane: the even ones shifted up, the odd ones masked; no conversion is needed to add them.
+CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
+  constexpr int L = 2 * kLanes<BFloat16>;
+  typedef uint16_t VecU16 __attribute__((vector_size(CSG_WIDTH)));
+  if (n < L) return partial_sums<BFloat16>(x, n);
+  VecF even{}, odd{};
+  const auto add = [&](VecU32 v) {
+    even += (VecF)(v << 16);
+    odd += (VecF)(v & 0xffff0000u);
+  };
+  int64_t i = 0;
+  for (; i + L <= n; i += L) add(load_bits<VecU32>(x + i));
+  if (i < n) {
+    VecU16 lane;
+    for (int j = 0; j < L; ++j) lane[j] = uint16_t(j);
+    add((VecU32)(load_bits<VecU16>(x + n - L) & (VecU16)(lane >= uint16_t(L - (n - i)))));
+  }
+  return even + odd;
+}
+#endif
+
+// The sums of `len` rows.
 template <typename X>
-CSG_INLINE Accumulator<X> sum_row(const X* x, int64_t n) {
-  if (n <= kSumBlock) return sum_block(x, n);
-  Accumulator<X> sum = 0;
-  for (int64_t i = 0; i < n; i += kSumBlock) sum += sum_block(x + i, min64(kSumBlock, n - i));
-  return sum;
+CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Accumulator<X>* sum) {
+  using Vec = typename Simd<X>::Vec;
+  constexpr int L = kLanes<X>;
+  if (n < L) {
+    for (int64_t j = 0; j < len; ++j, x += stride) {
+      Accumulator<X> v = 0;
+      for (int64_t i = 0; i < n; ++i) v += widen(x[i]);
+      sum[j] = v;
+    }
+  } else if (n <= kSumBlock) {
+    int64_t j = 0;
+    for (; j + L <= len; j += L) {
+      Vec part[L];
+      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
+      store_bits(sum + j, transposed_sum<1>(part));
+    }
+    for (; j < len; ++j) sum[j] = lane_sum(partial_sums(x + j * stride, n));
+  } else {
+    for (int64_t j = 0; j < len; ++j, x += stride) {
+      sum[j] = 0;
+      int64_t i = 0;
+      for (; i + kSumBlock <= n; i += kSumBlock) sum[j] += lane_sum(partial_sums(x + i, kSumBlock));
+      if (n - i >= L) {
+        sum[j] += lane_sum(partial_sums(x + i, n - i));
+      } else {
+        for (; i < n; ++i) sum[j] += widen(x[i]);
+      }
+    }
+  }
 }
 
 // First maximum of a row, or its first NaN.
@@ -83,9 +133,8 @@ CSG_INLINE Accumulator<X> max_row(const X* x, int64_t n, int64_t* where) {
   using Vec = typename S::Vec;
   using Int = typename S::Int;
   constexpr int L = kLanes<X>;
-  A best;
   if (n < L) {
-    best = widen(x[0]);
+    A best = widen(x[0]);
     *where = 0;
     for (int64_t i = 1; i < n; ++i) {
       const A v = widen(x[i]);
@@ -100,30 +149,21 @@ CSG_INLINE Accumulator<X> max_row(const X* x, int64_t n, int64_t* where) {
     nan |= v != v;
     top = v > top ? v : top;
   }
-  A lane[L];
-  Int is_nan = nan;
-  store_bits(lane, top);
-  decltype(is_nan[0] + 0) any = 0;
-  for (int i = 0; i < L; ++i) any |= is_nan[i];
-  best = lane[0];
-  for (int i = 1; i < L; ++i) best = lane[i] > best ? lane[i] : best;
+  const bool any_nan = first_lane(nan) >= 0;
+  const A best = any_nan ? A(0) : lane_max(top);
   // The second reading comes from L1; it ends at the first hit.
   for (int64_t i = 0;; i += L) {
     const int64_t at = min64(i, n - L);
     const Vec v = S::load(x + at);
-    const Int hit = any ? (Int)(v != v) : (Int)(v == best);
-    decltype(is_nan[0] + 0) found = 0;
-    for (int j = 0; j < L; ++j) found |= hit[j];
-    if (!found) continue;
-    int j = 0;
-    while (!hit[j]) ++j;
-    *where = at + j;
-    return v[j];
+    const int lane = first_lane(any_nan ? (Int)(v != v) : (Int)(v == best));
+    if (lane < 0) continue;
+    *where = at + lane;
+    return any_nan ? widen(x[at + lane]) : best;
   }
 }
 
 // Rows: every channel's positions are contiguous. Work items are the N * K rows.
-template <typename X, typename T>
+template <typename X>
 CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   A pooled[kChannelBlock];
@@ -132,60 +172,62 @@ CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t e
     const int64_t len = min64(min64(end - at, p.k - k0), kChannelBlock);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
-      for (int64_t j = 0; j < len; ++j) pooled[j] = sum_row(x + j * p.stride_k, p.s);
+      sum_rows(x, p.stride_k, p.s, len, pooled);
       for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
       for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, p.index + at + j);
     }
-    finish<T>(p, n, k0, len, pooled);
+    finish(p, n, k0, len, pooled);
     at += len;
   }
 }
 
-// sum[j] += x[s, j] over `count` positions; four positions a step, so that the sums are loaded once for four rows.
+// sum[j] += x[s, j] over `count` positions. One position at a time: memory is read as one stream, the sums stay in L1.
 template <typename X>
 CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   constexpr int L = kLanes<X>;
-  int64_t s = 0;
-  for (; s + 4 <= count; s += 4, x += 4 * stride) {
-    int64_t j = 0;
-    for (; j + L <= len; j += L) {
-      const Vec front = S::load(x + j) + S::load(x + stride + j);
-      const Vec back = S::load(x + 2 * stride + j) + S::load(x + 3 * stride + j);
-      store_bits(sum + j, load_bits<Vec>(sum + j) + (front + back));
-    }
-    for (; j < len; ++j)
-      sum[j] += (widen(x[j]) + widen(x[stride + j])) + (widen(x[2 * stride + j]) + widen(x[3 * stride + j]));
-  }
-  for (; s < count; ++s, x += stride) {
+  for (int64_t s = 0; s < count; ++s, x += stride) {
     int64_t j = 0;
     for (; j + L <= len; j += L) store_bits(sum + j, load_bits<Vec>(sum + j) + S::load(x + j));
     for (; j < len; ++j) sum[j] += widen(x[j]);
   }
 }
 
-template <typename X>
+// The same for the first maximum (or the first NaN) and its position, numbered in a lane of the values' width.
+template <typename X, typename Lane>
 CSG_INLINE void max_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* top,
-                              int64_t* where) {
-  for (int64_t j = 0; j < len; ++j) top[j] = widen(x[j]), where[j] = 0;
+                              Lane* where) {
+  using S = Simd<X>;
+  using Vec = typename S::Vec;
+  using Int = typename S::Int;
+  constexpr int L = kLanes<X>;
+  widen_block(top, x, len);
+  for (int64_t j = 0; j < len; ++j) where[j] = 0;
   for (int64_t s = 1; s < count; ++s) {
     x += stride;
-    for (int64_t j = 0; j < len; ++j) {
+    int64_t j = 0;
+    for (; j + L <= len; j += L) {
+      const Vec v = S::load(x + j), best = load_bits<Vec>(top + j);
+      const Int better = (v > best) | ((v != v) & (best == best));
+      store_bits(top + j, better ? v : best);
+      store_bits(where + j, better ? Int{} + Lane(s) : load_bits<Int>(where + j));
+    }
+    for (; j < len; ++j) {
       const Accumulator<X> v = widen(x[j]);
-      const bool better = (v > top[j]) | ((v != v) & (top[j] == top[j]));
-      top[j] = better ? v : top[j];
-      where[j] = better ? s : where[j];
+      if (v > top[j] || (v != v && top[j] == top[j])) top[j] = v, where[j] = Lane(s);
     }
   }
 }
 
 // Channels last: the channels of one position are contiguous. Work items are (sample, block of channels).
-template <typename X, typename T>
+template <typename X>
 CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
+  using Lane = decltype(typename Simd<X>::Int{}[0] + 0);
   A pooled[kWideBlock], part[kWideBlock];
+  Lane where[kWideBlock];
   const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / blocks, k0 = item % blocks * kWideBlock;
@@ -204,32 +246,50 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
       }
       for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
-      max_positions(x, p.stride_s, p.s, len, pooled, p.index + n * p.k + k0);
+      int64_t* index = p.index + n * p.k + k0;
+      for (int64_t s = 0; s < p.s; s += kMaxBlock) {
+        max_positions(x + s * p.stride_s, p.stride_s, min64(kMaxBlock, p.s - s), len, part, where);
+        for (int64_t j = 0; j < len; ++j) {
+          const bool better = s == 0 || part[j] > pooled[j] || (part[j] != part[j] && pooled[j] == pooled[j]);
+          pooled[j] = better ? part[j] : pooled[j];
+          index[j] = better ? s + where[j] : index[j];
+        }
+      }
     }
-    finish<T>(p, n, k0, len, pooled);
+    finish(p, n, k0, len, pooled);
   }
 }
 
-template <typename X, typename T>
+template <typename X>
 CSG_INLINE void forward(const GatedPoolForward& p, ParallelFor parallel_for) {
   if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
     const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
     const int64_t bytes = p.s * min64(p.k, kWideBlock) * int64_t(sizeof(X));
     parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / max64(1, bytes)),
-                    [&](int64_t begin, int64_t end) { forward_channels_last<X, T>(p, begin, end); });
+                    [&](int64_t begin, int64_t end) { forward_channels_last<X>(p, begin, end); });
   } else {
     parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
-                    [&](int64_t begin, int64_t end) { forward_rows<X, T>(p, begin, end); });
+                    [&](int64_t begin, int64_t end) { forward_rows<X>(p, begin, end); });
+  }
+}
+
+void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
+  switch (p.x_type) {
+    case ScalarType::Float32: return forward<float>(p, parallel_for);
+    case ScalarType::Float64: return forward<double>(p, parallel_for);
+    case ScalarType::Float16: return forward<Half>(p, parallel_for);
+    case ScalarType::BFloat16: return forward<BFloat16>(p, parallel_for);
   }
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // What every position of channel k0 + j receives: (grad_out * row + grad_pooled) / S, or undivided for Max.
-template <typename X, typename T>
-CSG_INLINE void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, X* value) {
+template <typename T>
+CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len,
+                                     Accumulator<T>* v) {
   using A = Accumulator<T>;
-  A v[kChannelBlock], grad[kChannelBlock];
+  A grad[kChannelBlock];
   const int64_t at = n * p.k + k0;
   if (p.grad_out) {
     load_row<T>(p.rows, n, k0, len, p.k, v);
@@ -244,62 +304,88 @@ CSG_INLINE void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t
   }
   if (p.pool == Pool::Avg)
     for (int64_t j = 0; j < len; ++j) v[j] /= A(p.s);
-  narrow_block(value, v, len);
 }
+static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, float* v) {
+  if (p.rows.type == ScalarType::Float32) return position_gradient_as<float>(p, n, k0, len, v);
+  if (p.rows.type == ScalarType::Float16) return position_gradient_as<Half>(p, n, k0, len, v);
+  position_gradient_as<BFloat16>(p, n, k0, len, v);
+}
+static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, double* v) {
+  position_gradient_as<double>(p, n, k0, len, v);
+}
+
+CSG_INLINE VecU32 splat(float v) { return (VecU32)(VecF{} + v); }
+CSG_INLINE VecU32 splat(double v) { return (VecU32)(VecD{} + v); }
+CSG_INLINE VecU32 splat(Half v) { return VecU32{} + v.bits * 0x10001u; }
+CSG_INLINE VecU32 splat(BFloat16 v) { return VecU32{} + v.bits * 0x10001u; }
 
 // n copies of one value: stores of a whole vector, the last one overlapping.
 template <typename X>
 CSG_INLINE void fill_row(X* to, X value, int64_t n) {
-  typedef X Pattern[CSG_WIDTH / sizeof(X)];
   constexpr int64_t L = CSG_WIDTH / int64_t(sizeof(X));
   if (n < L) {
     for (int64_t i = 0; i < n; ++i) to[i] = value;
     return;
   }
-  Pattern pattern;
-  for (int64_t i = 0; i < L; ++i) pattern[i] = value;
-  const VecU32 v = load_bits<VecU32>(pattern);
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store_bits(to + i, v);
-  if (i < n) store_bits(to + n - L, v);
+  const VecU32 v = splat(value);
+  for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, v);
+  if (n % L) store_bits(to + n - L, v);
 }
 
-template <typename X, typename T>
+template <typename X>
 CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+  Accumulator<X> exact[kChannelBlock];
   X value[kChannelBlock];
   X* grad_x = static_cast<X*>(p.grad_x);
   for (int64_t at = begin; at < end;) {
     const int64_t n = at / p.k, k0 = at % p.k;
     const int64_t len = min64(min64(end - at, p.k - k0), kChannelBlock);
-    position_gradient<X, T>(p, n, k0, len, value);
+    position_gradient(p, n, k0, len, exact);
+    narrow_block(value, exact, len);
     if (p.pool == Pool::Avg) {
       for (int64_t j = 0; j < len; ++j) fill_row(grad_x + (at + j) * p.s, value[j], p.s);
     } else {
-      __builtin_memset(grad_x + at * p.s, 0, size_t(len * p.s) * sizeof(X));
-      for (int64_t j = 0; j < len; ++j) grad_x[(at + j) * p.s + p.index[at + j]] = value[j];
+      for (int64_t j = 0; j < len; ++j) {
+        X* row = grad_x + (at + j) * p.s;
+        fill_row(row, X{}, p.s);
+        row[p.index[at + j]] = value[j];
+      }
     }
     at += len;
   }
 }
 
 // Work items are samples: positions [s, channel] of one sample are one stream.
-template <typename X, typename T>
+template <typename X>
 CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+  Accumulator<X> exact[kChannelBlock];
   X value[kChannelBlock];
   for (int64_t n = begin; n < end; ++n) {
     X* grad_x = static_cast<X*>(p.grad_x) + n * p.s * p.k;
     if (p.pool == Pool::Max) __builtin_memset(grad_x, 0, size_t(p.s * p.k) * sizeof(X));
     for (int64_t k0 = 0; k0 < p.k; k0 += kChannelBlock) {
       const int64_t len = min64(kChannelBlock, p.k - k0);
+      position_gradient(p, n, k0, len, exact);
       if (p.pool == Pool::Max) {
-        position_gradient<X, T>(p, n, k0, len, value);
+        narrow_block(value, exact, len);
         for (int64_t j = 0; j < len; ++j) grad_x[p.index[n * p.k + k0 + j] * p.k + k0 + j] = value[j];
       } else {
-        position_gradient<X, T>(p, n, k0, len, grad_x + k0);  // position 0, copied to the others below
+        narrow_block(grad_x + k0, exact, len);  // position 0, copied to the others below
       }
     }
     if (p.pool == Pool::Avg)
       for (int64_t s = 1; s < p.s; ++s) __builtin_memcpy(grad_x + s * p.k, grad_x, size_t(p.k) * sizeof(X));
+  }
+}
+
+template <typename X>
+CSG_INLINE void backward_x(const GatedPoolBackward& p, ParallelFor parallel_for) {
+  if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
+    parallel_ranges(parallel_for, p.n, max64(1, kGrainBytes / (p.s * p.k * int64_t(sizeof(X)))),
+                    [&](int64_t begin, int64_t end) { backward_channels_last<X>(p, begin, end); });
+  } else {
+    parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
+                    [&](int64_t begin, int64_t end) { backward_rows<X>(p, begin, end); });
   }
 }
 
@@ -347,58 +433,35 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t le
     for (int64_t c = 0; c < rows; ++c) narrow_block(out + c * p.k, sum + c * stride, len);
 }
 
-template <typename X, typename T>
-CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
+template <typename T>
+CSG_INLINE void backward_gate(const GatedPoolBackward& p, ParallelFor parallel_for) {
   using A = Accumulator<T>;
+  const int64_t blocks = (p.k + kChannelBlock - 1) / kChannelBlock;
+  const int64_t bytes = (p.rows.rows + 2 * p.n) * min64(p.k, kChannelBlock) * int64_t(sizeof(T));
+  parallel_ranges(parallel_for, blocks, max64(1, kGrainBytes / max64(1, bytes)), [&](int64_t begin, int64_t end) {
+    constexpr bool beside = sizeof(T) < sizeof(A);
+    const Scratch scratch(beside ? p.rows.rows * min64(p.k, kChannelBlock) * int64_t(sizeof(A)) : 0);
+    A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
+    for (int64_t b = begin; b < end; ++b)
+      backward_gate<T>(p, b * kChannelBlock, min64(kChannelBlock, p.k - b * kChannelBlock), sum);
+  });
+}
+
+void gated_pool_backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
   if (p.grad_x && p.n * p.k > 0) {
-    if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
-      parallel_ranges(parallel_for, p.n, max64(1, kGrainBytes / (p.s * p.k * int64_t(sizeof(X)))),
-                      [&](int64_t begin, int64_t end) { backward_channels_last<X, T>(p, begin, end); });
-    } else {
-      parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
-                      [&](int64_t begin, int64_t end) { backward_rows<X, T>(p, begin, end); });
+    switch (p.x_type) {
+      case ScalarType::Float32: backward_x<float>(p, parallel_for); break;
+      case ScalarType::Float64: backward_x<double>(p, parallel_for); break;
+      case ScalarType::Float16: backward_x<Half>(p, parallel_for); break;
+      case ScalarType::BFloat16: backward_x<BFloat16>(p, parallel_for); break;
     }
   }
   if (p.grad_gate && p.k > 0) {
-    const int64_t blocks = (p.k + kChannelBlock - 1) / kChannelBlock;
-    const int64_t bytes = (p.rows.rows + 2 * p.n) * min64(p.k, kChannelBlock) * int64_t(sizeof(T));
-    parallel_ranges(parallel_for, blocks, max64(1, kGrainBytes / max64(1, bytes)), [&](int64_t begin, int64_t end) {
-      constexpr bool beside = sizeof(T) < sizeof(A);
-      const Scratch scratch(beside ? p.rows.rows * min64(p.k, kChannelBlock) * int64_t(sizeof(A)) : 0);
-      A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
-      for (int64_t b = begin; b < end; ++b)
-        backward_gate<T>(p, b * kChannelBlock, min64(kChannelBlock, p.k - b * kChannelBlock), sum);
-    });
+    switch (p.rows.type) {
+      case ScalarType::Float32: backward_gate<float>(p, parallel_for); break;
+      case ScalarType::Float64: backward_gate<double>(p, parallel_for); break;
+      case ScalarType::Float16: backward_gate<Half>(p, parallel_for); break;
+      case ScalarType::BFloat16: backward_gate<BFloat16>(p, parallel_for); break;
+    }
   }
-}
-
-// ---- types ----------------------------------------------------------------------------------------------------------
-
-// Calls f<X, T>() for the types of x and of the gate: equal, or half x with an fp32 gate.
-template <typename Params, template <typename, typename> class F>
-CSG_INLINE void dispatch_types(const Params& p, ParallelFor parallel_for) {
-  const bool same = p.x_type == p.rows.type;
-  switch (p.x_type) {
-    case ScalarType::Float32: return F<float, float>::run(p, parallel_for);
-    case ScalarType::Float64: return F<double, double>::run(p, parallel_for);
-    case ScalarType::Float16:
-      return same ? F<Half, Half>::run(p, parallel_for) : F<Half, float>::run(p, parallel_for);
-    case ScalarType::BFloat16:
-      return same ? F<BFloat16, BFloat16>::run(p, parallel_for) : F<BFloat16, float>::run(p, parallel_for);
-  }
-}
-template <typename X, typename T>
-struct Forward {
-  static void run(const GatedPoolForward& p, ParallelFor parallel_for) { forward<X, T>(p, parallel_for); }
-};
-template <typename X, typename T>
-struct Backward {
-  static void run(const GatedPoolBackward& p, ParallelFor parallel_for) { backward<X, T>(p, parallel_for); }
-};
-
-void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
-  dispatch_types<GatedPoolForward, Forward>(p, parallel_for);
-}
-void gated_pool_backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  dispatch_types<GatedPoolBackward, Backward>(p, parallel_for);
 }

@@ -47,25 +47,19 @@ __device__ inline int64_t class_of(const GateRows& rows, int64_t n) { return row
 
 __device__ inline bool in_range(const GateRows& rows, int64_t c) { return c >= 0 && c < rows.rows; }
 
-// P(gate)[c, k], 0 <= c < rows.
+// P(gate)[c, k]; NaN if c names no row.
 template <typename G>
-__device__ inline Acc<G> gate_entry(const GateRows& rows, int64_t channels, int64_t c, int64_t k) {
+__device__ inline Acc<G> row_entry(const GateRows& rows, int64_t channels, int64_t c, int64_t k) {
+  if (!in_range(rows, c)) return static_cast<Acc<G>>(NAN);
   const Acc<G> g = to_acc(static_cast<const G*>(rows.gate)[c * channels + k]);
   if (rows.col_max == nullptr) return g;
   return project_scale(g, to_acc(static_cast<const G*>(rows.col_max)[k]), rows.col_arg[k] == c);
 }
 
-// row[n, k]: a label that names no row gives NaN.
-template <typename G>
-__device__ inline Acc<G> row_entry(const GateRows& rows, int64_t channels, int64_t n, int64_t k) {
-  const int64_t c = class_of(rows, n);
-  return in_range(rows, c) ? gate_entry<G>(rows, channels, c, k) : static_cast<Acc<G>>(NAN);
-}
-
 template <typename T>
-__device__ inline Acc<T> row_entry_of(const GateRows& rows, int64_t channels, int64_t n, int64_t k) {
+__device__ inline Acc<T> row_entry_of(const GateRows& rows, int64_t channels, int64_t c, int64_t k) {
   Acc<T> row;
-  with_gate_type<T>(rows.type, [&](auto g) { row = row_entry<decltype(g)>(rows, channels, n, k); });
+  with_gate_type<T>(rows.type, [&](auto g) { row = row_entry<decltype(g)>(rows, channels, c, k); });
   return row;
 }
 
@@ -91,7 +85,7 @@ struct TileShape {
 };
 
 template <typename T, Pool kPool>
-__global__ void __launch_bounds__(kThreads) pool_tiles(const GatedPoolForward p, const TileShape shape) {
+__global__ void __launch_bounds__(kThreads, 4) pool_tiles(const GatedPoolForward p, const TileShape shape) {
   using R = Reduction<T, int, kPool>;
   CSG_DYNAMIC_SHARED(shared);
   R* const results = reinterpret_cast<R*>(shared);
@@ -122,7 +116,7 @@ __global__ void __launch_bounds__(kThreads) pool_tiles(const GatedPoolForward p,
     Acc<T> row = 0;
     if (thread < rows) {
       const int64_t n = (first_out + thread) / p.k;
-      row = row_entry_of<T>(p.rows, p.k, n, first_out + thread - n * p.k);
+      row = row_entry_of<T>(p.rows, p.k, class_of(p.rows, n), first_out + thread - n * p.k);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -142,10 +136,11 @@ __global__ void __launch_bounds__(kThreads) pool_tiles(const GatedPoolForward p,
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int r = thread; r < rows; r += kThreads) {
       if (r != thread) {
         const int64_t n = (first_out + r) / p.k;
-        row = row_entry_of<T>(p.rows, p.k, n, first_out + r - n * p.k);
+        row = row_entry_of<T>(p.rows, p.k, class_of(p.rows, n), first_out + r - n * p.k);
       }
       const R result = results[r];
       int64_t at = 0;
@@ -158,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) pool_tiles(const GatedPoolForward p,
 
 // `lanes` threads per row: a power of two <= 32, or the whole block.
 template <typename T, Pool kPool>
-__global__ void __launch_bounds__(kThreads) pool_rows(const GatedPoolForward p, const int lanes) {
+__global__ void __launch_bounds__(kThreads, 4) pool_rows(const GatedPoolForward p, const int lanes) {
   using R = Reduction<T, int64_t, kPool>;
   constexpr int kWarps = kThreads / kWarp;
   CSG_SHARED(R, partial, kWarps);
@@ -168,37 +163,36 @@ __global__ void __launch_bounds__(kThreads) pool_rows(const GatedPoolForward p, 
   for (int64_t first = blockIdx.x * rows_per_block; first < rows; first += gridDim.x * rows_per_block) {
     const int64_t i = first + group;
     const bool valid = i < rows;
+    const int64_t n = i / p.k, k = i - n * p.k;
     R result = R::empty();
-    Acc<T> row = 0;
+    int64_t c = 0;
     if (valid) {
-      const int64_t n = i / p.k, k = i - n * p.k;
-      if (lane == 0) row = row_entry_of<T>(p.rows, p.k, n, k);
+      if (lane == 0) c = class_of(p.rows, n);  // travels with the row
       const T* const source = static_cast<const T*>(p.x) + n * p.stride_n + k * p.stride_k;
       const int64_t head = min(p.s, static_cast<int64_t>(to_boundary(source)));
-      const int64_t vectors = (p.s - head) / kVector<T>;
-      const T* const body = source + head;
-      for (int64_t j = lane; j < head; j += lanes) result.add(to_acc(source[j]), j);
+      const int64_t vectors = (p.s - head) / kVector<T>, tail = head + vectors * kVector<T>;
       int64_t v = lane;
-      for (; v + (kUnroll - 1) * lanes < vectors; v += kUnroll * lanes) {
+#pragma unroll 1
+      do {
         Pack<T, kVector<T>> flight[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          flight[u] = load_pack<T, kVector<T>>(body + (v + u * lanes) * kVector<T>);
+          const int64_t at = v + u * lanes;
+          if (at < vectors) flight[u] = load_pack<T, kVector<T>>(source + head + at * kVector<T>);
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
+          const int64_t at = v + u * lanes;
+          if (at >= vectors) break;
 #pragma unroll
           for (int j = 0; j < kVector<T>; ++j) {
-            result.add(to_acc(flight[u].v[j]), head + (v + u * lanes) * kVector<T> + j);
+            result.add(to_acc(flight[u].v[j]), head + at * kVector<T> + j);
           }
         }
-      }
-      for (; v < vectors; v += lanes) {
-        const auto pack = load_pack<T, kVector<T>>(body + v * kVector<T>);
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) result.add(to_acc(pack.v[j]), head + v * kVector<T> + j);
-      }
-      for (int64_t j = head + vectors * kVector<T> + lane; j < p.s; j += lanes) result.add(to_acc(source[j]), j);
+        v += kUnroll * lanes;
+      } while (v < vectors);
+      for (int64_t j = lane; j < head; j += lanes) result.merge(R::of(to_acc(source[j]), j));
+      for (int64_t j = tail + lane; j < p.s; j += lanes) result.merge(R::of(to_acc(source[j]), j));
     }
     merge_lanes(result, 1, min(lanes, kWarp));
     if (lanes > kWarp) {
@@ -212,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) pool_rows(const GatedPoolForward p, 
     if (valid && lane == 0) {
       int64_t at = 0;
       if constexpr (kPool == Pool::Max) at = result.at;
-      write_result<T, kPool>(p, i, result, at, row);
+      write_result<T, kPool>(p, i, result, at, row_entry_of<T>(p.rows, p.k, c, k));
     }
   }
 }
@@ -224,7 +218,7 @@ struct ChannelShape {
 };
 
 template <typename T, Pool kPool, int kWidth>
-__global__ void __launch_bounds__(kThreads) pool_channels(const GatedPoolForward p, const ChannelShape shape) {
+__global__ void __launch_bounds__(kThreads, 4) pool_channels(const GatedPoolForward p, const ChannelShape shape) {
   using A = Acc<T>;
   using R = Reduction<T, int, kPool>;  // positions counted in steps of the thread: s = lane + step * lanes
   constexpr int kPad = kWarp / kWidth;
@@ -242,29 +236,27 @@ __global__ void __launch_bounds__(kThreads) pool_channels(const GatedPoolForward
     R results[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) results[j] = R::empty();
-    A row = 0;
-    if (thread < channels) row = row_entry_of<T>(p.rows, p.k, n, first + thread);
-    if (column * kWidth < channels && lane < p.s) {
-      const T* source = static_cast<const T*>(p.x) + n * p.stride_n + first + column * kWidth + lane * p.stride_s;
-      const int64_t stride = lanes * p.stride_s;
-      const int steps = static_cast<int>((p.s - lane + lanes - 1) / lanes);
-      int step = 0;
-      for (; step + kUnroll <= steps; step += kUnroll) {
-        Pack<T, kWidth> flight[kUnroll];
+    const int64_t c = class_of(p.rows, n);  // travels with the sample
+    const bool active = column * kWidth < channels && lane < p.s;
+    const T* source = static_cast<const T*>(p.x) + n * p.stride_n + first + column * kWidth + lane * p.stride_s;
+    const int64_t stride = lanes * p.stride_s;
+    const int steps = active ? static_cast<int>((p.s - lane + lanes - 1) / lanes) : 0;
+    int step = 0;
+#pragma unroll 1
+    do {
+      Pack<T, kWidth> flight[kUnroll];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u, source += stride) flight[u] = load_pack<T, kWidth>(source);
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) results[j].add(to_acc(flight[u].v[j]), step + u);
-        }
+      for (int u = 0; u < kUnroll; ++u, source += stride) {
+        if (step + u < steps) flight[u] = load_pack<T, kWidth>(source);
       }
-      for (; step < steps; ++step, source += stride) {
-        const auto pack = load_pack<T, kWidth>(source);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) results[j].add(to_acc(pack.v[j]), step);
+      for (int u = 0; u < kUnroll; ++u) {
+        if (step + u >= steps) break;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) results[j].add(to_acc(flight[u].v[j]), step + u);
       }
-    }
+      step += kUnroll;
+    } while (step < steps);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       values[(lane * kWidth + j) * pitch + column] = results[j].value;
@@ -272,17 +264,16 @@ __global__ void __launch_bounds__(kThreads) pool_channels(const GatedPoolForward
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int channel = thread; channel < channels; channel += kThreads) {
-      if (channel != thread) row = row_entry_of<T>(p.rows, p.k, n, first + channel);
+      const A row = row_entry_of<T>(p.rows, p.k, c, first + channel);
       using Merged = Reduction<T, int64_t, kPool>;
       Merged merged = Merged::empty();
       for (int l = 0; l < min(static_cast<int64_t>(lanes), p.s); ++l) {
         const int cell = (l * kWidth + channel % kWidth) * pitch + channel / kWidth;
-        if constexpr (kPool == Pool::Max) {
-          merged.merge({values[cell], l + static_cast<int64_t>(steps_at[cell]) * lanes});
-        } else {
-          merged.merge({values[cell]});
-        }
+        int64_t at = 0;
+        if constexpr (kPool == Pool::Max) at = l + static_cast<int64_t>(steps_at[cell]) * lanes;
+        merged.merge(Merged::of(values[cell], at));
       }
       int64_t at = 0;
       if constexpr (kPool == Pool::Max) at = merged.at;
@@ -336,10 +327,9 @@ int launch_tiles(const GatedPoolForward& p, void* stream) {
   shape.rows = static_cast<int>(rows);
   shape.tiles_per_segment = ceil_div(shape.segment_rows, rows);
   shape.tiles = (dense ? 1 : p.n) * shape.tiles_per_segment;
-  // Rows a multiple of 2^m words apart meet in few of the 32 banks unless 2^m lanes read side by side.
-  const int64_t words = std::max<int64_t>(1, row_bytes / 4);
-  const int apart = static_cast<int>(std::min<int64_t>(words & -words, kWarp));
-  const int busy = power_of_two(kThreads / rows, kWarp);
+  // Rows a multiple of 2^m words long meet in few of the 32 banks unless 2^m lanes read side by side.
+  const int apart = static_cast<int>(std::clamp<int64_t>((row_bytes & -row_bytes) / 4, 1, kWarp));
+  const int busy = power_of_two(kThreads / rows / 2 + 1, kWarp);  // as many lanes to a row as there are threads
   shape.lanes = std::min(std::max(apart, busy), power_of_two(p.s, kWarp));
   shape.result_bytes = static_cast<int>(ceil_div(rows * static_cast<int64_t>(sizeof(R)), kVectorBytes)) * kVectorBytes;
   const size_t bytes = shape.result_bytes + rows * row_bytes + kVectorBytes;
@@ -375,7 +365,7 @@ __device__ inline T row_gradient(const GatedPoolBackward& p, int64_t i) {
     using G = decltype(g);
     if (p.grad_out != nullptr) {
       const int64_t n = i / p.k;
-      grad = to_acc(static_cast<const G*>(p.grad_out)[i]) * row_entry<G>(p.rows, p.k, n, i - n * p.k);
+      grad = to_acc(static_cast<const G*>(p.grad_out)[i]) * row_entry<G>(p.rows, p.k, class_of(p.rows, n), i - n * p.k);
     }
     if (p.grad_pooled != nullptr) grad += to_acc(static_cast<const G*>(p.grad_pooled)[i]);
   });
@@ -393,7 +383,7 @@ struct FillShape {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) fill_rows(const GatedPoolBackward p, const FillShape shape) {
+__global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward p, const FillShape shape) {
   CSG_DYNAMIC_SHARED(shared);
   T* const values = reinterpret_cast<T*>(shared);  // [max_rows + 1]
   int* const hits =
@@ -478,7 +468,7 @@ int launch_fill_rows(const GatedPoolBackward& p, void* stream) {
 }
 
 template <typename T, int kWidth>
-__global__ void __launch_bounds__(kThreads) fill_channels(const GatedPoolBackward p, const ChannelShape shape) {
+__global__ void __launch_bounds__(kThreads, 4) fill_channels(const GatedPoolBackward p, const ChannelShape shape) {
   CSG_DYNAMIC_SHARED(shared);
   const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns;
   T* const values = reinterpret_cast<T*>(shared);                       // [columns * width]
@@ -588,7 +578,7 @@ __device__ inline int find_matches(const GatedPoolBackward& p, int64_t begin, in
 }
 
 template <typename G>
-__global__ void __launch_bounds__(kThreads) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
+__global__ void __launch_bounds__(kThreads, 4) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
   using A = Acc<G>;
   CSG_DYNAMIC_SHARED(shared);
   CSG_SHARED(Match, matches, kThreads);
