@@ -105,12 +105,17 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Acc
     }
   } else if (n <= kSumBlock) {
     int64_t j = 0;
+    Vec part[L];
     for (; j + L <= len; j += L) {
-      Vec part[L];
       for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
       store_bits(sum + j, transposed_sum<1>(part));
     }
-    for (; j < len; ++j) sum[j] = lane_sum(partial_sums(x + j * stride, n));
+    if (j < len) {
+      // Added in the same order: a row's bits must not depend on where a thread's share ends.
+      for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n) : Vec{};
+      const Vec last = transposed_sum<1>(part);
+      for (int r = 0; j + r < len; ++r) sum[j + r] = last[r];
+    }
   } else {
     for (int64_t j = 0; j < len; ++j, x += stride) {
       sum[j] = 0;

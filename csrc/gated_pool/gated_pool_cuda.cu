@@ -29,6 +29,10 @@ constexpr int kSectorBytes = 32;           // tiles begin at multiples of it whe
 constexpr int kLongRowBytes = 2048;        // from here on a warp per row
 constexpr int kBlockRowBytes = 16 * 1024;  // from here on a block per row
 
+// Blocks that share a multiprocessor: half types need more registers for as many bytes in flight.
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 2 ? 3 : 4;
+
 template <typename T, typename I, Pool kPool>
 using Reduction = std::conditional_t<kPool == Pool::Avg, Sum<Acc<T>, I>, Top<Acc<T>, I>>;
 
@@ -153,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4) pool_tiles(const GatedPoolForward
 
 // `lanes` threads per row: a power of two <= 32, or the whole block.
 template <typename T, Pool kPool>
-__global__ void __launch_bounds__(kThreads, 4) pool_rows(const GatedPoolForward p, const int lanes) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) pool_rows(const GatedPoolForward p, const int lanes) {
   using R = Reduction<T, int64_t, kPool>;
   constexpr int kWarps = kThreads / kWarp;
   CSG_SHARED(R, partial, kWarps);
@@ -218,7 +222,8 @@ struct ChannelShape {
 };
 
 template <typename T, Pool kPool, int kWidth>
-__global__ void __launch_bounds__(kThreads, 4) pool_channels(const GatedPoolForward p, const ChannelShape shape) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    pool_channels(const GatedPoolForward p, const ChannelShape shape) {
   using A = Acc<T>;
   using R = Reduction<T, int, kPool>;  // positions counted in steps of the thread: s = lane + step * lanes
   constexpr int kPad = kWarp / kWidth;
