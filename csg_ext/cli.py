@@ -12,6 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from csg_ext.training.files import (
+    ARRAYS,
+    CHECKPOINT,
+    METRICS_CSV,
+    METRICS_JSON,
+    RESULT,
+    RUN,
+    SUMMARY,
+    TABLE,
+    WEIGHTS,
+    atomic_file,
+    sentence,
+    write_text,
+)
+
 _HELP = {
     "model": "resnet20, resnet32, resnet44 or resnet56",
     "seed": "seed of the weights, the batches and the augmentation; both arms share it",
@@ -122,7 +137,6 @@ def _train(arguments: dict[str, Any]) -> int:
         arguments["data"] = str(Path(arguments["data"]).absolute())
 
     from csg_ext.training.config import TrainConfig
-    from csg_ext.training.files import RUN, write_text
 
     source: dict[str, Any] = {"data": None, "image_size": None, "strict": False, "hold_out": None}
     run_file = folder / RUN
@@ -193,27 +207,25 @@ def _train(arguments: dict[str, Any]) -> int:
 
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left where this one will write, and nothing else."""
-    from csg_ext.training import files
     from csg_ext.training.compare import ARMS
 
     for arm in ARMS:
         for name in (
-            files.CHECKPOINT,
-            files.RESULT,
-            files.ARRAYS,
-            files.WEIGHTS,
-            files.METRICS_CSV,
-            files.METRICS_JSON,
+            CHECKPOINT,
+            RESULT,
+            ARRAYS,
+            WEIGHTS,
+            METRICS_CSV,
+            METRICS_JSON,
         ):
             (folder / arm / name).unlink(missing_ok=True)
-    for name in (files.SUMMARY, files.TABLE, "skipped.txt"):
+    for name in (SUMMARY, TABLE, "skipped.txt"):
         (folder / name).unlink(missing_ok=True)
 
 
 def _draw(folder: Path, classes: list[str], summary: dict[str, Any]) -> None:
     from csg_ext import plots
     from csg_ext.training import compare
-    from csg_ext.training.files import METRICS_JSON, atomic_file
 
     arrays = {arm: compare.load_arrays(folder, arm) for arm in compare.ARMS}
     histories = {arm: json.loads((folder / arm / METRICS_JSON).read_text()) for arm in compare.ARMS}
@@ -246,9 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _train(arguments)
     except KeyboardInterrupt:
-        print(
-            f"Interrupted; the state is saved. Continue with: csg-ext train --resume --output {output}", file=sys.stderr
-        )
+        saved = f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
+        print(f"Interrupted{saved if (Path(output) / RUN).exists() else ' before the run began'}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         print(
@@ -257,8 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except (OSError, ValueError, RuntimeError) as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        print(f"csg-ext train: error: {text}", file=sys.stderr)
+        print(f"csg-ext train: error: {sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, (OSError, ValueError)) else 1
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -34,7 +34,7 @@ from csg_ext.training.files import (
     write_text,
 )
 from csg_ext.training.module import ROW, AlternateTraining
-from csg_ext.training.schedule import CSG, STD
+from csg_ext.training.schedule import CSG
 
 Report = Callable[[dict[str, Any]], None]
 _INIT_STREAM = 4  # random stream of the initial weights: the same for both arms
@@ -47,7 +47,7 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
         return config.precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def build_model(config: TrainConfig, data: ImageData) -> GatedModel:

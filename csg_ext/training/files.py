@@ -15,6 +15,13 @@ METRICS_CSV, METRICS_JSON, LOG = "metrics.csv", "metrics.json", "log.txt"
 RUN, SUMMARY, TABLE = "run.json", "summary.json", "table.txt"
 
 
+def sentence(error: BaseException) -> str:
+    """An exception as one sentence: an OSError of the system names its file and its reason."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends well; otherwise `path` stays as it was."""

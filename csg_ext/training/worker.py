@@ -30,6 +30,7 @@ def main() -> int:
         from csg_ext.training.arm import train_arm
         from csg_ext.training.checkpoint import TrainingInterrupted
         from csg_ext.training.config import TrainConfig
+        from csg_ext.training.files import sentence
         from csg_ext.training.module import DensityWarning, DivergedError
 
         torch.set_num_threads(job["threads"])
@@ -54,7 +55,7 @@ def main() -> int:
         except TrainingInterrupted:
             return INTERRUPTED
         except (OSError, ValueError, DivergedError) as error:
-            report({"error": error.strerror if isinstance(error, OSError) and error.strerror else str(error)})
+            report({"error": sentence(error)})
             return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

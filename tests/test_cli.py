@@ -1,0 +1,250 @@
+"""Tests of the command line from end to end: both arms, the files, Ctrl-C and --resume, and every refusal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from csg_ext import cli
+from csg_ext.data import ImageData
+from csg_ext.training import compare
+from csg_ext.training.config import TrainConfig
+from csg_ext.training.display import Progress
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ["--no-flip", "--precision", "fp32", "--epochs", "6", "--period", "3", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    data = load_digits()
+    keep = data.target < 3
+    images, labels = (data.images[keep] * 15.9).astype(np.uint8)[:, None], data.target[keep].astype(np.int64)
+    ImageData("digits", images[:400], labels[:400], images[400:], labels[400:], ["0", "1", "2"]).save(path)
+    return path
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "csg_ext", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    """A finished run: (folder, what it printed, its progress)."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(["train", "--data", str(digits), "--output", str(folder), *SHORT])
+    assert status == 0, err.getvalue()
+    return folder, out.getvalue(), err.getvalue()
+
+
+def test_train_writes_and_prints_the_comparison(run):
+    folder, out, err = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"accuracy", "mis", "mis_ceiling"} <= summary["std"].keys()
+    assert {"accuracy", "mis", "mis_ceiling", "l1_density", "class_agreement", "one_hot_accuracy"} <= summary[
+        "csg"
+    ].keys()
+    assert "l1_density" not in summary["std"]
+    std, csg = summary["std"], summary["csg"]
+    assert summary["gap_closed"] == pytest.approx((csg["mis"] - std["mis"]) / (std["mis_ceiling"] - std["mis"]))
+    assert std["steps"] == csg["steps"] == 36 and std["threads"] == 1
+    assert (
+        summary["seed"] == 0 and summary["config"]["epochs"] == 6 and summary["versions"]["torch"] == torch.__version__
+    )
+    assert summary["data"]["train"] == 400 and len(summary["data"]["sha256"]) == 64
+    table = (folder / "table.txt").read_text()
+    assert table in out and f"{csg['mis']:.4f}" in table and f"{std['accuracy']:.2%}" in table
+    for name in ("gate.png", "mutual_information.png", "training.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size[0] > 500
+    for arm in ("std", "csg"):
+        assert "csg.gate" in load_file(folder / arm / "model.safetensors")
+        assert len((folder / arm / "metrics.csv").read_text().splitlines()) == 7
+    assert "CSG epoch   6/6" in err and "STD epoch   6/6" in err
+
+
+def test_an_existing_run_is_not_overwritten(run, digits, capsys):
+    folder, _, _ = run
+    before = (folder / "summary.json").read_bytes()
+    assert cli.main(["train", "--data", str(digits), "--output", str(folder), *SHORT]) == 2
+    assert "already holds a run: give --resume, --overwrite or another --output" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--output", str(folder), "--lr", "0.3"]) == 2
+    assert "lr was 0.1, got 0.3" in capsys.readouterr().err
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_resuming_a_finished_run_only_reports(run, capsys):
+    folder, out, _ = run
+    weights = (folder / "csg" / "model.safetensors").stat().st_mtime_ns
+    assert cli.main(["train", "--resume", "--output", str(folder), "--epochs", "6"]) == 0
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+    assert (folder / "csg" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_ctrl_c_and_resume_end_where_an_uninterrupted_run_ends(run, digits, tmp_path):
+    folder = tmp_path / "cut"
+    process = _start("--data", str(digits), "--output", str(folder), *SHORT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if " epoch " in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, rest
+    assert f"Interrupted; the state is saved. Continue with: csg-ext train --resume --output {folder}" in rest
+    assert not (folder / "summary.json").exists()
+    steps = {
+        arm: torch.load(folder / arm / "last.ckpt", weights_only=True)["csg_ext"]["step_count"]
+        for arm in ("std", "csg")
+        if (folder / arm / "last.ckpt").exists()
+    }
+    assert steps and min(steps.values()) < 36
+    assert cli.main(["train", "--resume", "--output", str(folder)]) == 0
+    for arm in ("std", "csg"):
+        whole, resumed = (load_file(f / arm / "model.safetensors") for f in (run[0], folder))
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--data", "/nowhere"], "/nowhere, which does not exist"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--model", "vgg"], "model must be one of resnet20"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
+        (["--resume"], "--resume expects a run in"),
+        (["--threads", "0"], "threads must be at least 1, got 0"),
+        (["--output", "/proc/none/o"], "/proc/none: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, message):
+    assert cli.main(["train", "--output", str(tmp_path / "o"), *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("csg-ext train: error: ") and message in lines[0]
+    assert not (tmp_path / "o").exists()
+
+
+def test_resume_refuses_other_images(tmp_path, capsys, digits):
+    out = tmp_path / "o"
+    out.mkdir()
+    source = {"data": str(digits), "image_size": None, "strict": False, "hold_out": None}
+    stored = {"config": TrainConfig().as_dict(), "source": source, "sha256": "0" * 64}
+    (out / "run.json").write_text(json.dumps(stored))
+    assert cli.main(["train", "--output", str(out), "--resume"]) == 2
+    assert "--resume expects the images that the run began with" in capsys.readouterr().err
+
+
+def _folder_of_images(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(root / name / f"{i}.png")
+    (root / "a" / "broken.png").write_bytes(b"x")
+
+
+def test_skipped_images_are_named_and_strict_refuses_them(tmp_path, capsys, monkeypatch):
+    _folder_of_images(tmp_path / "images")
+    monkeypatch.setattr(compare, "run_arms", lambda *a, **k: (_ for _ in ()).throw(ValueError("stop here")))
+    common = ["train", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "o")]
+    assert cli.main([*common, "--strict"]) == 2
+    assert "with strict every image must decode, got a/broken.png" in capsys.readouterr().err
+    assert cli.main(common) == 2
+    err = capsys.readouterr().err
+    assert "1 images do not decode and are left out" in err and "a/broken.png" in err
+    assert (tmp_path / "o" / "skipped.txt").read_text().startswith("a/broken.png")
+
+
+def test_an_arm_that_fails_is_one_sentence(tmp_path, capsys, digits):
+    """A loss that is no number: the arm's own sentence, and the other arm stops."""
+    status = cli.main(
+        ["train", "--data", str(digits), "--output", str(tmp_path / "o"), *SHORT, "--lr", "1e30", "--lr-warmup", "0"]
+    )
+    err = capsys.readouterr().err
+    assert status == 1
+    assert "is not finite by step 6 of 36: try a learning rate below lr=1e+30" in err.strip().splitlines()[-1]
+
+
+def test_progress_without_a_terminal_is_lines():
+    stream = io.StringIO()
+    row = {"epoch": 2, "seconds": 3.0, "train_accuracy": 0.5, "loss_std": 1.0, "l1_density": None}
+    with Progress(("std", "csg"), stream) as display:
+        display("std", {"step": 5, "steps": 10, "epochs": 4, "row": None})
+        display("std", {"step": 10, "steps": 20, "epochs": 4, "row": row})
+        display("csg", {"warning": "the gate stalls"})
+        display("", {"interrupting": True})
+    assert stream.getvalue().splitlines() == [
+        " STD epoch   2/4      3 s  train accuracy 50.0%, loss 1.000",
+        "CSG: warning: the gate stalls",
+        "Stopping after the current step; both arms save their state ...",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar_for_each_arm():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    row = {"epoch": 1, "seconds": 3.0, "train_accuracy": 0.5, "loss_std": 1.0, "l1_density": 0.3}
+    with Progress(("std", "csg"), stream) as display:
+        display("csg", {"step": 10, "steps": 20, "epochs": 2, "row": row})
+        display("csg", {"evaluating": True})
+        assert display.bars is not None and display.bars["csg"].n == 10 and display.bars["csg"].total == 20
+    assert "CSG  50%" in stream.getvalue() and "measuring mutual information" in stream.getvalue()
+
+
+def test_info_and_help(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in TrainConfig().as_dict())
+
+
+def test_python_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["csg-ext", "info", "--json"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("csg_ext", run_name="__main__")
+    assert caught.value.code == 0 and json.loads(capsys.readouterr().out)
+
+
+def test_plain_pytorch_example():
+    done = subprocess.run(
+        [sys.executable, "examples/train_plain_pytorch.py", "7", "640"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith("step    0") and last.startswith("step    6")
+    density = float(last.split()[-1])
+    assert 0.1 <= density < 1 and density != 0.5
