@@ -1,0 +1,5 @@
+"""Settings of the benchmarks under pytest."""
+
+import cases
+
+cases.steady_memory()
