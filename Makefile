@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
-	@echo "make bench         measure every operator beside its peers; make bench-quick measures a few sizes"
+	@echo "make bench         measure every operator beside its peers, write docs/performance.md; make bench-quick: a few sizes"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
@@ -39,10 +39,11 @@ ctest: $(VENV)/.package-dev
 	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCSG_EXTENSION=OFF --log-level=WARNING
 	@$(BIN)/cmake --build $(CMAKE_BUILD)
-	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --parallel 2 --output-on-failure
 
 bench: $(VENV)/.package-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/report.py
 
 bench-quick: $(VENV)/.package-dev
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest benchmarks --benchmark-only

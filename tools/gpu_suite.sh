@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# One command for a machine with a GPU, no network needed: builds csg_ext for that GPU, runs every test with CUDA,
+# compute-sanitizer and the benchmarks, and writes OUTDIR/summary.json and OUTDIR/summary.md.
+#
+#   tools/gpu_suite.sh OUTDIR [build tests sanitizer benchmarks]      (default: all four)
+#
+# Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve pytest-benchmark,
+# scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one runs;
+# the exit status is 0 only if all succeeded. OUTDIR/log.txt holds what the steps printed.
+set -uo pipefail
+[ $# -ge 1 ] || { echo "usage: $0 OUTDIR [build tests sanitizer benchmarks]" >&2; exit 2; }
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+shift
+parts=" ${*:-build tests sanitizer benchmarks} "
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+work=${TMPDIR:-/tmp}/csg_gpu_suite-$(id -u)
+mkdir -p "$work" || exit 2
+# The package is installed into a folder of its own; PYTHONSAFEPATH keeps the source tree from hiding it.
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PATH="$work/site/bin:$PATH"
+steps=$work/steps.tsv
+: >"$steps"
+: >"$out/log.txt"
+
+# step NAME SECONDS COMMAND...: run, keep the output, record name, exit status and duration.
+step() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  printf '== %s: %s\n' "$name" "$*" | tee -a "$out/log.txt"
+  timeout --kill-after=10 "$limit" "$@" >"$work/step.log" 2>&1
+  status=$?
+  cat "$work/step.log" >>"$out/log.txt"
+  [ $status -eq 0 ] || tail -n 25 "$work/step.log"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" "$*" >>"$steps"
+  printf '   exit status %s, %s s\n' "$status" "$((SECONDS - start))" | tee -a "$out/log.txt"
+}
+wanted() { case $parts in *" $1 "*) true ;; *) false ;; esac; }
+
+if wanted build; then
+  # Only this GPU's architecture, unless told otherwise: the full list is CI's task and takes minutes.
+  if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())' 2>/dev/null) || true
+    export TORCH_CUDA_ARCH_LIST
+  fi
+  rm -rf "$work/site"
+  NVCC_APPEND_FLAGS=-lineinfo step build 550 "$python" -m pip install --no-build-isolation --no-deps --no-compile \
+    --disable-pip-version-check --verbose --target "$work/site" .
+  step info 60 "$python" -m csg_ext.info
+  step smoke 120 "$python" tools/smoke_test.py
+fi
+wanted tests && step tests 590 "$python" -m pytest -q --junitxml="$out/tests.xml" -o cache_dir="$work/pytest"
+if wanted sanitizer; then
+  for tool in memcheck racecheck synccheck initcheck; do
+    # Without torch's caching allocator every tensor is an allocation whose end the sanitizer knows.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 180 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --target-processes all "$python" tools/sanitizer_workload.py
+    cp "$work/step.log" "$work/$tool.log"
+  done
+fi
+wanted benchmarks && step benchmarks 590 "$python" -m pytest -q benchmarks --benchmark-only \
+  --benchmark-json="$out/benchmarks.json" -o cache_dir="$work/pytest"
+
+"$python" tools/gpu_summary.py "$work" "$out"

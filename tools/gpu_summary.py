@@ -1,0 +1,161 @@
+"""Writes summary.json and summary.md from what tools/gpu_suite.sh left in a folder; exits 1 if a step failed.
+
+python tools/gpu_summary.py OUTDIR
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    """Every step that ran: name, exit status, seconds, command."""
+    rows = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
+    return [{"name": r[0], "status": int(r[1]), "seconds": int(r[2]), "command": r[3]} for r in rows]
+
+
+def read_tests(path: Path) -> dict[str, int] | None:
+    """Counts of a JUnit file; None where the tests did not get that far."""
+    if not path.is_file():
+        return None
+    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    counts = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
+    return counts
+
+
+def read_sanitizer(path: Path, status: int) -> dict[str, Any]:
+    """The tool's own last line, and whether it stands for success."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    summary = re.findall(r"^=+ *((?:ERROR|RACECHECK) SUMMARY:.*)$", text, re.MULTILINE)
+    return {"passed": status == 0 and bool(summary), "summary": summary[-1].strip() if summary else "no summary line"}
+
+
+def read_benchmarks(path: Path) -> list[dict[str, Any]]:
+    """One row per benchmark: group, name, median and quartile range in seconds, rounds, what it adds."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return []
+    rows = []
+    for entry in json.loads(path.read_text())["benchmarks"]:
+        stats = entry["stats"]
+        rows.append(
+            {
+                "group": entry["group"],
+                "name": entry["name"],
+                "median_s": stats["median"],
+                "iqr_s": stats["iqr"],
+                "rounds": stats["rounds"],
+                **entry.get("extra_info", {}),
+            }
+        )
+    return rows
+
+
+def describe_machine() -> dict[str, Any]:
+    """Commit, versions and devices."""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or os.environ.get("COMMIT", "unknown"),
+        "platform": platform.platform(),
+        "device": "no GPU",
+    }
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        facts["device"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    try:
+        from csg_ext import info
+
+        facts["csg_ext"] = info.collect()
+    except Exception as error:  # the build may have failed: that is part of the result
+        facts["csg_ext"] = f"{type(error).__name__}: {error}"
+    return facts
+
+
+def table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines] + [""]
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    machine, tests = summary["machine"], summary["tests"]
+    lines = ["# GPU suite", "", f"{machine['date']}, commit {machine['commit']}, {machine['device']}", ""]
+    if isinstance(machine["csg_ext"], dict):
+        built, runs = machine["csg_ext"]["built"], machine["csg_ext"]["runs"]
+        lines += [
+            f"torch {runs['torch']}, CUDA {runs['torch_cuda']}, Python {runs['python']}; built with nvcc "
+            f"{built['cuda'] or 'none'} for {' '.join(built['cuda_architectures']) or 'no GPU'}",
+            "",
+        ]
+    else:
+        lines += [f"csg_ext does not import: {machine['csg_ext']}", ""]
+    outcome = {0: "passed", 124: "timed out"}
+    lines += table(
+        ["step", "result", "seconds"],
+        [[s["name"], outcome.get(s["status"], f"failed ({s['status']})"), s["seconds"]] for s in summary["steps"]],
+    )
+    if tests is not None:
+        lines += table(list(tests), [list(tests.values())])
+    if summary["sanitizers"]:
+        lines += table(
+            ["sanitizer", "passed", "its summary"],
+            [[name, "yes" if r["passed"] else "no", r["summary"]] for name, r in summary["sanitizers"].items()],
+        )
+    if summary["benchmarks"]:
+        rows = sorted(summary["benchmarks"], key=lambda row: (row["group"] or "", row["median_s"]))
+        lines += table(
+            ["group", "benchmark", "median (us)", "IQR (us)", "GB/s"],
+            [
+                [
+                    row["group"],
+                    row["name"],
+                    f"{row['median_s'] * 1e6:.1f}",
+                    f"{row['iqr_s'] * 1e6:.1f}",
+                    row.get("gigabytes_per_second", ""),
+                ]
+                for row in rows
+            ],
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Read, write, and say whether all went well."""
+    work, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    steps = read_steps(work)
+    status = {step["name"]: step["status"] for step in steps}
+    summary: dict[str, Any] = {
+        "machine": describe_machine(),
+        "steps": steps,
+        "tests": read_tests(folder / "tests.xml"),
+        "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
+        "benchmarks": read_benchmarks(folder / "benchmarks.json"),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "summary.md").write_text(markdown(summary))
+    failed = [step["name"] for step in steps if step["status"] != 0]
+    failed += [name for name, result in summary["sanitizers"].items() if not result["passed"] and name not in failed]
+    print(f"failed: {', '.join(failed)}" if failed else f"all {len(steps)} steps passed", f"({folder / 'summary.md'})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
