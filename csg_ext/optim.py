@@ -111,7 +111,9 @@ class ProjectedOptimizer(Optimizer):
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for i, gate in enumerate(self.gates):
             if id(gate) not in known:
-                raise ValueError(f"ProjectedOptimizer: gates[{i}] must be a parameter of the optimizer, got another tensor")
+                raise ValueError(
+                    f"ProjectedOptimizer: gates[{i}] must be a parameter of the optimizer, got another tensor"
+                )
             if gate.dim() != 2:
                 raise ValueError(f"ProjectedOptimizer: gates[{i}] must have the shape (C, K), got {tuple(gate.shape)}")
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -123,7 +125,7 @@ class ProjectedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of the wrapped optimizer, then the projection; returns the closure's loss."""
-        loss = self.optimizer.step(closure)  # type: ignore[arg-type]
+        loss = self.optimizer.step(closure)
         for gate in self.gates:
             project_gate_(gate, self.method)
         return loss

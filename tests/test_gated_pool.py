@@ -72,7 +72,11 @@ def compare(x, gate, labels, **options):
     assert out.dtype == pooled.dtype == gate.dtype
     row = reference.gate_rows(gate64, labels64, options.get("project", False)).detach()
     axis = 2 if options.get("channel_dim", 1) == 1 else 1
-    magnitude = (x64.detach().abs().flatten(2).mean(2) if axis == 2 else x64.detach().abs().mean(1)) if x.dim() > 2 else x64.abs()
+    magnitude = (
+        (x64.detach().abs().flatten(2).mean(2) if axis == 2 else x64.detach().abs().mean(1))
+        if x.dim() > 2
+        else x64.abs()
+    )
     row_magnitude = row.abs() if not soft else labels64.abs() @ reference_gate(gate64, options).abs()
     row_error = 0.0 if gate.dtype in (F32, F64) or not soft else torch.finfo(gate.dtype).eps
     assert_within(pooled, want_pooled, magnitude, "pooled")
@@ -80,7 +84,9 @@ def compare(x, gate, labels, **options):
 
     grad_out, grad_pooled = torch.randn_like(out), torch.randn_like(pooled)
     got_x, got_gate = torch.autograd.grad((out, pooled), (x, gate), (grad_out, grad_pooled))
-    want_x, want_gate = torch.autograd.grad((want, want_pooled), (x64, gate64), (grad_out.double(), grad_pooled.double()))
+    want_x, want_gate = torch.autograd.grad(
+        (want, want_pooled), (x64, gate64), (grad_out.double(), grad_pooled.double())
+    )
     spread = grad_out.double().abs() * row_magnitude + grad_pooled.double().abs()
     spatial = [1] * (x.dim() - 2)
     magnitude_x = spread.reshape(*spread.shape, *spatial) if axis == 2 else spread[:, None]
@@ -88,7 +94,9 @@ def compare(x, gate, labels, **options):
     assert got_x.dtype == x.dtype and got_gate.dtype == gate.dtype
     assert_within(got_x, want_x, magnitude_x * soft_row, "gradient of x")
     # Each term carries the rounding of pooled (and, for weights, of the terms) to the gate's dtype.
-    terms = (grad_out.double() * want_pooled.detach()).abs().sum(0, keepdim=True) * labels64.abs().max() if soft else None
+    terms = (
+        (grad_out.double() * want_pooled.detach()).abs().sum(0, keepdim=True) * labels64.abs().max() if soft else None
+    )
     if terms is None:
         product = (grad_out.double() * want_pooled.detach()).abs()
         product = product + grad_out.double().abs() * magnitude
@@ -186,10 +194,15 @@ def test_third_derivative_matches_the_definition(device):
 def test_only_small_tensors_are_saved(device):
     for pool in ("avg", "max"):
         x, gate, labels = inputs((4, 8, 16, 16), (F32, F32), device)
-        saved: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        sizes: list[int] = []
+
+        def keep(t: Tensor, sizes=sizes) -> Tensor:
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             csg_ext.gated_pool(x.requires_grad_(), gate.requires_grad_(), labels, pool=pool)
-        assert saved and max(t.numel() for t in saved) <= max(4 * 8, gate.numel())
+        assert sizes and max(sizes) <= max(4 * 8, gate.numel())
 
 
 def test_partial_gradients(device):
@@ -246,7 +259,9 @@ def test_same_bits_for_any_number_of_threads():
 
 def test_half_sums_do_not_overflow(device):
     x = torch.full((2, 3, 64, 64), 60000.0, dtype=F16, device=device)  # the sum is 2.5e8, the mean fits
-    out = csg_ext.gated_pool(x, torch.ones(2, 3, dtype=F16, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+    out = csg_ext.gated_pool(
+        x, torch.ones(2, 3, dtype=F16, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    )
     assert torch.equal(out.cpu(), torch.full((2, 3), 60000.0, dtype=F16))
 
 
@@ -457,7 +472,12 @@ def with_nan_weight():
 
 BAD = [
     (case(x=(4,)), {}, ValueError, r"x must have the shape \(N, K, \*spatial\), got \(4,\)"),
-    (case(gate=(5, 7)), {}, ValueError, r"gate must have a column for each of the K = 8 channels, got the shape \(5, 7\)"),
+    (
+        case(gate=(5, 7)),
+        {},
+        ValueError,
+        r"gate must have a column for each of the K = 8 channels, got the shape \(5, 7\)",
+    ),
     (case(gate=(8,)), {}, ValueError, r"gate must have the shape \(C, K\), got \(8,\)"),
     (case(labels=(3,)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(3,\)"),
     (case(labels=(4, 1)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(4, 1\)"),
@@ -470,7 +490,12 @@ BAD = [
     (with_label(12), {}, ValueError, r"labels\[3\] = 12 is outside \[0, 5\)"),
     (with_label(-1), {}, ValueError, r"labels\[3\] = -1 is outside \[0, 5\)"),
     (with_nan_weight(), {}, ValueError, r"labels\[2, 1\] is NaN"),
-    (case(labels=(4, 6), label_dtype=F32), {}, ValueError, r"floating-point labels must have the shape \(N, C\).*\(4, 6\)"),
+    (
+        case(labels=(4, 6), label_dtype=F32),
+        {},
+        ValueError,
+        r"floating-point labels must have the shape \(N, C\).*\(4, 6\)",
+    ),
     (case(labels=(4,), label_dtype=F32), {}, ValueError, r"floating-point labels must have the shape \(N, C\).*\(4,\)"),
     (case(x=(4, 8, 0, 3)), {}, ValueError, r"x must have at least one spatial position to pool, got .*\(4, 8, 0, 3\)"),
     (case(), {"pool": "median"}, ValueError, r"pool must be 'avg' or 'max', got 'median'"),

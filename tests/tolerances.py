@@ -19,7 +19,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def assert_within(got: Tensor, want: Tensor, magnitude: Tensor | float, what: str) -> None:
-    """|got - want| <= 2 eps(dtype) |want| + CHAIN eps(acc) magnitude + the smallest subnormal; NaN where want is NaN."""
+    """|got - want| <= 2 eps(dtype) |want| + CHAIN eps(acc) magnitude + a subnormal; NaN exactly where want is NaN."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     info, acc = torch.finfo(got.dtype), torch.finfo(accumulator(got.dtype))
     got64, want64 = got.detach().double().cpu(), want.detach().double().cpu()
@@ -28,7 +28,9 @@ def assert_within(got: Tensor, want: Tensor, magnitude: Tensor | float, what: st
     bound = 2 * info.eps * want64.abs() + CHAIN * acc.eps * magnitude + info.smallest_normal * info.eps
     assert torch.equal(got64.isnan(), want64.isnan()), f"{what}: NaN at other places"
     finite = want64.isfinite()
-    assert torch.equal(got64[~finite & ~want64.isnan()], want64[~finite & ~want64.isnan()]), f"{what}: infinities differ"
+    assert torch.equal(got64[~finite & ~want64.isnan()], want64[~finite & ~want64.isnan()]), (
+        f"{what}: infinities differ"
+    )
     error = (got64 - want64).abs()
     ok = (error <= bound) | ~finite
     worst = (error / bound).where(finite, 0.0).max().item() if error.numel() else 0.0

@@ -114,7 +114,7 @@ def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *op
     except (RuntimeError, NotImplementedError) as error:
         raise explained(error, op, gate.device) from None
     for tensor, dense in ((gate, dense_gate), (buffer, dense_buffer)):
-        if tensor is None:
+        if tensor is None or dense is None:
             continue
         if dense is not tensor:
             tensor.copy_(dense)

@@ -138,9 +138,9 @@ def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tenso
     if gate.device != weights.device:
         raise ValueError(f"gated_pool: labels must be on the device of gate, {gate.device}, got {weights.device}")
     if weights.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = weights.isnan().nonzero() if weights.isnan().any() else ()
-        if len(wrong):
-            raise ValueError(f"gated_pool: labels[{int(wrong[0, 0])}, {int(wrong[0, 1])}] is NaN, expected a weight")
+        if weights.isnan().any():
+            n, c = weights.isnan().nonzero()[0].tolist()
+            raise ValueError(f"gated_pool: labels[{n}, {c}] is NaN, expected a weight")
     with torch.autocast(gate.device.type, enabled=False):
         return weights.to(gate.dtype) @ (reference.project_gate(gate) if project else gate)
 
@@ -271,7 +271,7 @@ def _fake_gated_pool_backward(
     return grad_x, gate.new_empty(gate.shape if need_gate else 0)
 
 
-# ---- torch.func: a vmapped call is one call over more samples, or over a taller gate ----------------------------------
+# ---- torch.func: a vmapped call is one call over more samples, or over a taller gate -------------------------------
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

@@ -43,25 +43,38 @@ inline std::string shape_of(const Tensor& t) {
 
 inline const char* name_of(TorchType type) {
   switch (type) {
-    case TorchType::Float: return "float32";
-    case TorchType::Double: return "float64";
-    case TorchType::Half: return "float16";
-    case TorchType::BFloat16: return "bfloat16";
-    case TorchType::Long: return "int64";
-    case TorchType::Int: return "int32";
-    case TorchType::Bool: return "bool";
-    default: return "another dtype";
+    case TorchType::Float:
+      return "float32";
+    case TorchType::Double:
+      return "float64";
+    case TorchType::Half:
+      return "float16";
+    case TorchType::BFloat16:
+      return "bfloat16";
+    case TorchType::Long:
+      return "int64";
+    case TorchType::Int:
+      return "int32";
+    case TorchType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
 inline ScalarType floating_type(const Tensor& t, const char* op, const char* argument) {
   switch (t.scalar_type()) {
-    case TorchType::Float: return ScalarType::Float32;
-    case TorchType::Double: return ScalarType::Float64;
-    case TorchType::Half: return ScalarType::Float16;
-    case TorchType::BFloat16: return ScalarType::BFloat16;
+    case TorchType::Float:
+      return ScalarType::Float32;
+    case TorchType::Double:
+      return ScalarType::Float64;
+    case TorchType::Half:
+      return ScalarType::Float16;
+    case TorchType::BFloat16:
+      return ScalarType::BFloat16;
     default:
-      check(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ", name_of(t.scalar_type()));
+      check(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ",
+            name_of(t.scalar_type()));
       return ScalarType::Float32;
   }
 }
@@ -86,11 +99,21 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   switch (type) {
-    case TorchType::Float: dtype = aoti_torch_dtype_float32(); break;
-    case TorchType::Double: dtype = aoti_torch_dtype_float64(); break;
-    case TorchType::Half: dtype = aoti_torch_dtype_float16(); break;
-    case TorchType::BFloat16: dtype = aoti_torch_dtype_bfloat16(); break;
-    default: dtype = aoti_torch_dtype_int64(); break;
+    case TorchType::Float:
+      dtype = aoti_torch_dtype_float32();
+      break;
+    case TorchType::Double:
+      dtype = aoti_torch_dtype_float64();
+      break;
+    case TorchType::Half:
+      dtype = aoti_torch_dtype_float16();
+      break;
+    case TorchType::BFloat16:
+      dtype = aoti_torch_dtype_bfloat16();
+      break;
+    default:
+      dtype = aoti_torch_dtype_int64();
+      break;
   }
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(

@@ -7,8 +7,8 @@ namespace csg {
 
 enum class CpuLevel : int { Baseline = 0, Avx2 = 1, Avx512 = 2 };
 
-CpuLevel cpu_level_available();  // the best that this processor runs
-CpuLevel cpu_level();            // the one in use: available, unless CSG_EXT_CPU_LEVEL or set_cpu_level lowered it
+CpuLevel cpu_level_available();      // the best that this processor runs
+CpuLevel cpu_level();                // the one in use: available, unless CSG_EXT_CPU_LEVEL or set_cpu_level lowered it
 void set_cpu_level(CpuLevel level);  // at most the available one
 
 // How a kernel runs its ranges: body(begin, end, context) over [0, total) in parts of at least `grain`.

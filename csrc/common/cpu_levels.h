@@ -48,9 +48,9 @@ CSG_TARGET_END
 }  // namespace csg
 
 #if CSG_X86
-#define CSG_CALL_LEVEL(f, ...)                                                         \
-  (::csg::cpu_level() == ::csg::CpuLevel::Avx512 ? ::csg::avx512::f(__VA_ARGS__)       \
-   : ::csg::cpu_level() == ::csg::CpuLevel::Avx2 ? ::csg::avx2::f(__VA_ARGS__)         \
+#define CSG_CALL_LEVEL(f, ...)                                                   \
+  (::csg::cpu_level() == ::csg::CpuLevel::Avx512 ? ::csg::avx512::f(__VA_ARGS__) \
+   : ::csg::cpu_level() == ::csg::CpuLevel::Avx2 ? ::csg::avx2::f(__VA_ARGS__)   \
                                                  : ::csg::baseline::f(__VA_ARGS__))
 #else
 #define CSG_CALL_LEVEL(f, ...) ::csg::baseline::f(__VA_ARGS__)

@@ -18,10 +18,10 @@ enum class Projection : int8_t {
 // becomes NaN throughout, so that it is seen.
 
 struct GateStep {
-  void* gate;       // [C, K] contiguous, updated in place
-  const void* grad; // [C, K] contiguous, or nullptr: project only
-  void* buffer;     // [C, K] contiguous momentum buffer, or nullptr: momentum is 0
-  ScalarType type;  // of all three; half types are computed in fp32, rounded once
+  void* gate;        // [C, K] contiguous, updated in place
+  const void* grad;  // [C, K] contiguous, or nullptr: project only
+  void* buffer;      // [C, K] contiguous momentum buffer, or nullptr: momentum is 0
+  ScalarType type;   // of all three; half types are computed in fp32, rounded once
   int64_t c, k;
   // d = grad + weight_decay * gate;  buffer = first_step ? d : momentum * buffer + (1 - dampening) * d;
   // gate -= lr * (nesterov ? d + momentum * buffer : buffer)         (torch.optim.SGD)

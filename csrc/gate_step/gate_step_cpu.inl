@@ -85,10 +85,14 @@ CSG_INLINE void for_columns(int64_t c, int64_t k, ParallelFor parallel_for, F f)
 void gate_step(const GateStep& p, ParallelFor parallel_for) {
   for_columns(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
     switch (p.type) {
-      case ScalarType::Float32: return step_columns<float>(p, k0, len);
-      case ScalarType::Float64: return step_columns<double>(p, k0, len);
-      case ScalarType::Float16: return step_columns<Half>(p, k0, len);
-      case ScalarType::BFloat16: return step_columns<BFloat16>(p, k0, len);
+      case ScalarType::Float32:
+        return step_columns<float>(p, k0, len);
+      case ScalarType::Float64:
+        return step_columns<double>(p, k0, len);
+      case ScalarType::Float16:
+        return step_columns<Half>(p, k0, len);
+      case ScalarType::BFloat16:
+        return step_columns<BFloat16>(p, k0, len);
     }
   });
 }
@@ -96,10 +100,14 @@ void gate_step(const GateStep& p, ParallelFor parallel_for) {
 void column_max(const ColumnMax& p, ParallelFor parallel_for) {
   for_columns(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
     switch (p.type) {
-      case ScalarType::Float32: return column_max_block<float>(p, k0, len);
-      case ScalarType::Float64: return column_max_block<double>(p, k0, len);
-      case ScalarType::Float16: return column_max_block<Half>(p, k0, len);
-      case ScalarType::BFloat16: return column_max_block<BFloat16>(p, k0, len);
+      case ScalarType::Float32:
+        return column_max_block<float>(p, k0, len);
+      case ScalarType::Float64:
+        return column_max_block<double>(p, k0, len);
+      case ScalarType::Float16:
+        return column_max_block<Half>(p, k0, len);
+      case ScalarType::BFloat16:
+        return column_max_block<BFloat16>(p, k0, len);
     }
   });
 }

@@ -168,7 +168,8 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
   if (need_x) {
     std::vector<int64_t> stride(x_size.size(), 1);
     int64_t step = channels_last ? p.k : 1;
-    for (int64_t d = dim - 1; d >= 2; --d) stride[size_t(d)] = step, step *= x_size[size_t(d)] > 1 ? x_size[size_t(d)] : 1;
+    for (int64_t d = dim - 1; d >= 2; --d)
+      stride[size_t(d)] = step, step *= x_size[size_t(d)] > 1 ? x_size[size_t(d)] : 1;
     stride[1] = channels_last ? 1 : p.s;
     stride[0] = p.s * p.k;
     grad_x = empty_strided(x_size.data(), stride.data(), dim, x_type, pooled);

@@ -16,12 +16,12 @@ enum class Pool : int8_t { Avg, Max };
 
 // The row of the gate that each sample uses.
 struct GateRows {
-  const void* gate;         // [rows, K] contiguous
-  ScalarType type;          // of gate, out, pooled and their gradients; equals the type of x, or is Float32 with half x
-  int64_t rows;             // C with labels; N without
-  const int64_t* labels;    // [N], or nullptr: sample n uses row n. A label outside [0, rows) makes its sample NaN.
-  const void* col_max;      // [K] largest entry of each column, or nullptr: the gate is used as it is
-  const int64_t* col_arg;   // [K] row of that entry (the first one); nullptr with col_max
+  const void* gate;        // [rows, K] contiguous
+  ScalarType type;         // of gate, out, pooled and their gradients; equals the type of x, or is Float32 with half x
+  int64_t rows;            // C with labels; N without
+  const int64_t* labels;   // [N], or nullptr: sample n uses row n. A label outside [0, rows) makes its sample NaN.
+  const void* col_max;     // [K] largest entry of each column, or nullptr: the gate is used as it is
+  const int64_t* col_arg;  // [K] row of that entry (the first one); nullptr with col_max
 };
 
 struct GatedPoolForward {
@@ -47,7 +47,7 @@ struct GatedPoolBackward {
   void* grad_x;  // [N, K, S] dense, or nullptr: not wanted
   ScalarType x_type;
   int64_t stride_n, stride_k, stride_s;  // of grad_x: dense rows (stride_s == 1) or dense channels last (stride_k == 1)
-  void* grad_gate;  // [rows, K] contiguous, every element written, or nullptr: not wanted
+  void* grad_gate;                       // [rows, K] contiguous, every element written, or nullptr: not wanted
 };
 
 }  // namespace csg

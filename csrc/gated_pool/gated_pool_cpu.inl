@@ -280,10 +280,14 @@ CSG_INLINE void forward(const GatedPoolForward& p, ParallelFor parallel_for) {
 
 void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
   switch (p.x_type) {
-    case ScalarType::Float32: return forward<float>(p, parallel_for);
-    case ScalarType::Float64: return forward<double>(p, parallel_for);
-    case ScalarType::Float16: return forward<Half>(p, parallel_for);
-    case ScalarType::BFloat16: return forward<BFloat16>(p, parallel_for);
+    case ScalarType::Float32:
+      return forward<float>(p, parallel_for);
+    case ScalarType::Float64:
+      return forward<double>(p, parallel_for);
+    case ScalarType::Float16:
+      return forward<Half>(p, parallel_for);
+    case ScalarType::BFloat16:
+      return forward<BFloat16>(p, parallel_for);
   }
 }
 
@@ -455,18 +459,34 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, ParallelFor parallel_f
 void gated_pool_backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
   if (p.grad_x && p.n * p.k > 0) {
     switch (p.x_type) {
-      case ScalarType::Float32: backward_x<float>(p, parallel_for); break;
-      case ScalarType::Float64: backward_x<double>(p, parallel_for); break;
-      case ScalarType::Float16: backward_x<Half>(p, parallel_for); break;
-      case ScalarType::BFloat16: backward_x<BFloat16>(p, parallel_for); break;
+      case ScalarType::Float32:
+        backward_x<float>(p, parallel_for);
+        break;
+      case ScalarType::Float64:
+        backward_x<double>(p, parallel_for);
+        break;
+      case ScalarType::Float16:
+        backward_x<Half>(p, parallel_for);
+        break;
+      case ScalarType::BFloat16:
+        backward_x<BFloat16>(p, parallel_for);
+        break;
     }
   }
   if (p.grad_gate && p.k > 0) {
     switch (p.rows.type) {
-      case ScalarType::Float32: backward_gate<float>(p, parallel_for); break;
-      case ScalarType::Float64: backward_gate<double>(p, parallel_for); break;
-      case ScalarType::Float16: backward_gate<Half>(p, parallel_for); break;
-      case ScalarType::BFloat16: backward_gate<BFloat16>(p, parallel_for); break;
+      case ScalarType::Float32:
+        backward_gate<float>(p, parallel_for);
+        break;
+      case ScalarType::Float64:
+        backward_gate<double>(p, parallel_for);
+        break;
+      case ScalarType::Float16:
+        backward_gate<Half>(p, parallel_for);
+        break;
+      case ScalarType::BFloat16:
+        backward_gate<BFloat16>(p, parallel_for);
+        break;
     }
   }
 }

@@ -1,0 +1,122 @@
+"""What only a GPU can show: streams, devices, graphs, synchronisation, labels that nobody checked. See conftest.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import csg_ext
+from csg_ext import reference
+
+
+def inputs(shape=(32, 96, 7, 7), classes=10, dtype=torch.float32, device="cuda"):
+    x = torch.randn(*shape, device=device).to(dtype)
+    return x, torch.rand(classes, shape[1], device=device), torch.randint(0, classes, shape[:1], device=device)
+
+
+def test_nothing_waits_for_the_gpu():
+    x, gate, labels = inputs()
+    x.requires_grad_()
+    gate.requires_grad_()
+    buffer = torch.zeros_like(gate)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for pool in ("avg", "max"):
+            out = csg_ext.gated_pool(x, gate, labels, pool=pool, project=True)
+            out.sum().backward()
+        weights = torch.nn.functional.softmax(torch.randn(32, 10, device="cuda"), 1)
+        csg_ext.gated_pool(x, gate, weights).sum().backward()
+        csg_ext.gate_step_(gate, gate.grad, buffer, lr=0.1, momentum=0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_labels_outside_the_gate_are_nan_or_validated():
+    x, gate, labels = inputs()
+    labels[3], labels[5] = 10, -1
+    x.requires_grad_()
+    gate.requires_grad_()
+    out, pooled = csg_ext.gated_pool(x, gate, labels, return_pooled=True)
+    bad = torch.zeros(32, dtype=torch.bool, device="cuda")
+    bad[3] = bad[5] = True
+    assert out[bad].isnan().all() and not out[~bad].isnan().any() and not pooled.isnan().any()
+    grad_x, grad_gate = torch.autograd.grad(out[~bad].sum(), (x, gate))
+    assert not grad_gate.isnan().any()
+    with pytest.raises(ValueError, match=r"gated_pool: labels\[3\] = 10 is outside \[0, 10\)"):
+        csg_ext.gated_pool(x, gate, labels, validate=True)
+
+
+def test_side_stream():
+    x, gate, labels = inputs((64, 512, 14, 14))
+    want = reference.gated_pool(x, gate, labels)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        got = csg_ext.gated_pool(x + 0, gate, labels)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(got, want)
+
+
+def test_every_device():
+    for index in range(torch.cuda.device_count()):
+        x, gate, labels = inputs(device=f"cuda:{index}")
+        got = csg_ext.gated_pool(x, gate, labels)
+        assert got.device.index == index
+        torch.testing.assert_close(got, reference.gated_pool(x, gate, labels))
+    with pytest.raises(ValueError, match=r"gated_pool: (gate|labels) must be on the device of .*cuda:0, got cpu"):
+        csg_ext.gated_pool(*inputs()[:1], torch.rand(10, 96), inputs()[2])
+
+
+def test_cuda_graph():
+    x, gate, labels = inputs()
+    x.requires_grad_()
+    gate.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(csg_ext.gated_pool(x, gate, labels, project=True).square().sum(), (x, gate))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_same_bits_every_time():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, gate, labels = inputs((128, 512, 7, 7), dtype=dtype)
+        x.requires_grad_()
+        gate.requires_grad_()
+        runs = []
+        for _ in range(3):
+            out = csg_ext.gated_pool(x, gate, labels)
+            runs.append((out, *torch.autograd.grad(out.float().square().sum(), (x, gate))))
+        for run in runs[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_more_than_two_billion_elements():
+    free = torch.cuda.mem_get_info()[0]
+    assert free > 12 * 2**30, "this test needs 12 GiB of GPU memory"
+    x = torch.zeros(2**21 + 1, 2, 512, dtype=torch.float16, device="cuda")  # 2^31 + 1024 elements
+    x[-1] = 3
+    gate = torch.tensor([[1.0, 0.5]], device="cuda", requires_grad=True)
+    labels = torch.zeros(len(x), dtype=torch.int64, device="cuda")
+    out = csg_ext.gated_pool(x, gate, labels)
+    torch.testing.assert_close(out[-1], torch.tensor([3.0, 1.5], device="cuda"))
+    assert out[:-1].abs().max() == 0
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, labels)[-1].sum(), x)
+    torch.testing.assert_close(grad[-1, :, -1].float().cpu(), torch.tensor([1 / 512, 0.5 / 512]))
+    assert grad[:-1].abs().max() == 0
