@@ -20,7 +20,9 @@ mkdir -p "$work" || exit 2
 # The package is installed into a folder of its own; PYTHONSAFEPATH keeps the source tree from hiding it.
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PATH="$work/site/bin:$PATH"
 steps=$work/steps.tsv
+rm -f "$work"/*.log "$work/benchmarks.json"
 : >"$steps"
+rm -f "$out/tests.xml"
 : >"$out/log.txt"
 
 # step NAME SECONDS COMMAND...: run, keep the output, record name, exit status and duration.
@@ -32,7 +34,7 @@ step() {
   status=$?
   cat "$work/step.log" >>"$out/log.txt"
   [ $status -eq 0 ] || tail -n 25 "$work/step.log"
-  printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" "$*" >>"$steps"
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" "${*//$'\n'/ }" >>"$steps"
   printf '   exit status %s, %s s\n' "$status" "$((SECONDS - start))" | tee -a "$out/log.txt"
 }
 wanted() { case $parts in *" $1 "*) true ;; *) false ;; esac; }
@@ -47,6 +49,8 @@ if wanted build; then
   NVCC_APPEND_FLAGS=-lineinfo step build 550 "$python" -m pip install --no-build-isolation --no-deps --no-compile \
     --disable-pip-version-check --verbose --target "$work/site" .
   step info 60 "$python" -m csg_ext.info
+  step cuda 60 "$python" -c 'import sys, torch, csg_ext._extension as e
+sys.exit(e.CUDA_ERROR or (None if torch.cuda.is_available() else "torch finds no GPU"))'
   step smoke 120 "$python" tools/smoke_test.py
 fi
 wanted tests && step tests 590 "$python" -m pytest -q --junitxml="$out/tests.xml" -o cache_dir="$work/pytest"
@@ -59,6 +63,6 @@ if wanted sanitizer; then
   done
 fi
 wanted benchmarks && step benchmarks 590 "$python" -m pytest -q benchmarks --benchmark-only \
-  --benchmark-json="$out/benchmarks.json" -o cache_dir="$work/pytest"
+  --benchmark-json="$work/benchmarks.json" -o cache_dir="$work/pytest"
 
 "$python" tools/gpu_summary.py "$work" "$out"

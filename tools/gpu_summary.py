@@ -101,8 +101,8 @@ def markdown(summary: dict[str, Any]) -> str:
     if isinstance(machine["csg_ext"], dict):
         built, runs = machine["csg_ext"]["built"], machine["csg_ext"]["runs"]
         lines += [
-            f"torch {runs['torch']}, CUDA {runs['torch_cuda']}, Python {runs['python']}; built with nvcc "
-            f"{built['cuda'] or 'none'} for {' '.join(built['cuda_architectures']) or 'no GPU'}",
+            f"torch {runs['torch']}, CUDA {runs['torch_cuda']}, Python {runs['python']}; CUDA kernels: "
+            + (f"nvcc {built['cuda']} for {' '.join(built['cuda_architectures'])}" if built["cuda"] else "none"),
             "",
         ]
     else:
@@ -147,7 +147,7 @@ def main() -> int:
         "steps": steps,
         "tests": read_tests(folder / "tests.xml"),
         "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
-        "benchmarks": read_benchmarks(folder / "benchmarks.json"),
+        "benchmarks": read_benchmarks(work / "benchmarks.json"),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "summary.md").write_text(markdown(summary))
