@@ -48,8 +48,8 @@ _HELP = {
     "final_std": "last share of the run that takes the STD path alone",
     "shift": "random shift of train images, pixels",
     "flip": "mirror train images at random",
-    "low_size": "image side in pixels during the first epochs; 0: the native one",
-    "low_share": "share of the epochs at low_size",
+    "low_scale": "scale of the images during the first epochs, which saves time",
+    "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
 }
 _OUTPUT = "runs/train"

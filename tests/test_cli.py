@@ -26,7 +26,21 @@ from csg_ext.training.config import TrainConfig
 from csg_ext.training.display import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = ["--no-flip", "--precision", "fp32", "--epochs", "6", "--period", "3", "--threads", "1", "--device", "cpu"]
+SHORT = [
+    "--no-flip",
+    "--low-share",
+    "0",
+    "--precision",
+    "fp32",
+    "--epochs",
+    "6",
+    "--period",
+    "3",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")

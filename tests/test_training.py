@@ -40,7 +40,9 @@ def _digits() -> ImageData:
 
 
 DATA = _digits()
-CONFIG = TrainConfig(epochs=3, schedule="steps", period=4, csg_share=0.5, final_std=0.1, flip=False, low_size=0)
+CONFIG = TrainConfig(
+    epochs=3, schedule="steps", period=4, csg_share=0.5, final_std=0.1, flip=False, low_share=0.0, weight_decay=5e-4
+)
 
 
 @contextlib.contextmanager
@@ -126,9 +128,9 @@ def test_settings_are_checked(options, message):
 
 
 def test_sizes():
-    config = TrainConfig(epochs=5, low_size=20, low_share=0.6)
-    assert config.sizes(28) == [20, 20, 20, 28, 28]
-    assert config.sizes(16) == [16] * 5 and replace(config, low_size=0).sizes(28) == [28] * 5
+    config = TrainConfig(epochs=5, low_scale=0.7, low_share=0.6)
+    assert config.sizes(28) == [20, 20, 20, 28, 28] and config.sizes(32) == [24] * 3 + [32] * 2
+    assert config.sizes(3) == [3] * 5 and replace(config, low_share=0.0).sizes(28) == [28] * 5
 
 
 # ---- one step, against plain PyTorch
