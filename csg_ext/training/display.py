@@ -19,6 +19,10 @@ def _describe(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _format(arm: str, text: str) -> str:
+    return f"{arm.upper():>4} {{percentage:3.0f}}% |{{bar:16}}| {{elapsed}}<{{remaining}}  {text}"
+
+
 class Progress:
     """Shows the messages that run_arms passes on. Use as a context; call it as display(arm, message)."""
 
@@ -28,11 +32,7 @@ class Progress:
         if self.stream.isatty():
             self.bars = {
                 arm: tqdm(
-                    desc=arm.upper(),
-                    position=i,
-                    file=self.stream,
-                    dynamic_ncols=True,
-                    bar_format="{desc:>4} {percentage:3.0f}% |{bar:24}| {elapsed}<{remaining} {postfix}",
+                    total=1, position=i, file=self.stream, dynamic_ncols=True, bar_format=_format(arm, "starting")
                 )
                 for i, arm in enumerate(arms)
             }
@@ -55,23 +55,27 @@ class Progress:
             self.write("Stopping after the current step; both arms save their state ...")
         elif "warning" in message:
             self.write(f"{arm.upper()}: warning: {message['warning']}")
-        elif self.bars is None:
-            row = message.get("row")
-            if row:
-                self.write(
-                    f"{arm.upper():>4} epoch {row['epoch']:3d}/{message['epochs']}  {row['seconds']:5.0f} s  "
-                    f"{_describe(row)}"
-                )
-            elif message.get("evaluating"):
-                self.write(f"{arm.upper():>4} trained; measuring mutual information on the test images")
+        elif self.bars is not None:
+            self._draw(self.bars[arm], arm, message)
+        elif message.get("row"):
+            row = message["row"]
+            self.write(
+                f"{arm.upper():>4} epoch {row['epoch']:3d}/{message['epochs']}  {row['seconds']:5.0f} s  "
+                f"{_describe(row)}"
+            )
         elif message.get("evaluating"):
-            self.bars[arm].set_postfix_str("measuring mutual information")
-        elif "step" in message:
-            bar = self.bars[arm]
-            bar.total = message["steps"]
-            if bar.n == 0 and message["step"] > 1:
-                bar.initial = message["step"] - 1  # a resumed run: the rate counts from here
-                bar.n = bar.initial
-            bar.update(message["step"] - bar.n)
+            self.write(f"{arm.upper():>4} trained; measuring mutual information on the test images")
+
+    @staticmethod
+    def _draw(bar: tqdm[Any], arm: str, message: dict[str, Any]) -> None:
+        if message.get("evaluating"):
+            bar.bar_format = _format(arm, "measuring mutual information")
+        else:
+            if bar.n == 0:  # the first message: time and rate count from here, also in a resumed run
+                bar.reset(message["steps"])
+                bar.initial = bar.n = message["step"] - 1
+                bar.bar_format = _format(arm, "")
             if message.get("row"):
-                bar.set_postfix_str(_describe(message["row"]))
+                bar.bar_format = _format(arm, _describe(message["row"]))
+            bar.n = message["step"]
+        bar.refresh()
