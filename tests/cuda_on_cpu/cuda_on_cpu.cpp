@@ -1,4 +1,5 @@
 // The stand-in's machinery: fibers, their scheduler, shared memory, and faults turned into an error with one sentence.
+#include <array>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -62,7 +63,9 @@ void unmap_guarded(unsigned char* data, size_t bytes) { munmap(data - kPage, who
 
 std::vector<Fiber> fibers(kMaxThreads);
 std::vector<unsigned char*> stacks(kMaxThreads);
-std::vector<int> ready;
+std::array<std::vector<int>, kMaxThreads / kWarp> ready;  // threads that can run, by warp
+std::vector<int> warp_order;
+bool warps_race;
 const std::function<void()>* body;
 int thread_count, running;
 jmp_buf scheduler;
@@ -116,7 +119,22 @@ void fiber_main() {
 
 void make_ready(int thread) {
   fibers[thread].state = State::Ready;
-  ready.push_back(thread);
+  ready[thread / kWarp].push_back(thread);
+}
+
+// The next thread to run, at random: of any warp, or (in every other block) of the first warp in a random order that
+// can run, so that some warps get as far ahead of others as barriers allow. -1: no thread can run.
+int pick() {
+  const size_t warps = warp_order.size(), first = warps_race ? 0 : random_engine() % warps;
+  for (size_t w = 0; w < warps; ++w) {
+    auto& threads = ready[warp_order[(first + w) % warps]];
+    if (threads.empty()) continue;
+    std::swap(threads[random_engine() % threads.size()], threads.back());
+    const int thread = threads.back();
+    threads.pop_back();
+    return thread;
+  }
+  return -1;
 }
 
 // Any fault other than a return to the scheduler leaves fibers half way: they start anew.
@@ -186,12 +204,13 @@ void run_block() {
   static_bytes = 0;
   std::memset(shared_dynamic - kZone, kCanary, shared_dynamic_end - shared_dynamic + kZone);
   std::memset(shared_dynamic, kPoison, dynamic_bytes);
-  ready.clear();
+  for (auto& threads : ready) threads.clear();
   for (int t = 0; t < thread_count; ++t) make_ready(t);
-  while (!ready.empty() && !failed) {
-    std::swap(ready[random_engine() % ready.size()], ready.back());
-    const int thread = ready.back();
-    ready.pop_back();
+  warp_order.resize((thread_count + kWarp - 1) / kWarp);
+  std::iota(warp_order.begin(), warp_order.end(), 0);
+  std::shuffle(warp_order.begin(), warp_order.end(), random_engine);
+  warps_race = random_engine() % 2 == 0;
+  for (int thread = pick(); thread >= 0 && !failed; thread = pick()) {
     resume(thread);
     if (fibers[thread].state == State::AtBarrier) release_barrier();
     if (fibers[thread].state == State::InWarp) release_warp(thread);
