@@ -1,6 +1,6 @@
 """Alternate training of a class-specific gate in plain PyTorch: no trainer, the whole method in one loop.
 
-    python examples/train_plain_pytorch.py [steps] [images]
+python examples/train_plain_pytorch.py [steps] [images]
 """
 
 import sys
