@@ -2,6 +2,9 @@
 //   #define CSG_KERNELS "gated_pool_cpu.inl"
 //   #include "../common/cpu_levels.h"
 //   ... CSG_CALL_LEVEL(gated_pool_forward, p, parallel_for);
+#include <cstddef>
+#include <utility>
+
 #if CSG_X86
 #include <immintrin.h>
 #endif

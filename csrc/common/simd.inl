@@ -60,15 +60,25 @@ struct Simd<BFloat16> {
   }
 };
 
+#if CSG_LEVEL > 0
+// Hides where v came from: clang turns comparisons of widened halves into comparisons of halves, one at a time.
+CSG_INLINE VecF opaque(VecF v) {
+#if defined(__clang__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+#endif
+
 template <>
 struct Simd<Half> {
   using Vec = VecF;
   using Int = VecI32;
 #if CSG_LEVEL == 2
-  CSG_INLINE Vec load(const Half* p) { return (Vec)_mm512_cvtph_ps(load_bits<__m256i>(p)); }
+  CSG_INLINE Vec load(const Half* p) { return opaque((Vec)_mm512_cvtph_ps(load_bits<__m256i>(p))); }
   CSG_INLINE void store(Half* p, Vec v) { store_bits(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT)); }
 #elif CSG_LEVEL == 1
-  CSG_INLINE Vec load(const Half* p) { return (Vec)_mm256_cvtph_ps(load_bits<__m128i>(p)); }
+  CSG_INLINE Vec load(const Half* p) { return opaque((Vec)_mm256_cvtph_ps(load_bits<__m128i>(p))); }
   CSG_INLINE void store(Half* p, Vec v) { store_bits(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
   CSG_INLINE Vec load(const Half* p) {
@@ -133,32 +143,38 @@ CSG_INLINE int first_lane(V mask) {
 
 // One step of adding vectors while transposing them: the sums of neighbouring lanes of a, beside those of b. The lane
 // orders are those of single instructions: unpack within 128 bits (Group elements at a time), then whole 128-bit parts.
+// Lane i of the result is the sum of two of the lanes of (a, b), numbered as one vector.
+template <int Group, int lanes, int part>
+constexpr int merged_lane(int i, bool second) {
+  if (Group < part) {
+    const int group = i % part / Group;
+    return group % 2 * lanes + i / part * part + group / 2 * Group + i % Group + (second ? part / 2 : 0);
+  }
+  return (i / part * 2 + (second ? 1 : 0)) * part + i % part;
+}
+#if defined(__clang__)
+template <int Group, bool second, typename V, size_t... I>
+CSG_INLINE V pick_lanes(V a, V b, std::index_sequence<I...>) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(V{}[0])), part = 16 / int(sizeof(V{}[0]));
+  return __builtin_shufflevector(a, b, merged_lane<Group, lanes, part>(int(I), second)...);
+}
 template <int Group, typename V>
 CSG_INLINE V merge_lanes(V a, V b) {
-  constexpr int lanes = CSG_WIDTH / int(sizeof(V{}[0])), part = 16 / int(sizeof(V{}[0])), parts = lanes / part;
-  decltype(V{} < V{}) low, high;
-  for (int i = 0; i < lanes; ++i) {
-    if (Group < part) {
-      const int group = i % part / Group;
-      low[i] = group % 2 * lanes + i / part * part + group / 2 * Group + i % Group;
-      high[i] = low[i] + part / 2;
-    } else {
-      const int source = i / part * 2;
-      low[i] = (source < parts ? source : source - parts + lanes / part) * part + i % part;
-      high[i] = low[i] + part;
-    }
-  }
-#if defined(__clang__)
-  V x, y;
-  for (int i = 0; i < lanes; ++i) {
-    x[i] = low[i] < lanes ? a[low[i]] : b[low[i] - lanes];
-    y[i] = high[i] < lanes ? a[high[i]] : b[high[i] - lanes];
-  }
-  return x + y;
-#else
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
+  constexpr std::make_index_sequence<CSG_WIDTH / sizeof(V{}[0])> all;
+  return pick_lanes<Group, false>(a, b, all) + pick_lanes<Group, true>(a, b, all);
 }
+#else
+template <int Group, typename V>
+CSG_INLINE V merge_lanes(V a, V b) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(V{}[0])), part = 16 / int(sizeof(V{}[0]));
+  decltype(V{} < V{}) first, second;
+  for (int i = 0; i < lanes; ++i) {
+    first[i] = merged_lane<Group, lanes, part>(i, false);
+    second[i] = merged_lane<Group, lanes, part>(i, true);
+  }
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+#endif
 // The sums of as many vectors as there are lanes: that of v[i] in lane i. About three instructions a vector.
 template <int Group, typename V>
 CSG_INLINE V transposed_sum(const V* v) {
