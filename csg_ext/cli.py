@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="measure on the last N train images instead of the test part, to choose settings",
+        help="measure on N images of the train part instead of the test part, to choose settings",
     )
     settings = train.add_argument_group("settings of the run")
     for field in dataclasses.fields(TrainConfig):

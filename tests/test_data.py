@@ -328,7 +328,10 @@ def test_npz_round_trip_and_hold_out(tmp_path):
     back = load_images(tmp_path / "toy.npz")
     assert back.fingerprint() == data.fingerprint() and back.classes == ["a", "b"]
     part = data.hold_out(4)
-    assert np.array_equal(part.test_images, images[10:14]) and len(part.train_labels) == 10
+    assert np.array_equal(part.test_images, images[10:14]) and np.array_equal(part.train_images, images[:10])
+    order = np.argsort(labels[:14], kind="stable")  # sorted by class, as a folder is: both classes are held out
+    part = ImageData("toy", images[:14][order], labels[:14][order], images[14:], labels[14:], ["a", "b"]).hold_out(4)
+    assert part.test_labels.tolist() == [0, 0, 1, 1] and len(part.train_labels) == 10
     with pytest.raises(ValueError, match=r"count must lie in \[1, 13\], got 14"):
         data.hold_out(14)
 

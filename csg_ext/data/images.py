@@ -76,16 +76,22 @@ class ImageData:
         return digest.hexdigest()
 
     def hold_out(self, count: int) -> ImageData:
-        """The same set with the last `count` train images as its test part: for choosing hyperparameters."""
-        if not 0 < count < len(self.train_labels):
-            raise ValueError(f"hold_out: count must lie in [1, {len(self.train_labels) - 1}], got {count}")
+        """The same set with `count` train images as its test part, the last ones of every class in proportion (rounded
+        for each class): for choosing hyperparameters without the test part."""
+        total = len(self.train_labels)
+        if not 0 < count < total:
+            raise ValueError(f"hold_out: count must lie in [1, {total - 1}], got {count}")
+        held = np.zeros(total, bool)
+        for label in range(len(self.classes)):
+            members = np.flatnonzero(self.train_labels == label)
+            held[members[len(members) - round(count * len(members) / total) :]] = True
         return replace(
             self,
-            name=f"{self.name} (validation: the last {count} train images)",
-            train_images=self.train_images[:-count],
-            train_labels=self.train_labels[:-count],
-            test_images=self.train_images[-count:],
-            test_labels=self.train_labels[-count:],
+            name=f"{self.name} (validation: {held.sum()} of its train images)",
+            train_images=self.train_images[~held],
+            train_labels=self.train_labels[~held],
+            test_images=self.train_images[held],
+            test_labels=self.train_labels[held],
         )
 
     def save(self, path: str | Path) -> None:
