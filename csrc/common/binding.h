@@ -96,8 +96,8 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, TorchType type,
                             const Tensor& like) {
   int32_t device_type = 0, device_index = 0, dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   switch (type) {
     case TorchType::Float:
       dtype = aoti_torch_dtype_float32();
@@ -116,7 +116,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
       break;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
@@ -141,7 +141,7 @@ const T* data(const std::optional<Tensor>& t) {
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
   }
   void* stream() const { return stream_; }
 
@@ -155,7 +155,7 @@ inline void check_launch(int error, const char* op) {
 }
 #else
 inline void torch_threads(int64_t total, int64_t grain, RangeBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, total, grain, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, total, grain, body, context));
 }
 #endif
 
