@@ -29,6 +29,7 @@ from csg_ext.training.worker import FAILED, INTERRUPTED
 
 ARMS = ("std", "csg")
 Display = Callable[[str, dict[str, Any]], None]
+_STOPPED = (INTERRUPTED, -signal.SIGINT)  # the second: before the worker could handle Ctrl-C
 _MAX_THREADS = 4  # per arm: batches of 64 small images keep no more busy
 
 
@@ -142,7 +143,7 @@ def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None
                 arm, message = messages.get()
                 if message is None:
                     running.discard(arm)
-                    if workers[arm].process.wait() not in (0, INTERRUPTED):
+                    if workers[arm].process.wait() not in (0, *_STOPPED):
                         stop_all()
                 elif "error" in message:
                     workers[arm].error = message["error"]
@@ -159,11 +160,11 @@ def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None
             if worker.process.poll() is None:
                 worker.process.kill()
             worker.process.wait()
-    failed = [worker for worker in workers.values() if worker.process.returncode not in (0, INTERRUPTED)]
+    failed = [worker for worker in workers.values() if worker.process.returncode not in (0, *_STOPPED)]
     if failed:
         # The arm that says why comes first: the other one may have failed while it was being stopped.
         raise ArmFailed(max(failed, key=lambda w: (bool(w.error), w.process.returncode == FAILED)).failure())
-    if interrupted or any(worker.process.returncode == INTERRUPTED for worker in workers.values()):
+    if interrupted or any(worker.process.returncode in _STOPPED for worker in workers.values()):
         raise KeyboardInterrupt
 
 
