@@ -12,12 +12,7 @@ from typing import Any
 
 import setuptools
 from setuptools import build_meta
-from setuptools.build_meta import (
-    build_sdist,
-    get_requires_for_build_sdist,
-    prepare_metadata_for_build_editable,
-    prepare_metadata_for_build_wheel,
-)
+from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
 from build_support import native
 
@@ -32,15 +27,19 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
-if int(setuptools.__version__.partition(".")[0]) < 77:  # the first to read pyproject.toml's license expression
-    raise SystemExit(f"csg-ext: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools.")
-
 
 def _require_torch() -> None:
     try:
         native.find_torch()
     except native.BuildError as error:
         raise SystemExit(f"csg-ext: {error}") from None
+
+
+def _require_setuptools() -> None:  # the first that reads pyproject.toml's license expression
+    if int(setuptools.__version__.partition(".")[0]) < 77:
+        raise SystemExit(
+            f"csg-ext: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools."
+        )
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -51,6 +50,16 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     _require_torch()
     return build_meta.get_requires_for_build_editable(config_settings)
+
+
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
+    _require_setuptools()
+    return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
+
+
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Any = None) -> str:
+    _require_setuptools()
+    return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:

@@ -94,6 +94,13 @@ def test_backend_reports_a_missing_torch(monkeypatch):
             hook()
 
 
+def test_backend_reports_an_old_setuptools(monkeypatch, tmp_path):
+    monkeypatch.setattr(backend.setuptools, "__version__", "65.5.0")
+    for hook in (backend.prepare_metadata_for_build_wheel, backend.prepare_metadata_for_build_editable):
+        with pytest.raises(SystemExit, match="^csg-ext: setuptools >= 77 is needed, got 65.5.0"):
+            hook(str(tmp_path))
+
+
 def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
     with pytest.raises(native.BuildError, match=r"torch >= 2\.10 is needed, got torch 2\.9\.1"):
         native.find_torch([fake_torch("2.9.1")])
