@@ -73,10 +73,7 @@ __device__ inline void update(const GateStep& p, const Rates<Acc<T>>& rates, int
     const int64_t c = first + r * lanes;
     A step = fused(rates.weight_decay, entry[r], d[r]);
     if (buffer != nullptr) {
-      if (!p.first_step)
-        b[r] = fused(rates.momentum, b[r], rates.undamped * step);
-      else
-        b[r] = step;
+      b[r] = p.first_step ? step : fused(rates.momentum, b[r], rates.undamped * step);
       if (write_buffer && c < p.c && k < p.k) buffer[c * p.k + k] = from_acc<T>(b[r]);
       step = p.nesterov ? fused(rates.momentum, b[r], step) : b[r];
     }

@@ -36,6 +36,9 @@ constexpr int kBlocks = sizeof(T) == 2 ? 3 : 4;
 template <typename T, typename I, Pool kPool>
 using Reduction = std::conditional_t<kPool == Pool::Avg, Sum<Acc<T>, I>, Top<Acc<T>, I>>;
 
+// Bytes rounded up, so that what follows in shared memory is aligned.
+constexpr int whole_vectors(size_t bytes) { return static_cast<int>(ceil_div(bytes, kVectorBytes)) * kVectorBytes; }
+
 // ---- The gate's row.
 
 // Calls fn with a value of the gate's type: that of x, or float.
@@ -221,15 +224,17 @@ struct ChannelShape {
   int64_t channel_tiles, position_tiles, positions, tiles;
 };
 
+template <int kWidth>
+constexpr int kPad = kWidth == 1 ? 0 : kWarp / kWidth;
+
 template <typename T, Pool kPool, int kWidth>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     pool_channels(const GatedPoolForward p, const ChannelShape shape) {
   using A = Acc<T>;
   using R = Reduction<T, int, kPool>;  // positions counted in steps of the thread: s = lane + step * lanes
-  constexpr int kPad = kWarp / kWidth;
   CSG_DYNAMIC_SHARED(shared);
-  // [lanes][width][columns + pad]: neither writing by thread nor reading by channel meets a bank twice.
-  const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns, pitch = columns + kPad;
+  // [lanes][width][columns + pad]: 32 threads side by side write, and 32 channels side by side are read, from 32 banks.
+  const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns, pitch = columns + kPad<kWidth>;
   A* const values = reinterpret_cast<A*>(shared);
   int* const steps_at = reinterpret_cast<int*>(values + lanes * kWidth * pitch);
   const int column = thread % columns, lane = thread / columns;
@@ -311,7 +316,7 @@ int launch_channels(const GatedPoolForward& p, void* stream) {
   shape.columns = channel_columns(p.n, packs, p.s);
   shape.channel_tiles = ceil_div(packs, shape.columns);
   shape.tiles = p.n * shape.channel_tiles;
-  const int cells = kThreads / shape.columns * kWidth * (shape.columns + kWarp / kWidth);
+  const int cells = kThreads / shape.columns * kWidth * (shape.columns + kPad<kWidth>);
   const size_t bytes = cells * (sizeof(Acc<T>) + (kPool == Pool::Max ? sizeof(int) : 0));
   return launch(pool_channels<T, kPool, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
@@ -336,7 +341,7 @@ int launch_tiles(const GatedPoolForward& p, void* stream) {
   const int apart = static_cast<int>(std::clamp<int64_t>((row_bytes & -row_bytes) / 4, 1, kWarp));
   const int busy = power_of_two(kThreads / rows / 2 + 1, kWarp);  // as many lanes to a row as there are threads
   shape.lanes = std::min(std::max(apart, busy), power_of_two(p.s, kWarp));
-  shape.result_bytes = static_cast<int>(ceil_div(rows * static_cast<int64_t>(sizeof(R)), kVectorBytes)) * kVectorBytes;
+  shape.result_bytes = whole_vectors(rows * sizeof(R));
   const size_t bytes = shape.result_bytes + rows * row_bytes + kVectorBytes;
   return launch(pool_tiles<T, kPool>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
@@ -382,7 +387,7 @@ struct FillShape {
   int64_t total, tiles;  // total = N K S
   int lead;              // elements between the 16-byte boundary before grad_x and grad_x
   int tile;
-  int max_rows;      // rows that a tile can touch
+  int value_bytes;   // of a value for each row that a tile can touch, and one more
   uint32_t local_s;  // min(S, tile): a tile cuts longer rows at most once
   uint64_t magic;    // ceil(2^32 / local_s): i / local_s == i * magic >> 32 for i < 2 * tile
 };
@@ -390,10 +395,8 @@ struct FillShape {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward p, const FillShape shape) {
   CSG_DYNAMIC_SHARED(shared);
-  T* const values = reinterpret_cast<T*>(shared);  // [max_rows + 1]
-  int* const hits =
-      reinterpret_cast<int*>(shared + (shape.max_rows + 1) * sizeof(T) + 16 -
-                             (shape.max_rows + 1) * sizeof(T) % 16);  // position of the maximum in the tile
+  T* const values = reinterpret_cast<T*>(shared);
+  int* const hits = reinterpret_cast<int*>(shared + shape.value_bytes);  // position of the maximum in the tile
   T* const grad_x = static_cast<T*>(p.grad_x);
   const bool avg = p.pool == Pool::Avg;
   const T zero = from_acc<T>(Acc<T>(0));
@@ -465,10 +468,11 @@ int launch_fill_rows(const GatedPoolBackward& p, void* stream) {
   const int to_next = to_boundary(static_cast<const T*>(p.grad_x));
   shape.lead = to_next == 0 ? 0 : kVector<T> - to_next;
   shape.tiles = ceil_div(shape.total + shape.lead, shape.tile);
-  shape.max_rows = static_cast<int>(shape.tile / p.s) + 2;
+  const int rows = static_cast<int>(shape.tile / p.s) + 3;
+  shape.value_bytes = whole_vectors(rows * sizeof(T));
   shape.local_s = static_cast<uint32_t>(std::min<int64_t>(p.s, shape.tile));
   shape.magic = ((uint64_t{1} << 32) + shape.local_s - 1) / shape.local_s;
-  const size_t bytes = (shape.max_rows + 1) * (sizeof(T) + (p.pool == Pool::Max ? sizeof(int) : 0)) + 16;
+  const size_t bytes = shape.value_bytes + (p.pool == Pool::Max ? rows * sizeof(int) : 0);
   return launch(fill_rows<T>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
 
@@ -583,7 +587,7 @@ __device__ inline int find_matches(const GatedPoolBackward& p, int64_t begin, in
 }
 
 template <typename G>
-__global__ void __launch_bounds__(kThreads, 4) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
+__global__ void __launch_bounds__(kThreads, 3) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
   using A = Acc<G>;
   CSG_DYNAMIC_SHARED(shared);
   CSG_SHARED(Match, matches, kThreads);
@@ -604,21 +608,34 @@ __global__ void __launch_bounds__(kThreads, 4) gate_gradient(const GatedPoolBack
     const bool active = k < p.k;
     const auto product = [&](int64_t n) { return to_acc(grad_out[n * p.k + k]) * to_acc(pooled[n * p.k + k]); };
     A* const mine = sums + lane * shape.classes * kGateColumns + column;
+#pragma unroll 1
     for (int c = 0; c < classes; ++c) mine[c * kGateColumns] = A(0);
 
     if (grad_out == nullptr) {
       // Nothing to add.
     } else if (p.rows.labels == nullptr) {
+#pragma unroll 1
       for (int c = lane; c < classes && active; c += kGateLanes) {
         if (first + c < p.n) mine[c * kGateColumns] = product(first + c);
       }
     } else {
       for (int64_t begin = 0; begin < p.n; begin += kThreads) {
         const int total = find_matches(p, begin, first, classes, matches, counts);
-        if (active) {
-#pragma unroll 4
-          for (int i = lane; i < total; i += kGateLanes) {
-            mine[matches[i].row * kGateColumns] += product(begin + matches[i].sample);
+#pragma unroll 1
+        for (int i = lane; active && i < total; i += kUnroll * kGateLanes) {
+          A d[kUnroll];
+          int row[kUnroll];
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (i + u * kGateLanes >= total) break;
+            const Match match = matches[i + u * kGateLanes];
+            d[u] = product(begin + match.sample);
+            row[u] = match.row;
+          }
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            if (i + u * kGateLanes >= total) break;
+            mine[row[u] * kGateColumns] += d[u];
           }
         }
         // The next chunk's matches are written after a barrier, so these reads are over by then.
@@ -633,15 +650,25 @@ __global__ void __launch_bounds__(kThreads, 4) gate_gradient(const GatedPoolBack
     }
     A part = A(0);
     if (grad_out != nullptr && active && top > A(0) && arg >= first && arg < first + classes) {
-#pragma unroll 4
-      for (int64_t n = lane; n < p.n; n += kGateLanes) {
-        const int64_t c = class_of(p.rows, n);
-        if (in_range(p.rows, c)) part += product(n) * project_scale(to_acc(gate[c * p.k + k]), top, c == arg);
+#pragma unroll 1
+      for (int64_t n = lane; n < p.n; n += kUnroll * kGateLanes) {
+        A d[kUnroll], g[kUnroll];
+        int64_t c[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+          const int64_t sample = n + u * kGateLanes;
+          c[u] = sample < p.n ? class_of(p.rows, sample) : -1;
+          d[u] = in_range(p.rows, c[u]) ? product(sample) : A(0);
+          g[u] = in_range(p.rows, c[u]) ? to_acc(gate[c[u] * p.k + k]) : A(0);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) part += d[u] * project_scale(g[u], top, c[u] == arg);
       }
     }
     whole[thread] = part;
     __syncthreads();
 
+#pragma unroll 1
     for (int c = lane; c < classes && active; c += kGateLanes) {
       A sum = A(0);
       for (int l = 0; l < kGateLanes; ++l) sum += sums[(l * shape.classes + c) * kGateColumns + column];
