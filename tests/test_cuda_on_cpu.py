@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import itertools
 import os
+import shlex
 import subprocess
 import weakref
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ STAND_IN = HERE / "cuda_on_cpu.cpp"
 HEADERS = sorted([*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *HERE.glob("*.h")])
 # Few blocks, so that the kernels' grid-stride loops run.
 FLAGS = (
-    "-std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fPIC -U_FORTIFY_SOURCE "
+    "-std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fPIC "
     "-fsanitize=undefined -fno-sanitize-recover=all -DCSG_MAX_BLOCKS=7"
 ).split()
 
@@ -48,12 +49,12 @@ TOLERANCE = {
 }
 
 
-def compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++")
 
 
 def build_folder() -> Path:
-    digest = hashlib.sha256(" ".join([compiler(), *FLAGS]).encode())
+    digest = hashlib.sha256(" ".join([*compiler(), *FLAGS]).encode())
     for path in [*KERNELS, *HEADERS, *sorted(HERE.glob("*.cpp"))]:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_on_cpu" / digest.hexdigest()[:16]
@@ -64,7 +65,7 @@ def build_folder() -> Path:
 def compile_one(source: Path, target: Path) -> None:
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler(), *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
+        subprocess.run([*compiler(), *FLAGS, f"-I{HERE}", "-x", "c++", "-c", str(source), "-o", str(part)], check=True)
         part.replace(target)
 
 
@@ -78,7 +79,7 @@ def build(target: str, sources: list[Path], *options: str) -> Path:
             list(pool.map(compile_one, sources, objects))
         linked = folder / f"{target}.{os.getpid()}"
         subprocess.run(
-            [compiler(), *options, "-fsanitize=undefined", "-o", str(linked), *map(str, objects)], check=True
+            [*compiler(), *options, "-fsanitize=undefined", "-o", str(linked), *map(str, objects)], check=True
         )
         linked.replace(path)
     return path

@@ -1,4 +1,5 @@
 // The stand-in's machinery: fibers, their scheduler, shared memory, and faults turned into an error with one sentence.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to leave a fiber's stack
 #include <array>
 #include <csetjmp>
 #include <csignal>
