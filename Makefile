@@ -9,7 +9,7 @@ CMAKE_BUILD := build/cmake
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
 .PHONY: help demo test pytest ctest bench bench-quick lint format pins compile_commands clean
 .DELETE_ON_ERROR:
@@ -52,7 +52,8 @@ lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	@echo "$(BIN)/clang-format --dry-run -Werror (all of csrc and tests)"
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/.requirements-dev
 	$(BIN)/ruff check --fix .

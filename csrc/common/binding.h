@@ -116,8 +116,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
       break;
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
