@@ -1,7 +1,9 @@
 // What CPU kernels share: the instruction-set levels they are compiled for and the choice made at run time.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace csg {
 
@@ -23,6 +25,17 @@ void parallel_ranges(ParallelFor parallel_for, int64_t total, int64_t grain, F&&
   parallel_for(
       total, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &body);
 }
+
+// Memory for sums in fp32 beside a half-type result. Here, not in the kernels: no library template is instantiated
+// there.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : bytes_(new char[size_t(bytes)]) {}
+  void* get() const { return bytes_.get(); }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+};
 
 }  // namespace csg
 

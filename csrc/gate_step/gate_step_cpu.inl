@@ -18,9 +18,10 @@ CSG_INLINE void update_top(const A* value, int64_t c, int64_t len, A* top, int64
   }
 }
 
-// The updated value is rounded to T before its column's maximum is taken: the largest entry becomes exactly 1.
+// The updated values wait for their columns' maxima in the gate itself, half types in fp32 in `scratch` [C, len]: they
+// are rounded once.
 template <typename T>
-CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len) {
+CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   A gate[kColumnBlock], d[kColumnBlock], buffer[kColumnBlock], top[kColumnBlock];
   int64_t where[kColumnBlock];
@@ -44,14 +45,21 @@ CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len) {
         for (int64_t j = 0; j < len; ++j) d[j] = p.nesterov ? d[j] + momentum * buffer[j] : buffer[j];
       }
       for (int64_t j = 0; j < len; ++j) gate[j] -= lr * d[j];
+    }
+    if (scratch) {
+      __builtin_memcpy(scratch + c * len, gate, size_t(len) * sizeof(A));
+    } else if (p.grad) {
       narrow_block(row, gate, len);
-      widen_block(gate, row, len);
     }
     update_top(gate, c, len, top, where);
   }
   for (int64_t c = 0; c < p.c; ++c) {
     T* row = static_cast<T*>(p.gate) + c * p.k + k0;
-    widen_block(gate, row, len);
+    if (scratch) {
+      __builtin_memcpy(gate, scratch + c * len, size_t(len) * sizeof(A));
+    } else {
+      widen_block(gate, row, len);
+    }
     if (p.projection == Projection::Scale) {
       for (int64_t j = 0; j < len; ++j) gate[j] = project_scale(gate[j], top[j], where[j] == c);
     } else {
@@ -59,6 +67,12 @@ CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len) {
     }
     narrow_block(row, gate, len);
   }
+}
+template <typename T>
+CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len) {
+  constexpr bool beside = sizeof(T) < sizeof(Accumulator<T>);
+  const Scratch scratch(beside ? p.c * len * int64_t(sizeof(Accumulator<T>)) : 0);
+  step_columns<T>(p, k0, len, beside ? static_cast<Accumulator<T>*>(scratch.get()) : nullptr);
 }
 
 template <typename T>
