@@ -71,7 +71,7 @@ __device__ inline void update(const GateStep& p, const Rates<Acc<T>>& rates, int
 #pragma unroll
   for (int r = 0; r < kBatch; ++r) {
     const int64_t c = first + r * lanes;
-    A step = fused(rates.weight_decay, entry[r], d[r]);
+    A step = rates.weight_decay == A(0) ? d[r] : fused(rates.weight_decay, entry[r], d[r]);  // 0 * inf is NaN
     if (buffer != nullptr) {
       b[r] = p.first_step ? step : fused(rates.momentum, b[r], rates.undamped * step);
       if (write_buffer && c < p.c && k < p.k) buffer[c * p.k + k] = from_acc<T>(b[r]);
