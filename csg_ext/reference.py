@@ -73,7 +73,7 @@ def gate_step(
     method: str = "scale",
 ) -> tuple[Tensor, Tensor | None]:
     """One step of torch.optim.SGD on the gate, then its projection; returns (gate, momentum_buffer)."""
-    d = grad + weight_decay * gate
+    d = grad + weight_decay * gate if weight_decay else grad
     if momentum_buffer is not None:
         momentum_buffer = d if first_step else momentum * momentum_buffer + (1 - dampening) * d
         d = d + momentum * momentum_buffer if nesterov else momentum_buffer
