@@ -27,7 +27,7 @@ help:
 demo:
 	@echo "csg-ext demo: installs PyTorch and this package in $(VENV), then trains a small ResNet on Fashion-MNIST twice,"
 	@echo "without and with class-specific gates, and compares the two: at most 6 minutes on 2 CPU cores."
-	@$(MAKE) --no-print-directory $(VENV)/.package-train
+	@$(MAKE) --silent --no-print-directory $(VENV)/.package-train
 	@$(BIN)/csg-ext train --output $(DEMO) --overwrite
 
 test: ctest pytest
