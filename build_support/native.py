@@ -521,8 +521,8 @@ def write_cmake_settings(folder: Path, version: str, cuda: bool) -> None:
     write_if_changed(folder / "build_facts.h", facts_header(facts))
 
 
-if __name__ == "__main__":  # CMakeLists.txt calls it: FOLDER VERSION CUDA(ON|OFF), with CXX set
+if __name__ == "__main__":  # CMakeLists.txt calls it: FOLDER VERSION [cuda], with CXX set
     try:
-        write_cmake_settings(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "ON")
+        write_cmake_settings(Path(sys.argv[1]), sys.argv[2], cuda="cuda" in sys.argv[3:])
     except BuildError as error:
         sys.exit(f"csg-ext: {error}")
