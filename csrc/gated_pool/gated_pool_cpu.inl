@@ -6,6 +6,7 @@ constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, 
 constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
 constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
 constexpr int64_t kMaxBlock = 1 << 30;      // positions whose number fits a 32-bit lane
+constexpr int64_t kPrefetchBytes = 8192;    // two pages ahead: the hardware's own prefetcher stops at the page's end
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it brings
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
@@ -187,17 +188,33 @@ CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t e
   }
 }
 
-// sum[j] += x[s, j] over `count` positions. One position at a time: memory is read as one stream, the sums stay in L1.
-template <typename X>
+// sum[j] += x[s, j] over `count` positions, Together of them at a time.
+template <int Together, typename X>
 CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   constexpr int L = kLanes<X>;
-  for (int64_t s = 0; s < count; ++s, x += stride) {
+  for (; count >= Together; count -= Together, x += Together * stride) {
     int64_t j = 0;
-    for (; j + L <= len; j += L) store_bits(sum + j, load_bits<Vec>(sum + j) + S::load(x + j));
-    for (; j < len; ++j) sum[j] += widen(x[j]);
+    for (; j + L <= len; j += L) {
+      Vec v = load_bits<Vec>(sum + j);
+      for (int r = 0; r < Together; ++r) {
+        __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + j) + kPrefetchBytes);
+        v += S::load(x + r * stride + j);
+      }
+      store_bits(sum + j, v);
+    }
+    for (; j < len; ++j)
+      for (int r = 0; r < Together; ++r) sum[j] += widen(x[r * stride + j]);
   }
+  if constexpr (Together > 1) add_positions<1>(x, stride, count, len, sum);
+}
+// Four positions together save loads and stores of the sums, but read memory as four streams: with narrow rows of wide
+// types the prefetchers lose more than is saved.
+template <typename X>
+CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
+  if (sizeof(X) == 2 || len * int64_t(sizeof(X)) >= 2048) return add_positions<4>(x, stride, count, len, sum);
+  add_positions<1>(x, stride, count, len, sum);
 }
 
 // The same for the first maximum (or the first NaN) and its position, numbered in a lane of the values' width.
