@@ -18,5 +18,5 @@ def bench_gated_pool(benchmark, direction, case, peer):
     moved = case.bytes * (1 if direction == "forward" else 2)
     benchmark.group = f"{direction} {case.id}"
     benchmark.extra_info.update(bytes=moved, device=cases.DEVICE, peer=peer)
-    benchmark(cases.synchronized(make(f, case)))
+    benchmark(cases.synchronized(make(f, case.inputs())))
     benchmark.extra_info["gigabytes_per_second"] = round(moved / benchmark.stats.stats.median / 1e9, 2)

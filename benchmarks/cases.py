@@ -130,9 +130,12 @@ def check(case: Case, f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
 
 
-def forward_of(f: Callable[..., Tensor], case: Case) -> Callable[[], object]:
-    """A call of the forward pass without gradients."""
-    x, gate, labels, _ = case.inputs()
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def forward_of(f: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
+    """A call of the forward pass without gradients. Peers share one x: where it lies in memory matters."""
+    x, gate, labels, _ = inputs
 
     def run() -> object:
         with torch.no_grad():
@@ -141,9 +144,9 @@ def forward_of(f: Callable[..., Tensor], case: Case) -> Callable[[], object]:
     return run
 
 
-def forward_backward_of(f: Callable[..., Tensor], case: Case) -> Callable[[], object]:
+def forward_backward_of(f: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
     """A call of forward and backward, gradients to x and gate."""
-    x, gate, labels, grad = case.inputs()
+    x, gate, labels, grad = inputs
     x.requires_grad_()
     gate.requires_grad_()
 

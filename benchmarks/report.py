@@ -53,14 +53,15 @@ def measure(case: cases.Case, peers: dict[str, Callable]) -> dict:
     """All figures of one case, seconds."""
     for f in peers.values():
         cases.check(case, f)
-    x = case.inputs()[0]
+    inputs = case.inputs()
+    x = inputs[0].detach()
     candidates: dict[str, Callable[[], object]] = {
         "sum": lambda: x.sum(),
         "sum and fill": lambda: (x.sum(), torch.empty_like(x).fill_(1)),
     }
     for name, f in peers.items():
-        candidates[f"{name} forward"] = cases.forward_of(f, case)
-        candidates[f"{name} both"] = cases.forward_backward_of(f, case)
+        candidates[f"{name} forward"] = cases.forward_of(f, inputs)
+        candidates[f"{name} both"] = cases.forward_backward_of(f, inputs)
     times = medians({name: cases.synchronized(f) for name, f in candidates.items()})
     gc.collect()
     return {"case": case.id, "shape": list(case.shape), "bytes": case.bytes, "seconds": times}
