@@ -358,6 +358,22 @@ CSG_INLINE void fill_row(X* to, X value, int64_t n) {
   if (n % L) store_bits(to + n - L, v);
 }
 
+// Long rows by memcpy, whose string instructions do not read what they overwrite, but start too slowly for short ones.
+template <typename X>
+CSG_INLINE void copy_row(X* to, const X* from, int64_t n) {
+  constexpr int64_t L = CSG_WIDTH / int64_t(sizeof(X));
+  if (n * int64_t(sizeof(X)) > 4096) {
+    __builtin_memcpy(to, from, size_t(n) * sizeof(X));
+    return;
+  }
+  if (n < L) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    return;
+  }
+  for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, load_bits<VecU32>(from + i));
+  if (n % L) store_bits(to + n - L, load_bits<VecU32>(from + n - L));
+}
+
 template <typename X>
 CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t end) {
   Accumulator<X> exact[kChannelBlock];
@@ -400,7 +416,7 @@ CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin
       }
     }
     if (p.pool == Pool::Avg)
-      for (int64_t s = 1; s < p.s; ++s) __builtin_memcpy(grad_x + s * p.k, grad_x, size_t(p.k) * sizeof(X));
+      for (int64_t s = 1; s < p.s; ++s) copy_row(grad_x + s * p.k, grad_x, p.k);
   }
 }
 
