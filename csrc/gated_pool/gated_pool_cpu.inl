@@ -2,6 +2,7 @@
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
 constexpr int64_t kChannelBlock = 256;      // channels handled together: their sums and gate rows stay in L1
+constexpr int64_t kRowBlock = 64;           // rows of one work item
 constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, where a block is one memory stream
 constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
 constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
@@ -71,7 +72,12 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   return (a + b) + (c + d);
 }
 
+template <typename X>
+CSG_INLINE bool two_to_a_lane(const X*) {
+  return false;
+}
 #if CSG_LEVEL > 0
+CSG_INLINE bool two_to_a_lane(const BFloat16*) { return true; }
 // bf16 two to a lane: the even ones shifted up, the odd ones masked; no conversion is needed to add them.
 CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
   constexpr int L = 2 * kLanes<BFloat16>;
@@ -93,6 +99,36 @@ CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
 }
 #endif
 
+// The sums of kLanes<X> rows of n >= kLanes<X> values that lie one after the other, as n vectors: no load of aligned
+// rows crosses a cache line, and a vector that holds the end of one row and the begin of the next is split by a mask.
+template <typename X>
+CSG_INLINE typename Simd<X>::Vec sum_adjacent_rows(const X* x, int64_t n) {
+  using S = Simd<X>;
+  using Vec = typename S::Vec;
+  using Int = typename S::Int;
+  constexpr int L = kLanes<X>;
+  Vec part[L], begun{};
+  const X* at = x;
+  for (int r = 0; r < L; ++r) {
+    const X* end = x + (r + 1) * n;
+    Vec a = begun, b{};
+    for (; at + 2 * L <= end; at += 2 * L) {
+      a += S::load(at);
+      b += S::load(at + L);
+    }
+    if (at + L <= end) b += S::load(at), at += L;
+    begun = Vec{};
+    if (at < end) {
+      const Int v = (Int)S::load(at), next = last_lanes<Int>(L - int(end - at));
+      b += (Vec)(v & ~next);
+      begun = (Vec)(v & next);
+      at += L;
+    }
+    part[r] = a + b;
+  }
+  return transposed_sum<1>(part);
+}
+
 // The sums of `len` rows.
 template <typename X>
 CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Accumulator<X>* sum) {
@@ -107,12 +143,16 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Acc
   } else if (n <= kSumBlock) {
     int64_t j = 0;
     Vec part[L];
+    const bool adjacent = stride == n && sizeof(Accumulator<X>) == sizeof(float) && !two_to_a_lane(x);
     for (; j + L <= len; j += L) {
+      if (adjacent) {
+        store_bits(sum + j, sum_adjacent_rows(x + j * stride, n));
+        continue;
+      }
       for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
       store_bits(sum + j, transposed_sum<1>(part));
     }
     if (j < len) {
-      // Added in the same order: a row's bits must not depend on where a thread's share ends.
       for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n) : Vec{};
       const Vec last = transposed_sum<1>(part);
       for (int r = 0; j + r < len; ++r) sum[j + r] = last[r];
@@ -168,23 +208,25 @@ CSG_INLINE Accumulator<X> max_row(const X* x, int64_t n, int64_t* where) {
   }
 }
 
-// Rows: every channel's positions are contiguous. Work items are the N * K rows.
+// Rows: every channel's positions are contiguous. Work items are (sample, block of channels): which rows are added
+// together, and so the bits of their sums, does not depend on the threads.
 template <typename X>
 CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
-  A pooled[kChannelBlock];
-  for (int64_t at = begin; at < end;) {
-    const int64_t n = at / p.k, k0 = at % p.k;
-    const int64_t len = min64(min64(end - at, p.k - k0), kChannelBlock);
+  A pooled[kRowBlock];
+  const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / blocks, k0 = item % blocks * kRowBlock;
+    const int64_t len = min64(kRowBlock, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
       sum_rows(x, p.stride_k, p.s, len, pooled);
       for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
-      for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, p.index + at + j);
+      int64_t* index = p.index + n * p.k + k0;
+      for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, index + j);
     }
     finish(p, n, k0, len, pooled);
-    at += len;
   }
 }
 
@@ -290,7 +332,9 @@ CSG_INLINE void forward(const GatedPoolForward& p, ParallelFor parallel_for) {
     parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / max64(1, bytes)),
                     [&](int64_t begin, int64_t end) { forward_channels_last<X>(p, begin, end); });
   } else {
-    parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
+    const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
+    const int64_t bytes = p.s * min64(p.k, kRowBlock) * int64_t(sizeof(X));
+    parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / bytes),
                     [&](int64_t begin, int64_t end) { forward_rows<X>(p, begin, end); });
   }
 }
