@@ -247,15 +247,16 @@ void test_gate_step(ScalarType type, Projection projection, bool nesterov, bool 
   gate_step_cpu({gate.data(), grad.data(), buffer.data(), type, c, k, lr, momentum, dampening, decay, nesterov,
                  first_step, projection},
                 two_threads);
-  // The kernel rounds the updated gate to its type before it takes the maximum; equal entries: the first one wins.
-  Array rounded(type, c * k);
-  for (int64_t i = 0; i < c * k; ++i) rounded.set(i, stepped[i]);
+  // The maximum is taken in the accumulator, half types in fp32; equal entries: the first one wins.
+  std::vector<double> exact(stepped);
+  if (type != ScalarType::Float64)
+    for (double& v : exact) v = double(float(v));
   const double unit = roundoff(type), tolerance = 4 * unit;
   for (int64_t j = 0; j < k; ++j) {
     int64_t best = 0;
     for (int64_t i = 1; i < c; ++i)
-      if (rounded.get(i * k + j) > rounded.get(best * k + j)) best = i;
-    const double top = rounded.get(best * k + j);
+      if (exact[i * k + j] > exact[best * k + j]) best = i;
+    const double top = exact[best * k + j];
     for (int64_t i = 0; i < c; ++i) {
       const int64_t at = i * k + j;
       const double want = projection == Projection::Scale ? projected(stepped[at], top, i == best)
