@@ -7,9 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Threads that spin while idle would take the cores of whatever runs beside the benchmark.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 from torch import Tensor
 
