@@ -28,10 +28,9 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
     Raises:
         ValueError: a gate that is not a matrix, or an unknown method. TypeError: a dtype that is not floating point.
     """
-    if isinstance(gate, Tensor) and torch.is_grad_enabled() and gate.requires_grad:
-        _check_gate("project_gate", gate, method)
-        return reference.project_gate(gate, method)
     _check_gate("project_gate", gate, method)
+    if torch.is_grad_enabled() and gate.requires_grad:
+        return reference.project_gate(gate, method)
     return project_gate_(gate.detach().clone(memory_format=torch.contiguous_format), method)
 
 
