@@ -1,0 +1,60 @@
+// mutual_info for torch: checks, allocation and registration.
+#include "mutual_info.h"
+
+#ifndef CSG_CUDA
+#include "../common/binding.h"
+#include "mutual_info_cpu.h"
+
+namespace csg {
+namespace {
+
+constexpr const char* kOp = "class_mutual_info";
+
+Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, int64_t n_neighbors,
+                         std::optional<Tensor> noise, bool multiclass, Tensor psi, int64_t psi_bits) {
+  check(features.dim() == 2, kOp, ": features must have the shape (N, K), got ", shape_of(features));
+  MutualInfo p{};
+  p.type = floating_type(features, kOp, "features");
+  p.n = features.size(0), p.k = features.size(1);
+  p.stride_n = features.stride(0), p.stride_k = features.stride(1);
+  check(labels.dim() == 1 && labels.size(0) == p.n && labels.scalar_type() == TorchType::Long, kOp,
+        ": labels must be int64 of the shape (N,) = (", p.n, ",), got ", name_of(labels.scalar_type()), " of ",
+        shape_of(labels));
+  check_same_device(labels, features, kOp, "labels");
+  check(num_classes >= 1 && num_classes < (int64_t(1) << 30), kOp, ": num_classes must be in [1, 2^30), got ",
+        num_classes);
+  check(n_neighbors >= 1, kOp, ": n_neighbors must be at least 1, got ", n_neighbors);
+  check(p.n < (int64_t(1) << 30), kOp, ": features must have fewer than 2^30 samples, got ", p.n);
+  check(psi.scalar_type() == TorchType::Long && psi.is_contiguous() && psi.dim() == 1 && psi.size(0) == p.n + 1, kOp,
+        ": psi must be int64 of the shape (N + 1,)");
+  check_same_device(psi, features, kOp, "psi");
+  labels = dense(labels);
+  if (noise) {
+    check(noise->scalar_type() == TorchType::Double && noise->dim() == 2 && noise->size(0) == p.n &&
+              noise->size(1) == p.k,
+          kOp, ": noise must be float64 of the shape of features");
+    check_same_device(*noise, features, kOp, "noise");
+    noise = dense(*noise);
+    p.noise = data<double>(noise);
+  }
+  p.ties = noise ? Ties::Noise : Ties::Exact;
+  p.classes = num_classes, p.neighbors = n_neighbors, p.multiclass = multiclass;
+  p.psi = static_cast<const int64_t*>(psi.data_ptr()), p.psi_bits = int(psi_bits);
+  p.labels = static_cast<const int64_t*>(labels.data_ptr());
+  for (int64_t i = 0; i < p.n; ++i)
+    check(p.labels[i] >= 0 && p.labels[i] < num_classes, kOp, ": labels[", i, "] = ", p.labels[i], " is outside [0, ",
+          num_classes, ")");
+  Tensor out = empty_matrix(p.k, multiclass ? 1 : num_classes, TorchType::Double, features);
+  if (p.k == 0) return out;
+  check(p.n >= 1, kOp, ": features must have at least one sample, got ", shape_of(features));
+  p.features = features.data_ptr();
+  p.out = static_cast<double*>(out.data_ptr());
+  mutual_info_cpu(p, torch_threads);
+  return out;
+}
+
+}  // namespace
+}  // namespace csg
+
+STABLE_TORCH_LIBRARY_IMPL(csg_ext, CPU, m) { m.impl("class_mutual_info", TORCH_BOX(&csg::class_mutual_info)); }
+#endif

@@ -1,0 +1,159 @@
+// mutual_info on the CPU: the kernel of mutual_info_cpu.inl compiled for three instruction sets, chosen at run time.
+#include "mutual_info_cpu.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "../common/half.h"
+#include "mutual_info_sample.h"
+
+namespace csg {
+namespace {
+
+constexpr int64_t kColumns = 4;   // features loaded together: a row's cache line is read once for them
+constexpr int kSample = 64;       // values that tell where the bulk of a feature lies
+constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of their own
+constexpr int64_t kPadding = 32;  // values beyond both ends that vectors may read
+
+// Linear buckets; `starts` is where their first indices stand in Workspace::starts.
+struct Buckets {
+  double low, scale, last;
+  int64_t starts;
+};
+
+// What all features share.
+struct Classes {
+  int64_t n;                     // samples that take part
+  std::vector<int64_t> kept_at;  // their rows, where some do not
+  std::vector<int32_t> labels;
+  std::vector<int64_t> begins, sizes, cursors;
+  std::vector<double> constants;
+  int64_t padded = 0;  // length of class_value
+  int64_t dominant = -1;
+  double psi_n = 0, psi_sizes = 0;
+  bool few;
+
+  const int64_t* kept = nullptr;
+  const int32_t* label;
+  const int64_t* begin;
+  const int64_t* size;
+  const double* constant;
+
+  explicit Classes(const MutualInfo& p) : sizes(size_t(p.classes)) {
+    const int64_t k = p.neighbors;
+    for (int64_t i = 0; i < p.n; ++i) ++sizes[size_t(p.labels[i])];
+    n = p.n;
+    if (p.multiclass) {
+      for (const int64_t s : sizes) n -= s == 1;
+      if (n < p.n) {
+        for (int64_t i = 0; i < p.n; ++i)
+          if (sizes[size_t(p.labels[i])] > 1) kept_at.push_back(i);
+        for (int64_t& s : sizes) s = s == 1 ? 0 : s;
+        kept = kept_at.data();
+      }
+    }
+    few = n < 4 * k + 8;
+    const double unit = 1 / double(int64_t(1) << p.psi_bits);
+    const auto psi = [&](int64_t i) { return double(p.psi[i]) * unit; };
+    psi_n = psi(n);
+    padded = 0;
+    for (int64_t c = 0; c < p.classes; ++c) {
+      const int64_t s = sizes[size_t(c)], rest = n - s, padding = s >= 2 * k + 2 ? k + 1 : 1;
+      padded += padding;
+      begins.push_back(padded);
+      padded += s + padding;
+      if (s > 1) psi_sizes += double(s) * psi(s);
+      constants.push_back(psi_n - (double(s) * psi(s) + double(rest) * psi(rest)) / double(n));
+      if (rest >= 1 && rest <= 2 * k + 1) dominant = c;
+    }
+    padded += kPadding;
+    for (int64_t i = 0; i < n; ++i) {
+      const auto c = int32_t(p.labels[kept ? kept[i] : i]);
+      labels.push_back(c == dominant || sizes[size_t(c)] == 1 ? ~c : c);
+    }
+    label = labels.data(), begin = begins.data(), size = sizes.data(), constant = constants.data();
+  }
+
+  void set_sentinels(double* class_value) const {
+    const double inf = std::numeric_limits<double>::infinity();
+    int64_t at = 0;
+    for (size_t c = 0; c < sizes.size(); ++c) {
+      const int64_t padding = begins[c] - at, end = begins[c] + sizes[c];
+      std::fill(class_value + at, class_value + begins[c], -inf);
+      std::fill(class_value + end, class_value + end + padding, inf);
+      at = end + padding;
+    }
+  }
+};
+
+// The work arrays of one thread.
+struct Workspace {
+  const Classes* classes;
+  std::vector<double> memory;
+  std::vector<int32_t> integers;
+  std::vector<int64_t> sums;
+  std::vector<Buckets> subs;
+  double *columns, *value, *class_value, *nearest, *members;
+  int32_t *label, *bucket, *starts, *group;
+  int64_t *own, *without, *generic, *cursor;
+  Buckets* sub;
+  Buckets top{};
+  int32_t sub_count = 0;
+
+  Workspace(const MutualInfo& p, const Classes& c) : classes(&c) {
+    const int64_t n = p.n, k = p.neighbors, columns_size = n * std::min(kColumns, p.k);
+    const int64_t group_size = c.few ? n : 2 * k + 2;
+    const int64_t class_value_size = std::max(c.padded, n / 2 + 1);
+    memory.resize(size_t(columns_size + (n + 2 * kPadding) + class_value_size + k + group_size));
+    columns = memory.data();
+    value = columns + columns_size + kPadding;
+    class_value = value + n + kPadding;
+    nearest = class_value + class_value_size;
+    members = nearest + k;
+    std::fill(value - kPadding, value, -std::numeric_limits<double>::infinity());
+    std::fill(value + c.n, value + n + kPadding, std::numeric_limits<double>::infinity());
+    const int64_t subs_size = n / kCrowded + 1;
+    integers.resize(size_t((n + 2 * kPadding) + n + (n + 3) + (n / 2 + 3 * subs_size) + (c.few ? n : 0)));
+    label = integers.data() + kPadding;
+    bucket = label + n + kPadding;
+    starts = bucket + n;
+    group = starts + (n + 3) + (n / 2 + 3 * subs_size);
+    sums.resize(size_t(4 * p.classes));
+    own = sums.data();
+    without = own + p.classes;
+    generic = without + p.classes;
+    cursor = generic + p.classes;
+    subs.resize(size_t(subs_size));
+    sub = subs.data();
+  }
+};
+
+// Sorts values, labels with them: crowds of values that buckets did not part.
+void sort_pairs(double* value, int32_t* label, int64_t n) {
+  if (std::is_sorted(value, value + n)) return;
+  std::vector<std::pair<double, int32_t>> pairs(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) pairs[size_t(i)] = {value[i], label[i]};
+  std::sort(pairs.begin(), pairs.end());
+  for (int64_t i = 0; i < n; ++i) value[i] = pairs[size_t(i)].first, label[i] = pairs[size_t(i)].second;
+}
+
+}  // namespace
+}  // namespace csg
+
+#define CSG_KERNELS "../mutual_info/mutual_info_cpu.inl"
+#include "../common/cpu_levels.h"
+
+namespace csg {
+
+void mutual_info_cpu(const MutualInfo& p, ParallelFor parallel_for) {
+  const Classes classes(p);
+  const int64_t blocks = (p.k + kColumns - 1) / kColumns;
+  parallel_ranges(parallel_for, blocks, 1, [&](int64_t begin, int64_t end) {
+    Workspace w(p, classes);
+    CSG_CALL_LEVEL(mutual_info_features, p, w, begin * kColumns, std::min(end * kColumns, p.k));
+  });
+}
+
+}  // namespace csg

@@ -1,0 +1,608 @@
+// mutual_info's CPU kernel for one instruction set; see ../common/simd.inl for how this file is compiled.
+//
+// Per feature: sort by linear buckets (which stay as an index into the sorted values), scatter by class, then two
+// vectorised passes: every sample among its own class, and every sample among all samples with what changes when one
+// of the classes around it is taken out. Memory that must move: the feature once; the work arrays, some 30 bytes per
+// sample, stay in the second-level cache up to 30,000 samples.
+
+constexpr int kDoubles = CSG_WIDTH / 8;
+typedef int32_t VecI32Half __attribute__((vector_size(CSG_WIDTH / 2)));
+
+CSG_INLINE VecI64 load_wide(const int32_t* p) { return __builtin_convertvector(load_bits<VecI32Half>(p), VecI64); }
+CSG_INLINE VecD larger(VecD a, VecD b) { return a > b ? a : b; }
+CSG_INLINE VecD smaller(VecD a, VecD b) { return a < b ? a : b; }
+
+// A product rounded on its own, never part of a fused multiply-add: NumPy's and scikit-learn's bits need that.
+template <typename V>
+CSG_INLINE V rounded(V product) {
+#if CSG_X86
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
+// ---- the feature as scikit-learn prepares it ------------------------------------------------------------------------
+
+// NumPy's pairwise sum of f(x[i]): eight partial sums over at most 128 values, halves of a multiple of eight beyond.
+template <typename F>
+static double pairwise_sum(const double* x, int64_t n, F f) {
+  if (n < 8) {
+    double sum = 0;  // NumPy begins with -0.0, which a sum of at least one value cannot tell from 0
+    for (int64_t i = 0; i < n; ++i) sum += f(x[i]);
+    return sum;
+  }
+  if (n > 128) {
+    const int64_t half = n / 2 - n / 2 % 8;
+    return pairwise_sum(x, half, f) + pairwise_sum(x + half, n - half, f);
+  }
+  constexpr int parts = 8 / kDoubles;
+  VecD part[parts];
+  for (int j = 0; j < parts; ++j) part[j] = f(load_bits<VecD>(x + j * kDoubles));
+  int64_t i = 8;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < parts; ++j) part[j] += f(load_bits<VecD>(x + i + j * kDoubles));
+  double r[8];
+  __builtin_memcpy(r, part, sizeof(r));
+  double sum = ((r[0] + r[1]) + (r[2] + r[3])) + ((r[4] + r[5]) + (r[6] + r[7]));
+  for (; i < n; ++i) sum += f(x[i]);
+  return sum;
+}
+
+CSG_INLINE double magnitude(double v) { return __builtin_fabs(v); }
+CSG_INLINE VecD magnitude(VecD v) { return v < 0 ? -v : v; }
+
+// x / std, in place; returns the size of the noise: 1e-10 * max(1, mean |x / std|).
+static double scale_feature(double* x, int64_t n) {
+  const double mean = pairwise_sum(x, n, [](auto v) { return v; }) / double(n);
+  const double variance = pairwise_sum(x, n,
+                                       [mean](auto v) {
+                                         const auto d = v - mean;
+                                         return rounded(d * d);
+                                       }) /
+                          double(n);
+  double deviation = __builtin_sqrt(variance);
+  if (deviation < 10 * 0x1p-52) deviation = 1;
+  for (int64_t i = 0; i < n; ++i) x[i] /= deviation;
+  const double size = pairwise_sum(x, n, [](auto v) { return magnitude(v); }) / double(n);
+  return 1e-10 * (size > 1 ? size : 1);
+}
+
+// Columns [column, column + count) of the features, as doubles, one after the other.
+template <typename X>
+CSG_INLINE void load_columns_as(const MutualInfo& p, int64_t column, int64_t count, double* to) {
+  const X* from = static_cast<const X*>(p.features) + column * p.stride_k;
+  if (count == kColumns && p.stride_k == 1) {
+    for (int64_t i = 0; i < p.n; ++i)
+      for (int64_t j = 0; j < kColumns; ++j) to[j * p.n + i] = widen(from[i * p.stride_n + j]);
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < p.n; ++i) to[j * p.n + i] = widen(from[i * p.stride_n + j * p.stride_k]);
+}
+static void load_columns(const MutualInfo& p, int64_t column, int64_t count, double* to) {
+  switch (p.type) {
+    case ScalarType::Float32:
+      load_columns_as<float>(p, column, count, to);
+      break;
+    case ScalarType::Float64:
+      load_columns_as<double>(p, column, count, to);
+      break;
+    case ScalarType::Float16:
+      load_columns_as<Half>(p, column, count, to);
+      break;
+    case ScalarType::BFloat16:
+      load_columns_as<BFloat16>(p, column, count, to);
+      break;
+  }
+  if (p.ties == Ties::Noise) {
+    double size[kColumns];
+    for (int64_t j = 0; j < count; ++j) size[j] = scale_feature(to + j * p.n, p.n);
+    const double* noise = p.noise + column;
+    if (count == kColumns) {
+      for (int64_t i = 0; i < p.n; ++i)
+        for (int64_t j = 0; j < kColumns; ++j) to[j * p.n + i] += rounded(size[j] * noise[i * p.k + j]);
+    } else {
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t i = 0; i < p.n; ++i) to[j * p.n + i] += rounded(size[j] * noise[i * p.k + j]);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < count; ++j) {  // differences of the largest doubles must not overflow
+    double* x = to + j * p.n;
+    double top = 0;
+    for (int64_t i = 0; i < p.n; ++i) top = magnitude(x[i]) > top ? magnitude(x[i]) : top;
+    if (top > 0x1p1021)
+      for (int64_t i = 0; i < p.n; ++i) x[i] *= 0.25;
+  }
+}
+
+// ---- sorting, and the index that it leaves --------------------------------------------------------------------------
+
+// bucket(v) = clamp((v - low) * scale) is monotone in v: values in order stand in buckets in order.
+CSG_INLINE int32_t bucket_of(const Buckets& b, double v) {
+  double x = (v - b.low) * b.scale;
+  x = x > 0 ? x : 0;
+  return int32_t(x < b.last ? x : b.last);
+}
+CSG_INLINE VecI32Half bucket_of(const Buckets& b, VecD v) {
+  VecD x = (v - b.low) * b.scale;
+  x = x > VecD{} ? x : VecD{};
+  return __builtin_convertvector(x < b.last ? x : VecD{} + b.last, VecI32Half);
+}
+
+// Scatters n pairs into buckets; starts[i] becomes base + the number of pairs in buckets before i, i in [0, last + 1].
+// starts has last + 3 elements.
+CSG_INLINE void scatter(const Buckets& b, const double* from, const int32_t* from_label, int64_t n, int32_t base,
+                        double* value, int32_t* label, int32_t* starts, int32_t* bucket) {
+  const int64_t count = int64_t(b.last) + 1;
+  __builtin_memset(starts, 0, size_t(count + 2) * sizeof(int32_t));
+  starts[0] = base;
+  int64_t i = 0;
+  for (; i + kDoubles <= n; i += kDoubles) {
+    store_bits(bucket + i, bucket_of(b, load_bits<VecD>(from + i)));
+    for (int j = 0; j < kDoubles; ++j) ++starts[bucket[i + j] + 2];
+  }
+  for (; i < n; ++i) ++starts[(bucket[i] = bucket_of(b, from[i])) + 2];
+  starts[1] = base;
+  for (i = 2; i <= count; ++i) starts[i] += starts[i - 1];
+  // The cursor of bucket i is starts[i + 1], which ends where bucket i + 1 begins.
+  for (i = 0; i < n; ++i) {
+    const int32_t at = starts[bucket[i] + 1]++;
+    value[at] = from[i];
+    label[at] = from_label[i];
+  }
+}
+
+// Buckets over the bulk of the values: outliers share the first and the last bucket.
+CSG_INLINE Buckets make_buckets(const double* x, int64_t n, int64_t count) {
+  double sample[kSample];
+  for (int i = 0; i < kSample; ++i) {  // evenly spaced, kept in order
+    const double v = x[i * (n - 1) / (kSample - 1)];
+    int j = i;
+    for (; j > 0 && sample[j - 1] > v; --j) sample[j] = sample[j - 1];
+    sample[j] = v;
+  }
+  double low = sample[kSample / 32], high = sample[kSample - 1 - kSample / 32];
+  const double margin = 0.3 * (high - low);
+  low -= margin, high += margin;
+  if (!(low < high)) {
+    low = high = x[0];
+    for (int64_t i = 1; i < n; ++i) low = x[i] < low ? x[i] : low, high = x[i] > high ? x[i] : high;
+  }
+  const double scale = double(count) / (high - low);
+  const bool usable = scale > 0 && scale < 0x1p1000;  // not for one value, nor for ranges near the limits of doubles
+  return {low, usable ? scale : 0, double(usable ? count - 1 : 0), 0};
+}
+
+// A crowded bucket gets buckets of its own; x is scratch.
+CSG_INLINE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int32_t* starts) {
+  const int64_t n = end - begin;
+  int32_t* labels = reinterpret_cast<int32_t*>(w.class_value);
+  __builtin_memcpy(x, w.value + begin, size_t(n) * sizeof(double));
+  __builtin_memcpy(labels, w.label + begin, size_t(n) * sizeof(int32_t));
+  Buckets& b = w.sub[w.sub_count++];
+  b = make_buckets(x, n, n / 2);
+  b.starts = starts - w.starts;
+  scatter(b, x, labels, n, begin, w.value, w.label, starts, w.bucket);
+  for (int64_t i = 0; i <= int64_t(b.last); ++i)
+    if (starts[i + 1] - starts[i] > kCrowded)
+      sort_pairs(w.value + starts[i], w.label + starts[i], starts[i + 1] - starts[i]);
+}
+
+// Puts values that are in the wrong order inside their buckets in order.
+CSG_INLINE void insertion_sort(double* value, int32_t* label, int64_t n) {
+  for (int64_t i = 1; i < n; ++i) {
+    const double v = value[i];
+    if (v >= value[i - 1]) continue;
+    const int32_t l = label[i];
+    int64_t j = i;
+    do {
+      value[j] = value[j - 1], label[j] = label[j - 1];
+      --j;
+    } while (value[j - 1] > v);
+    value[j] = v, label[j] = l;
+  }
+}
+
+// Sorts x with its labels into w.value and w.label and makes the index. x is scratch afterwards.
+static void sort_feature(Workspace& w, double* x, const int32_t* labels, int64_t n) {
+  w.top = make_buckets(x, n, n);
+  w.sub_count = 0;
+  scatter(w.top, x, labels, n, 0, w.value, w.label, w.starts, w.bucket);
+  const int64_t count = int64_t(w.top.last) + 1;
+  int32_t* free = w.starts + n + 3;
+  int32_t begin = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t end = w.starts[i + 1];
+    if (end - begin > kCrowded) {
+      refine(w, begin, end, x, free);
+      w.starts[i] = ~(w.sub_count - 1);
+      free += int64_t(w.sub[w.sub_count - 1].last) + 3;
+    }
+    begin = end;
+  }
+  insertion_sort(w.value, w.label, n);
+}
+
+// ---- counting the samples of a ball ---------------------------------------------------------------------------------
+
+// Where the values of v's bucket begin.
+CSG_INLINE int64_t bucket_start(const Workspace& w, double v, int32_t bucket) {
+  const int32_t at = w.starts[bucket];
+  if (at >= 0) return at;
+  const Buckets& b = w.sub[~at];
+  return w.starts[b.starts + bucket_of(b, v)];
+}
+
+constexpr int kScans = 4;  // vectors looked at before a binary search takes over
+
+// First index whose value is inside the ball of radius r around x, and one past the last one; `at` is where values
+// begin that may lie on the other side of the ball's edge.
+template <bool Closed>
+CSG_INLINE int64_t ball_begin(const Workspace& w, int64_t n, double x, double r, int64_t at) {
+  for (int i = 0; i < kScans; ++i) {
+    const VecD d = x - load_bits<VecD>(w.value + at - 1 + i * kDoubles);
+    const int lane = first_lane((VecI64)(Closed ? d <= r : d < r));
+    if (lane >= 0 && i + lane > 0) return at - 1 + i * kDoubles + lane;
+    if (lane == 0) break;
+    if (at + (i + 1) * kDoubles > n) break;
+  }
+  return first_inside(w.value, n, x, r, Closed, at);
+}
+template <bool Closed>
+CSG_INLINE int64_t ball_end(const Workspace& w, int64_t n, double x, double r, int64_t at) {
+  for (int i = 0; i < kScans; ++i) {
+    const VecD d = load_bits<VecD>(w.value + at - 1 + i * kDoubles) - x;
+    const int lane = first_lane(~(VecI64)(Closed ? d <= r : d < r));
+    if (lane >= 0 && i + lane > 0) return at - 1 + i * kDoubles + lane;
+    if (lane == 0) break;
+    if (at + (i + 1) * kDoubles > n) break;
+  }
+  return end_inside(w.value, n, x, r, Closed, at);
+}
+
+// Samples in the ball, x itself among them.
+template <bool Closed>
+CSG_INLINE int64_t ball_size(const Workspace& w, int64_t n, double x, double r) {
+  const double low = x - r, high = x + r;
+  return ball_end<Closed>(w, n, x, r, bucket_start(w, high, bucket_of(w.top, high))) -
+         ball_begin<Closed>(w, n, x, r, bucket_start(w, low, bucket_of(w.top, low)));
+}
+
+// ---- samples among their own class ----------------------------------------------------------------------------------
+
+// The k-th smallest of the distances from v[i] to the others. Open balls: as scikit-learn's brute force has it, which
+// takes groups of at most 2 k + 1 samples: x^2 - 2 x y + y^2 with its cancellation.
+template <bool Closed>
+CSG_INLINE double kth_distance(const double* v, int64_t n, int64_t i, int64_t k, double* nearest) {
+  int64_t found = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (j == i) continue;
+    double d;
+    if (Closed) {
+      d = magnitude(v[i] - v[j]);
+    } else {
+      const double a = rounded(v[i] * v[i]), b = rounded(v[i] * v[j]), c = rounded(v[j] * v[j]);
+      d = (a - 2 * b) + c;
+      d = d > 0 ? d : 0;
+    }
+    if (found == k && d >= nearest[k - 1]) continue;
+    int64_t at = found < k ? found++ : k - 1;
+    for (; at > 0 && nearest[at - 1] > d; --at) nearest[at] = nearest[at - 1];
+    nearest[at] = d;
+  }
+  return Closed ? nearest[k - 1] : __builtin_sqrt(nearest[k - 1]);
+}
+
+// Sum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples.
+template <bool Closed>
+CSG_INLINE int64_t small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+  const int64_t k = min64(f.k, n - 1);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double r = kth_distance<Closed>(v, n, i, k, w.nearest);
+    int64_t m = ball_size<Closed>(w, f.n, v[i], r);
+    int64_t own = k;
+    if (Closed) {
+      own = -1;
+      for (int64_t j = 0; j < n; ++j) own += magnitude(v[i] - v[j]) <= r;
+      --m;
+    } else if (r == 0) {
+      m = ball_size<true>(w, f.n, v[i], 0);
+    }
+    sum += f.psi[own] - f.psi[m];
+  }
+  return sum;
+}
+
+// The same for a class of at least 2 k + 2 samples.
+template <bool Closed>
+CSG_INLINE int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+  const int64_t k = f.k;
+  int64_t sum = 0;
+  double slow_x = 0, slow_r = -1;  // duplicates share their result
+  int64_t slow_sum = 0;
+  for (int64_t t = 0; t < n; t += kDoubles) {
+    const VecD x = load_bits<VecD>(v + t);
+    VecD r = larger(x - load_bits<VecD>(v + t - k), load_bits<VecD>(v + t) - x);
+    for (int64_t a = 1; a <= k; ++a)
+      r = smaller(r, larger(x - load_bits<VecD>(v + t - k + a), load_bits<VecD>(v + t + a) - x));
+    VecI64 slow = (VecI64)(r == VecD{});
+    if (Closed) {
+      VecI64 others{};
+      for (int64_t a = 1; a <= k + 1; ++a)
+        others -= (VecI64)(x - load_bits<VecD>(v + t - a) <= r) + (VecI64)(load_bits<VecD>(v + t + a) - x <= r);
+      slow |= (VecI64)(others != k);
+    }
+    const VecD low = x - r, high = x + r;
+    const VecI32Half low_bucket = bucket_of(w.top, low), high_bucket = bucket_of(w.top, high);
+    const int lanes = int(min64(kDoubles, n - t));
+    for (int i = 0; i < lanes; ++i) {
+      if (slow[i]) {
+        if (slow_x != x[i] || slow_r != r[i]) {
+          slow_x = x[i], slow_r = r[i];
+          int64_t m = ball_size<Closed>(w, f.n, slow_x, slow_r), own = k;
+          if (Closed) {
+            own = end_inside(v, n, slow_x, slow_r, true, t + i) - first_inside(v, n, slow_x, slow_r, true, t + i) - 1;
+            --m;
+          } else {
+            m = ball_size<true>(w, f.n, slow_x, 0);
+          }
+          slow_sum = f.psi[own] - f.psi[m];
+        }
+        sum += slow_sum;
+        continue;
+      }
+      const int64_t m = ball_end<Closed>(w, f.n, x[i], r[i], bucket_start(w, high[i], high_bucket[i])) -
+                        ball_begin<Closed>(w, f.n, x[i], r[i], bucket_start(w, low[i], low_bucket[i]));
+      sum += f.psi[k] - f.psi[Closed ? m - 1 : m];
+    }
+  }
+  return sum;
+}
+
+// The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
+static int64_t all_but_one(const SortedFeature& f, const double* v, int64_t n) {
+  int64_t sum = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const int64_t l = window_begin(v, t, f.k);
+    const double below = v[t] - v[l], above = v[l + f.k] - v[t], r = below > above ? below : above;
+    const bool closed = r == 0;
+    const int64_t m = end_inside(v, n, v[t], r, closed, t) - first_inside(v, n, v[t], r, closed, t);
+    sum += f.psi[f.k] - f.psi[m];
+  }
+  return sum;
+}
+
+// ---- samples among all samples, one class taken out -----------------------------------------------------------------
+
+// Puts a bitonic sequence of T distances in order, the labels with them.
+template <int T>
+CSG_INLINE void bitonic_sort(VecD* d, VecI64* label) {
+  for (int half = T / 2; half > 0; half /= 2) {
+    for (int i = 0; i < T; ++i) {
+      if (i & half) continue;
+      const VecI64 in_order = (VecI64)(d[i] <= d[i + half]);
+      const VecD low = in_order ? d[i] : d[i + half], high = in_order ? d[i + half] : d[i];
+      const VecI64 first = in_order ? label[i] : label[i + half], second = in_order ? label[i + half] : label[i];
+      d[i] = low, d[i + half] = high, label[i] = first, label[i + half] = second;
+    }
+  }
+}
+
+template <bool Closed>
+CSG_INLINE void one_sample(const Workspace& w, const SortedFeature& f, int64_t p) {
+  const auto emit = [&](int32_t c, int64_t d) { w.without[c] += d; };
+  if (Closed) {
+    closed_ball(f, p, emit);
+  } else {
+    const int64_t generic = open_ball(f, p, emit);
+    w.generic[class_of(f.label[p])] += generic;
+  }
+}
+
+// T neighbours of kDoubles samples at a time, k < T: where their distances differ, the ball without class c reaches to
+// the k-th neighbour of another class, at rank k + e with e neighbours of class c before it.
+template <bool Closed, int T>
+CSG_INLINE void among_all(const Workspace& w, const SortedFeature& f) {
+  const int64_t n = f.n, k = f.k;
+  int64_t change[T];  // by e
+  for (int e = 0; e < T; ++e) change[e] = k + e < T ? f.psi[k] - f.psi[k + e] : 0;
+  int64_t p = 0;
+  for (; p + kDoubles <= n; p += kDoubles) {
+    const VecD x = load_bits<VecD>(f.value + p);
+    const VecI64 own = load_wide(f.label + p);
+    VecD d[T];
+    VecI64 label[T];
+    for (int j = 0; j < T; ++j) {  // the T smallest of two ascending sequences, as a bitonic one
+      const VecD below = x - load_bits<VecD>(f.value + p - 1 - j), above = load_bits<VecD>(f.value + p + T - j) - x;
+      const VecI64 take = (VecI64)(below < above);
+      d[j] = take ? below : above;
+      label[j] = take ? load_wide(f.label + p - 1 - j) : load_wide(f.label + p + T - j);
+    }
+    bitonic_sort<T>(d, label);
+    VecI64 slow = (VecI64)(d[k - 1] <= VecD{}) | (VecI64)(d[T - 1] == VecD{} + __builtin_inf());
+    for (int j = 0; j + 1 < T; ++j) slow |= (VecI64)(d[j] >= d[j + 1]);
+    VecI64 target[T], extra[T];
+    for (int i = 0; i < k; ++i) {
+      const VecI64 c = label[i];
+      VecI64 skip = (VecI64)(c == own) | (VecI64)(c < 0);
+      for (int j = 0; j < i; ++j) skip |= (VecI64)(c == label[j]);
+      VecI64 e{};
+      for (int j = 0; j + 1 < T; ++j) {
+        VecI64 counts = (VecI64)(c == label[j]);
+        if (j >= k) counts &= (VecI64)(e > j - k);
+        e -= counts;
+      }
+      slow |= ~skip & (VecI64)(e >= T - k);
+      target[i] = c & ~skip;
+      extra[i] = e & ~skip;
+    }
+    const VecI64 fast = ~slow;
+    for (int i = 0; i < k; ++i) {
+      target[i] &= fast, extra[i] &= fast;
+      for (int lane = 0; lane < kDoubles; ++lane) w.without[target[i][lane]] += change[extra[i][lane]];
+    }
+    if (first_lane(slow) >= 0)
+      for (int lane = 0; lane < kDoubles; ++lane)
+        if (slow[lane]) one_sample<Closed>(w, f, p + lane);
+  }
+  for (; p < n; ++p) one_sample<Closed>(w, f, p);
+}
+
+// ---- one feature ----------------------------------------------------------------------------------------------------
+
+// Few samples: every target in turn, every sample against every other. group[i] < 0: left out.
+template <bool Closed>
+static double direct(const MutualInfo& p, const Workspace& w, const double* x, int64_t groups) {
+  const double unit = 1 / double(int64_t(1) << p.psi_bits);
+  int64_t total = 0, sum = 0;
+  double psi_sizes = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t size = 0;
+    for (int64_t i = 0; i < p.n; ++i) size += w.group[i] == g;
+    if (size == 1)
+      for (int64_t i = 0; i < p.n; ++i) w.group[i] = w.group[i] == g ? -1 : w.group[i];
+    if (size > 1) total += size, psi_sizes += double(size) * (double(p.psi[size]) * unit);
+  }
+  if (total == 0) return 0;
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (w.group[i] < 0) continue;
+    int64_t size = 0, at = 0;
+    for (int64_t j = 0; j < p.n; ++j) {
+      if (w.group[j] != w.group[i]) continue;
+      if (j == i) at = size;
+      w.members[size++] = x[j];
+    }
+    const int64_t k = min64(p.neighbors, size - 1);
+    double r;
+    if (Closed || k >= size / 2) {
+      r = kth_distance<Closed>(w.members, size, at, k, w.nearest);
+    } else {
+      r = kth_distance<true>(w.members, size, at, k, w.nearest);
+    }
+    const bool closed = Closed || r == 0;
+    int64_t m = 0, own = k;
+    for (int64_t j = 0; j < p.n; ++j) {
+      const double d = magnitude(x[i] - x[j]);
+      m += w.group[j] >= 0 && (closed ? d <= r : d < r);
+    }
+    if (Closed) {
+      own = -1;
+      for (int64_t j = 0; j < size; ++j) own += magnitude(x[i] - w.members[j]) <= r;
+      --m;
+    }
+    sum += p.psi[own] - p.psi[m];
+  }
+  const double mi = double(p.psi[total]) * unit + (double(sum) * unit - psi_sizes) / double(total);
+  return mi > 0 ? mi : 0;
+}
+
+template <bool Closed>
+static void few_samples(const MutualInfo& p, const Workspace& w, const double* x, double* out) {
+  if (p.multiclass) {
+    for (int64_t i = 0; i < p.n; ++i) w.group[i] = int32_t(p.labels[i]);
+    out[0] = direct<Closed>(p, w, x, p.classes);
+    return;
+  }
+  for (int64_t c = 0; c < p.classes; ++c) {
+    for (int64_t i = 0; i < p.n; ++i) w.group[i] = p.labels[i] == c;
+    out[c] = direct<Closed>(p, w, x, 2);
+  }
+}
+
+template <bool Closed>
+static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* out) {
+  const Classes& classes = *w.classes;
+  const int64_t n = classes.n, count = p.classes;
+  sort_feature(w, x, classes.label, n);
+  // By class: ascending, because the samples come in order.
+  __builtin_memcpy(w.cursor, classes.begin, size_t(count) * sizeof(int64_t));
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = w.cursor[class_of(w.label[i])]++;
+    w.class_value[at] = w.value[i];
+    if (Closed) w.bucket[i] = int32_t(at);
+  }
+  classes.set_sentinels(w.class_value);
+
+  const SortedFeature f{w.value,      w.label, w.bucket, w.class_value, classes.begin,
+                        classes.size, p.psi,   n,        p.neighbors,   classes.dominant};
+  const double unit = 1 / double(int64_t(1) << p.psi_bits);
+  int64_t all = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t size = classes.size[c];
+    const double* v = w.class_value + classes.begin[c];
+    w.own[c] = size < 2             ? 0
+               : size < 2 * f.k + 2 ? small_group<Closed>(w, f, v, size)
+                                    : large_class<Closed>(w, f, v, size);
+    all += w.own[c];
+  }
+  if (p.multiclass) {
+    const double mi = classes.psi_n + (double(all) * unit - classes.psi_sizes) / double(n);
+    out[0] = mi > 0 ? mi : 0;
+    return;
+  }
+
+  __builtin_memset(w.without, 0, size_t(count) * sizeof(int64_t));
+  __builtin_memset(w.generic, 0, size_t(count) * sizeof(int64_t));
+  if (f.k <= 3) {
+    among_all<Closed, 8>(w, f);
+  } else if (f.k <= 7) {
+    among_all<Closed, 16>(w, f);
+  } else {
+    for (int64_t i = 0; i < n; ++i) one_sample<Closed>(w, f, i);
+  }
+  int64_t generic = 0;
+  for (int64_t c = 0; c < count; ++c) generic += w.generic[c];
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t size = classes.size[c], others = n - size;
+    double mi;
+    if (size == 0 || others == 0) {
+      mi = double(generic) * unit / double(n);
+    } else if (size == 1) {
+      mi = Closed ? 0 : double(generic - w.generic[c] + w.without[c]) * unit / double(n - 1);
+    } else if (others == 1) {
+      mi = Closed ? 0 : double(all_but_one(f, w.class_value + classes.begin[c], size)) * unit / double(size);
+    } else {
+      int64_t rest = generic - w.generic[c] + w.without[c];
+      if (c == classes.dominant) {
+        int64_t found = 0;
+        for (int64_t b = 0; b < count; ++b)
+          for (int64_t i = 0; b != c && i < classes.size[b]; ++i)
+            w.members[found++] = w.class_value[classes.begin[b] + i];
+        rest = small_group<Closed>(w, f, w.members, found);
+      }
+      mi = classes.constant[c] + double(w.own[c] + rest) * unit / double(n);
+    }
+    out[c] = mi > 0 ? mi : 0;
+  }
+}
+
+// Features [begin, end) in blocks of kColumns.
+template <bool Closed>
+static void features(const MutualInfo& p, Workspace& w, int64_t begin, int64_t end) {
+  const Classes& classes = *w.classes;
+  const int64_t width = p.multiclass ? 1 : p.classes;
+  for (int64_t column = begin; column < end; column += kColumns) {
+    const int64_t count = min64(kColumns, end - column);
+    load_columns(p, column, count, w.columns);
+    for (int64_t j = 0; j < count; ++j) {
+      double* x = w.columns + j * p.n;
+      double* out = p.out + (column + j) * width;
+      if (classes.few) {
+        few_samples<Closed>(p, w, x, out);
+        continue;
+      }
+      if (classes.kept)  // the multi-class value leaves classes of one sample out
+        for (int64_t i = 0; i < classes.n; ++i) x[i] = x[classes.kept[i]];
+      one_feature<Closed>(p, w, x, out);
+    }
+  }
+}
+
+void mutual_info_features(const MutualInfo& p, Workspace& w, int64_t begin, int64_t end) {
+  if (p.ties == Ties::Exact) return features<true>(p, w, begin, end);
+  features<false>(p, w, begin, end);
+}
