@@ -39,6 +39,11 @@ STABLE_TORCH_LIBRARY(csg_ext, m) {
       "class_mutual_info(Tensor features, Tensor labels, int num_classes, int n_neighbors, Tensor? noise,"
       " bool multiclass, Tensor psi, int psi_bits) -> Tensor");
 
+  // RandomState's normal numbers and its state: columns [begin, end) of standard_normal((n, k)), column by column.
+  m.def(
+      "_standard_normal(Tensor key, int position, bool has_gauss, float gauss, int n, int k, int begin, int end)"
+      " -> (Tensor noise, Tensor key, int position, bool has_gauss, float gauss)");
+
   m.def("_cpu_level(int level) -> int");
 }
 

@@ -1,9 +1,13 @@
 // mutual_info for torch: checks, allocation and registration.
 #include "mutual_info.h"
 
+#include <algorithm>
+#include <tuple>
+
 #ifndef CSG_CUDA
 #include "../common/binding.h"
 #include "mutual_info_cpu.h"
+#include "standard_normal_cpu.h"
 
 namespace csg {
 namespace {
@@ -21,7 +25,7 @@ Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, in
         ": labels must be int64 of the shape (N,) = (", p.n, ",), got ", name_of(labels.scalar_type()), " of ",
         shape_of(labels));
   check_same_device(labels, features, kOp, "labels");
-  check(num_classes >= 1 && num_classes < (int64_t(1) << 30), kOp, ": num_classes must be in [1, 2^30), got ",
+  check(num_classes >= 1 && num_classes < (int64_t(1) << 26), kOp, ": num_classes must be in [1, 2^26), got ",
         num_classes);
   check(n_neighbors >= 1, kOp, ": n_neighbors must be at least 1, got ", n_neighbors);
   check(p.n < (int64_t(1) << 30), kOp, ": features must have fewer than 2^30 samples, got ", p.n);
@@ -34,8 +38,8 @@ Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, in
               noise->size(1) == p.k,
           kOp, ": noise must be float64 of the shape of features");
     check_same_device(*noise, features, kOp, "noise");
-    noise = dense(*noise);
     p.noise = data<double>(noise);
+    p.noise_stride_n = noise->stride(0), p.noise_stride_k = noise->stride(1);
   }
   p.ties = noise ? Ties::Noise : Ties::Exact;
   p.classes = num_classes, p.neighbors = n_neighbors, p.multiclass = multiclass;
@@ -53,8 +57,29 @@ Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, in
   return out;
 }
 
+std::tuple<Tensor, Tensor, int64_t, bool, double> standard_normal(Tensor key, int64_t position, bool has_gauss,
+                                                                  double gauss, int64_t n, int64_t k, int64_t begin,
+                                                                  int64_t end) {
+  check(key.dim() == 1 && key.size(0) == 624 && key.scalar_type() == TorchType::Long && key.is_contiguous() &&
+            position >= 0 && position <= 624,
+        "standard_normal: key and position must be those of RandomState.get_state()");
+  check(n >= 0 && 0 <= begin && begin <= end && end <= k, "standard_normal: columns must lie in [0, ", k, "), got [",
+        begin, ", ", end, ")");
+  NormalState state{{}, int(position), has_gauss, gauss};
+  const int64_t* words = static_cast<const int64_t*>(key.data_ptr());
+  for (int i = 0; i < 624; ++i) state.key[i] = uint32_t(words[i]);
+  Tensor noise = empty_matrix(end - begin, n, TorchType::Double, key);
+  standard_normal_cpu(state, n, k, begin, end, static_cast<double*>(noise.data_ptr()), torch_threads);
+  Tensor moved = empty_vector(624, TorchType::Long, key);
+  std::copy(state.key, state.key + 624, static_cast<int64_t*>(moved.data_ptr()));
+  return {noise, moved, state.position, state.has_gauss, state.gauss};
+}
+
 }  // namespace
 }  // namespace csg
 
-STABLE_TORCH_LIBRARY_IMPL(csg_ext, CPU, m) { m.impl("class_mutual_info", TORCH_BOX(&csg::class_mutual_info)); }
+STABLE_TORCH_LIBRARY_IMPL(csg_ext, CPU, m) {
+  m.impl("class_mutual_info", TORCH_BOX(&csg::class_mutual_info));
+  m.impl("_standard_normal", TORCH_BOX(&csg::standard_normal));
+}
 #endif

@@ -29,9 +29,10 @@ struct MutualInfo {
   int64_t classes;
   int64_t neighbors;  // at least 1
   Ties ties;
-  const double* noise;  // [N, K] contiguous, standard normal; nullptr with Ties::Exact
-  bool multiclass;      // MI(feature; label) instead of one class against the rest: out is [K]
-  const int64_t* psi;   // [N + 1] round(digamma(i) * 2^psi_bits), 0 at i = 0
+  const double* noise;  // [N, K], standard normal; nullptr with Ties::Exact
+  int64_t noise_stride_n, noise_stride_k;
+  bool multiclass;     // MI(feature; label) instead of one class against the rest: out is [K]
+  const int64_t* psi;  // [N + 1] round(digamma(i) * 2^psi_bits), 0 at i = 0
   int psi_bits;
   double* out;  // [K, classes] contiguous
 };

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kColumns = 4;   // features loaded together: a row's cache line is read once for them
 constexpr int kSample = 64;       // values that tell where the bulk of a feature lies
 constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of their own
+constexpr int kPasses = 3;        // over neighbours that may stand in the wrong order
+constexpr int kBatch = 32;        // samples whose memory accesses travel together
 constexpr int64_t kPadding = 32;  // values beyond both ends that vectors may read
 
 // Linear buckets; `starts` is where their first indices stand in Workspace::starts.
@@ -26,6 +28,7 @@ struct Buckets {
 // What all features share.
 struct Classes {
   int64_t n;                     // samples that take part
+  int64_t large;                 // size of the classes whose samples are worked on side by side
   std::vector<int64_t> kept_at;  // their rows, where some do not
   std::vector<int32_t> labels;
   std::vector<int64_t> begins, sizes, cursors;
@@ -55,12 +58,13 @@ struct Classes {
       }
     }
     few = n < 4 * k + 8;
+    large = p.ties == Ties::Exact ? k + 1 : 2 * k + 2;  // scikit-learn goes about smaller ones in its own way
     const double unit = 1 / double(int64_t(1) << p.psi_bits);
     const auto psi = [&](int64_t i) { return double(p.psi[i]) * unit; };
     psi_n = psi(n);
     padded = 0;
     for (int64_t c = 0; c < p.classes; ++c) {
-      const int64_t s = sizes[size_t(c)], rest = n - s, padding = s >= 2 * k + 2 ? k + 1 : 1;
+      const int64_t s = sizes[size_t(c)], rest = n - s, padding = s >= large ? k + 1 : 1;
       padded += padding;
       begins.push_back(padded);
       padded += s + padding;
@@ -96,7 +100,7 @@ struct Workspace {
   std::vector<int64_t> sums;
   std::vector<Buckets> subs;
   double *columns, *value, *class_value, *nearest, *members;
-  int32_t *label, *bucket, *starts, *group;
+  int32_t *label, *bucket, *starts, *group, *counts;
   int64_t *own, *without, *generic, *cursor;
   Buckets* sub;
   Buckets top{};
@@ -115,11 +119,13 @@ struct Workspace {
     std::fill(value - kPadding, value, -std::numeric_limits<double>::infinity());
     std::fill(value + c.n, value + n + kPadding, std::numeric_limits<double>::infinity());
     const int64_t subs_size = n / kCrowded + 1;
-    integers.resize(size_t((n + 2 * kPadding) + n + (n + 3) + (n / 2 + 3 * subs_size) + (c.few ? n : 0)));
+    integers.resize(
+        size_t((n + 2 * kPadding) + n + (n + 3) + (n / 2 + 3 * subs_size) + (c.few ? n : 0) + p.classes * 16));
     label = integers.data() + kPadding;
     bucket = label + n + kPadding;
     starts = bucket + n;
     group = starts + (n + 3) + (n / 2 + 3 * subs_size);
+    counts = group + (c.few ? n : 0);
     sums.resize(size_t(4 * p.classes));
     own = sums.data();
     without = own + p.classes;

@@ -5,10 +5,12 @@
 // of the classes around it is taken out. Memory that must move: the feature once; the work arrays, some 30 bytes per
 // sample, stay in the second-level cache up to 30,000 samples.
 
+// Not inlined: the stages stay apart for profilers, and their loops keep the registers to themselves.
+#define CSG_STAGE static __attribute__((noinline))
+
 constexpr int kDoubles = CSG_WIDTH / 8;
 typedef int32_t VecI32Half __attribute__((vector_size(CSG_WIDTH / 2)));
 
-CSG_INLINE VecI64 load_wide(const int32_t* p) { return __builtin_convertvector(load_bits<VecI32Half>(p), VecI64); }
 CSG_INLINE VecD larger(VecD a, VecD b) { return a > b ? a : b; }
 CSG_INLINE VecD smaller(VecD a, VecD b) { return a < b ? a : b; }
 
@@ -71,7 +73,7 @@ static double scale_feature(double* x, int64_t n) {
 
 // Columns [column, column + count) of the features, as doubles, one after the other.
 template <typename X>
-CSG_INLINE void load_columns_as(const MutualInfo& p, int64_t column, int64_t count, double* to) {
+CSG_STAGE void load_columns_as(const MutualInfo& p, int64_t column, int64_t count, double* to) {
   const X* from = static_cast<const X*>(p.features) + column * p.stride_k;
   if (count == kColumns && p.stride_k == 1) {
     for (int64_t i = 0; i < p.n; ++i)
@@ -99,22 +101,22 @@ static void load_columns(const MutualInfo& p, int64_t column, int64_t count, dou
   if (p.ties == Ties::Noise) {
     double size[kColumns];
     for (int64_t j = 0; j < count; ++j) size[j] = scale_feature(to + j * p.n, p.n);
-    const double* noise = p.noise + column;
-    if (count == kColumns) {
-      for (int64_t i = 0; i < p.n; ++i)
-        for (int64_t j = 0; j < kColumns; ++j) to[j * p.n + i] += rounded(size[j] * noise[i * p.k + j]);
-    } else {
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t i = 0; i < p.n; ++i) to[j * p.n + i] += rounded(size[j] * noise[i * p.k + j]);
+    for (int64_t j = 0; j < count; ++j) {
+      const double* noise = p.noise + (column + j) * p.noise_stride_k;
+      double* x = to + j * p.n;
+      for (int64_t i = 0; i < p.n; ++i) x[i] += rounded(size[j] * noise[i * p.noise_stride_n]);
     }
     return;
   }
   for (int64_t j = 0; j < count; ++j) {  // differences of the largest doubles must not overflow
     double* x = to + j * p.n;
-    double top = 0;
-    for (int64_t i = 0; i < p.n; ++i) top = magnitude(x[i]) > top ? magnitude(x[i]) : top;
-    if (top > 0x1p1021)
-      for (int64_t i = 0; i < p.n; ++i) x[i] *= 0.25;
+    VecI64 huge{};
+    int64_t i = 0;
+    for (; i + kDoubles <= p.n; i += kDoubles) huge |= (VecI64)(magnitude(load_bits<VecD>(x + i)) > 0x1p1021);
+    bool any = first_lane(huge) >= 0;
+    for (; i < p.n; ++i) any = any || magnitude(x[i]) > 0x1p1021;
+    if (any)
+      for (i = 0; i < p.n; ++i) x[i] *= 0.25;
   }
 }
 
@@ -134,8 +136,8 @@ CSG_INLINE VecI32Half bucket_of(const Buckets& b, VecD v) {
 
 // Scatters n pairs into buckets; starts[i] becomes base + the number of pairs in buckets before i, i in [0, last + 1].
 // starts has last + 3 elements.
-CSG_INLINE void scatter(const Buckets& b, const double* from, const int32_t* from_label, int64_t n, int32_t base,
-                        double* value, int32_t* label, int32_t* starts, int32_t* bucket) {
+CSG_STAGE void scatter(const Buckets& b, const double* from, const int32_t* from_label, int64_t n, int32_t base,
+                       double* value, int32_t* label, int32_t* starts, int32_t* bucket) {
   const int64_t count = int64_t(b.last) + 1;
   __builtin_memset(starts, 0, size_t(count + 2) * sizeof(int32_t));
   starts[0] = base;
@@ -156,7 +158,7 @@ CSG_INLINE void scatter(const Buckets& b, const double* from, const int32_t* fro
 }
 
 // Buckets over the bulk of the values: outliers share the first and the last bucket.
-CSG_INLINE Buckets make_buckets(const double* x, int64_t n, int64_t count) {
+CSG_STAGE Buckets make_buckets(const double* x, int64_t n, int64_t count) {
   double sample[kSample];
   for (int i = 0; i < kSample; ++i) {  // evenly spaced, kept in order
     const double v = x[i * (n - 1) / (kSample - 1)];
@@ -177,7 +179,7 @@ CSG_INLINE Buckets make_buckets(const double* x, int64_t n, int64_t count) {
 }
 
 // A crowded bucket gets buckets of its own; x is scratch.
-CSG_INLINE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int32_t* starts) {
+CSG_STAGE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int32_t* starts) {
   const int64_t n = end - begin;
   int32_t* labels = reinterpret_cast<int32_t*>(w.class_value);
   __builtin_memcpy(x, w.value + begin, size_t(n) * sizeof(double));
@@ -191,8 +193,23 @@ CSG_INLINE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int3
       sort_pairs(w.value + starts[i], w.label + starts[i], starts[i + 1] - starts[i]);
 }
 
+// Swaps neighbours in the wrong order, pair by pair from `begin` on: most buckets hold two or three values, and this
+// takes no branch that depends on them.
+CSG_STAGE void order_pairs(double* value, int32_t* label, int64_t begin, int64_t n) {
+  VecI64 partner, odd;
+  VecI32Half partner_half;
+  for (int i = 0; i < kDoubles; ++i) partner[i] = i ^ 1, partner_half[i] = i ^ 1, odd[i] = -(i & 1);
+  for (int64_t i = begin; i + kDoubles <= n; i += kDoubles) {
+    const VecD v = load_bits<VecD>(value + i), w = __builtin_shuffle(v, partner);
+    const VecI32Half l = load_bits<VecI32Half>(label + i), m = __builtin_shuffle(l, partner_half);
+    const VecI64 swap = ((VecI64)(v > w) & ~odd) | ((VecI64)(w > v) & odd);
+    store_bits(value + i, swap ? w : v);
+    store_bits(label + i, __builtin_convertvector(swap, VecI32Half) ? m : l);
+  }
+}
+
 // Puts values that are in the wrong order inside their buckets in order.
-CSG_INLINE void insertion_sort(double* value, int32_t* label, int64_t n) {
+CSG_STAGE void insertion_sort(double* value, int32_t* label, int64_t n) {
   for (int64_t i = 1; i < n; ++i) {
     const double v = value[i];
     if (v >= value[i - 1]) continue;
@@ -223,6 +240,7 @@ static void sort_feature(Workspace& w, double* x, const int32_t* labels, int64_t
     }
     begin = end;
   }
+  for (int pass = 0; pass < kPasses; ++pass) order_pairs(w.value, w.label, pass % 2, n);
   insertion_sort(w.value, w.label, n);
 }
 
@@ -236,30 +254,38 @@ CSG_INLINE int64_t bucket_start(const Workspace& w, double v, int32_t bucket) {
   return w.starts[b.starts + bucket_of(b, v)];
 }
 
-constexpr int kScans = 4;  // vectors looked at before a binary search takes over
+// Bit i: whether the i-th of eight values from `value` on lies inside the ball of radius r around x, which they are on
+// one side of.
+template <bool Closed, bool Above>
+CSG_INLINE unsigned inside_bits(const double* value, double x, double r) {
+  unsigned bits = 0;
+  for (int i = 0; i < 8; i += kDoubles) {
+    const VecD v = load_bits<VecD>(value + i), d = Above ? v - x : x - v;
+#if CSG_LEVEL == 2
+    bits |= _mm512_cmp_pd_mask((__m512d)d, _mm512_set1_pd(r), Closed ? _CMP_LE_OQ : _CMP_LT_OQ);
+#elif CSG_LEVEL == 1
+    bits |= unsigned(_mm256_movemask_pd((__m256d)(Closed ? d <= r : d < r))) << i;
+#else
+    for (int j = 0; j < kDoubles; ++j) bits |= unsigned(Closed ? d[j] <= r : d[j] < r) << (i + j);
+#endif
+  }
+  return bits;
+}
 
-// First index whose value is inside the ball of radius r around x, and one past the last one; `at` is where values
-// begin that may lie on the other side of the ball's edge.
+// First index whose value is inside the ball, and one past the last one; `at` is where the bucket of the ball's edge
+// begins. The edge is rounded: should the value before the bucket be on the wrong side, or seven not reach, search.
 template <bool Closed>
 CSG_INLINE int64_t ball_begin(const Workspace& w, int64_t n, double x, double r, int64_t at) {
-  for (int i = 0; i < kScans; ++i) {
-    const VecD d = x - load_bits<VecD>(w.value + at - 1 + i * kDoubles);
-    const int lane = first_lane((VecI64)(Closed ? d <= r : d < r));
-    if (lane >= 0 && i + lane > 0) return at - 1 + i * kDoubles + lane;
-    if (lane == 0) break;
-    if (at + (i + 1) * kDoubles > n) break;
-  }
+  const int first = __builtin_ctz(inside_bits<Closed, false>(w.value + at - 1, x, r) | 256u);
+  if (unsigned(first - 1) < 7) [[likely]]
+    return at - 1 + first;
   return first_inside(w.value, n, x, r, Closed, at);
 }
 template <bool Closed>
 CSG_INLINE int64_t ball_end(const Workspace& w, int64_t n, double x, double r, int64_t at) {
-  for (int i = 0; i < kScans; ++i) {
-    const VecD d = load_bits<VecD>(w.value + at - 1 + i * kDoubles) - x;
-    const int lane = first_lane(~(VecI64)(Closed ? d <= r : d < r));
-    if (lane >= 0 && i + lane > 0) return at - 1 + i * kDoubles + lane;
-    if (lane == 0) break;
-    if (at + (i + 1) * kDoubles > n) break;
-  }
+  const int end = __builtin_ctz(~inside_bits<Closed, true>(w.value + at - 1, x, r));
+  if (unsigned(end - 1) < 7) [[likely]]
+    return at - 1 + end;
   return end_inside(w.value, n, x, r, Closed, at);
 }
 
@@ -296,9 +322,9 @@ CSG_INLINE double kth_distance(const double* v, int64_t n, int64_t i, int64_t k,
   return Closed ? nearest[k - 1] : __builtin_sqrt(nearest[k - 1]);
 }
 
-// Sum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples.
+// Sum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples, value by value.
 template <bool Closed>
-CSG_INLINE int64_t small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+CSG_STAGE int64_t small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   const int64_t k = min64(f.k, n - 1);
   int64_t sum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -317,50 +343,78 @@ CSG_INLINE int64_t small_group(const Workspace& w, const SortedFeature& f, const
   return sum;
 }
 
-// The same for a class of at least 2 k + 2 samples.
+// psi(k_i) - psi(m_i) of sample t of a class where values or distances are equal.
 template <bool Closed>
-CSG_INLINE int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
-  const int64_t k = f.k;
-  int64_t sum = 0;
-  double slow_x = 0, slow_r = -1;  // duplicates share their result
-  int64_t slow_sum = 0;
-  for (int64_t t = 0; t < n; t += kDoubles) {
-    const VecD x = load_bits<VecD>(v + t);
-    VecD r = larger(x - load_bits<VecD>(v + t - k), load_bits<VecD>(v + t) - x);
-    for (int64_t a = 1; a <= k; ++a)
-      r = smaller(r, larger(x - load_bits<VecD>(v + t - k + a), load_bits<VecD>(v + t + a) - x));
-    VecI64 slow = (VecI64)(r == VecD{});
-    if (Closed) {
-      VecI64 others{};
-      for (int64_t a = 1; a <= k + 1; ++a)
-        others -= (VecI64)(x - load_bits<VecD>(v + t - a) <= r) + (VecI64)(load_bits<VecD>(v + t + a) - x <= r);
-      slow |= (VecI64)(others != k);
-    }
-    const VecD low = x - r, high = x + r;
-    const VecI32Half low_bucket = bucket_of(w.top, low), high_bucket = bucket_of(w.top, high);
-    const int lanes = int(min64(kDoubles, n - t));
-    for (int i = 0; i < lanes; ++i) {
-      if (slow[i]) {
-        if (slow_x != x[i] || slow_r != r[i]) {
-          slow_x = x[i], slow_r = r[i];
-          int64_t m = ball_size<Closed>(w, f.n, slow_x, slow_r), own = k;
-          if (Closed) {
-            own = end_inside(v, n, slow_x, slow_r, true, t + i) - first_inside(v, n, slow_x, slow_r, true, t + i) - 1;
-            --m;
-          } else {
-            m = ball_size<true>(w, f.n, slow_x, 0);
-          }
-          slow_sum = f.psi[own] - f.psi[m];
+static int64_t tied_sample(const Workspace& w, const SortedFeature& f, const double* v, int64_t n, int64_t t,
+                           double r) {
+  if (!Closed) return f.psi[f.k] - f.psi[ball_size<true>(w, f.n, v[t], 0)];
+  const int64_t own = end_inside(v, n, v[t], r, true, t) - first_inside(v, n, v[t], r, true, t);
+  return f.psi[own - 1] - f.psi[ball_size<true>(w, f.n, v[t], r) - 1];
+}
+
+// Sum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
+template <bool Closed, int K>
+CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+  const int64_t k = K ? K : f.k;
+  int64_t sum = 0, others = 0;
+  double tied_x = 0, tied_r = -1;  // duplicates share their result
+  int64_t tied = 0;
+  double radius[kBatch], edge[2][kBatch];
+  int32_t bucket[2][kBatch];
+  uint8_t slow_at[kBatch];
+  int64_t at[2][kBatch];
+  for (int64_t begin = 0; begin < n; begin += kBatch) {
+    const int count = int(min64(kBatch, n - begin));
+    bool any_slow = false;
+    for (int i = 0; i < count; i += kDoubles) {
+      const double* here = v + begin + i;
+      const VecD x = load_bits<VecD>(here);
+      VecD r = larger(x - load_bits<VecD>(here - k), load_bits<VecD>(here) - x);
+#pragma GCC unroll 8
+      for (int64_t a = 1; a <= k; ++a)
+        r = smaller(r, larger(x - load_bits<VecD>(here - k + a), load_bits<VecD>(here + a) - x));
+      auto slow = r == VecD{};
+      if (Closed) {
+        VecI64 inside{};
+#pragma GCC unroll 8
+        for (int64_t a = 1; a <= k + 1; ++a) {
+          inside = x - load_bits<VecD>(here - a) <= r ? inside + 1 : inside;
+          inside = load_bits<VecD>(here + a) - x <= r ? inside + 1 : inside;
         }
-        sum += slow_sum;
+        slow |= inside != k;
+      }
+      const VecD low = x - r, high = x + r;
+      store_bits(radius + i, r);
+      store_bits(edge[0] + i, low);
+      store_bits(edge[1] + i, high);
+      store_bits(bucket[0] + i, bucket_of(w.top, low));
+      store_bits(bucket[1] + i, bucket_of(w.top, high));
+      const bool some = first_lane((VecI64)slow) >= 0;
+      any_slow = any_slow || some;
+      for (int j = 0; j < kDoubles; ++j) slow_at[i + j] = some && slow[j];
+    }
+    for (int side = 0; side < 2; ++side)
+      for (int i = 0; i < count; ++i) {
+        at[side][i] = bucket_start(w, edge[side][i], bucket[side][i]);
+        __builtin_prefetch(w.value + at[side][i] - 1);
+      }
+    for (int i = 0; i < count; ++i) {
+      const double value = v[begin + i];
+      if (any_slow && slow_at[i]) {
+        if (tied_x != value || tied_r != radius[i]) {
+          tied_x = value, tied_r = radius[i];
+          tied = tied_sample<Closed>(w, f, v, n, begin + i, tied_r);
+        }
+        sum += tied;
         continue;
       }
-      const int64_t m = ball_end<Closed>(w, f.n, x[i], r[i], bucket_start(w, high[i], high_bucket[i])) -
-                        ball_begin<Closed>(w, f.n, x[i], r[i], bucket_start(w, low[i], low_bucket[i]));
-      sum += f.psi[k] - f.psi[Closed ? m - 1 : m];
+      const int64_t m =
+          ball_end<Closed>(w, f.n, value, radius[i], at[1][i]) - ball_begin<Closed>(w, f.n, value, radius[i], at[0][i]);
+      sum -= f.psi[Closed ? m - 1 : m];
+      ++others;
     }
   }
-  return sum;
+  return sum + others * f.psi[k];
 }
 
 // The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
@@ -378,15 +432,44 @@ static int64_t all_but_one(const SortedFeature& f, const double* v, int64_t n) {
 
 // ---- samples among all samples, one class taken out -----------------------------------------------------------------
 
+// A label for each of kDoubles samples, and what comparisons of them or of their distances give.
+#if CSG_LEVEL == 2
+typedef VecI32Half Labels;
+typedef __mmask8 Mask;
+CSG_INLINE Labels load_labels(const int32_t* p) { return load_bits<Labels>(p); }
+CSG_INLINE Mask less(VecD a, VecD b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ); }
+CSG_INLINE Mask equal(Labels a, Labels b) { return _mm256_cmpeq_epi32_mask((__m256i)a, (__m256i)b); }
+CSG_INLINE Mask greater(Labels a, int b) { return _mm256_cmpgt_epi32_mask((__m256i)a, _mm256_set1_epi32(b)); }
+CSG_INLINE VecD choose(Mask m, VecD a, VecD b) { return (VecD)_mm512_mask_blend_pd(m, (__m512d)b, (__m512d)a); }
+CSG_INLINE Labels choose(Mask m, Labels a, Labels b) {
+  return (Labels)_mm256_mask_blend_epi32(m, (__m256i)b, (__m256i)a);
+}
+CSG_INLINE bool any(Mask m) { return m != 0; }
+CSG_INLINE bool in_lane(Mask m, int lane) { return m >> lane & 1; }
+#else
+typedef VecI64 Labels;
+typedef VecI64 Mask;
+CSG_INLINE Labels load_labels(const int32_t* p) { return __builtin_convertvector(load_bits<VecI32Half>(p), Labels); }
+CSG_INLINE Mask less(VecD a, VecD b) { return (Mask)(a < b); }
+CSG_INLINE Mask equal(Labels a, Labels b) { return (Mask)(a == b); }
+CSG_INLINE Mask greater(Labels a, int b) { return (Mask)(a > b); }
+CSG_INLINE VecD choose(Mask m, VecD a, VecD b) { return m ? a : b; }
+CSG_INLINE Labels choose(Mask m, Labels a, Labels b) { return m ? a : b; }
+CSG_INLINE bool any(Mask m) { return first_lane(m) >= 0; }
+CSG_INLINE bool in_lane(Mask m, int lane) { return m[lane] != 0; }
+#endif
+
 // Puts a bitonic sequence of T distances in order, the labels with them.
 template <int T>
-CSG_INLINE void bitonic_sort(VecD* d, VecI64* label) {
+CSG_INLINE void bitonic_sort(VecD* d, Labels* label) {
+#pragma GCC unroll 8
   for (int half = T / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
     for (int i = 0; i < T; ++i) {
       if (i & half) continue;
-      const VecI64 in_order = (VecI64)(d[i] <= d[i + half]);
-      const VecD low = in_order ? d[i] : d[i + half], high = in_order ? d[i + half] : d[i];
-      const VecI64 first = in_order ? label[i] : label[i + half], second = in_order ? label[i + half] : label[i];
+      const Mask swap = less(d[i + half], d[i]);
+      const VecD low = choose(swap, d[i + half], d[i]), high = choose(swap, d[i], d[i + half]);
+      const Labels first = choose(swap, label[i + half], label[i]), second = choose(swap, label[i], label[i + half]);
       d[i] = low, d[i + half] = high, label[i] = first, label[i + half] = second;
     }
   }
@@ -404,52 +487,67 @@ CSG_INLINE void one_sample(const Workspace& w, const SortedFeature& f, int64_t p
 }
 
 // T neighbours of kDoubles samples at a time, k < T: where their distances differ, the ball without class c reaches to
-// the k-th neighbour of another class, at rank k + e with e neighbours of class c before it.
-template <bool Closed, int T>
-CSG_INLINE void among_all(const Workspace& w, const SortedFeature& f) {
-  const int64_t n = f.n, k = f.k;
-  int64_t change[T];  // by e
-  for (int e = 0; e < T; ++e) change[e] = k + e < T ? f.psi[k] - f.psi[k + e] : 0;
+// the k-th neighbour of another class, at rank k + e with e neighbours of class c before it. Such samples are counted
+// by c and e. K is k, or 0: not known when this is compiled.
+template <bool Closed, int K, int T>
+CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t classes) {
+  const int64_t n = f.n, k = K ? K : f.k;
+  __builtin_memset(w.counts, 0, size_t(classes * T) * sizeof(int32_t));
   int64_t p = 0;
   for (; p + kDoubles <= n; p += kDoubles) {
     const VecD x = load_bits<VecD>(f.value + p);
-    const VecI64 own = load_wide(f.label + p);
+    const Labels own = load_labels(f.label + p);
     VecD d[T];
-    VecI64 label[T];
+    Labels label[T];
+#pragma GCC unroll 16
     for (int j = 0; j < T; ++j) {  // the T smallest of two ascending sequences, as a bitonic one
       const VecD below = x - load_bits<VecD>(f.value + p - 1 - j), above = load_bits<VecD>(f.value + p + T - j) - x;
-      const VecI64 take = (VecI64)(below < above);
-      d[j] = take ? below : above;
-      label[j] = take ? load_wide(f.label + p - 1 - j) : load_wide(f.label + p + T - j);
+      const Mask take = less(below, above);
+      d[j] = choose(take, below, above);
+      label[j] = choose(take, load_labels(f.label + p - 1 - j), load_labels(f.label + p + T - j));
     }
     bitonic_sort<T>(d, label);
-    VecI64 slow = (VecI64)(d[k - 1] <= VecD{}) | (VecI64)(d[T - 1] == VecD{} + __builtin_inf());
-    for (int j = 0; j + 1 < T; ++j) slow |= (VecI64)(d[j] >= d[j + 1]);
-    VecI64 target[T], extra[T];
-    for (int i = 0; i < k; ++i) {
-      const VecI64 c = label[i];
-      VecI64 skip = (VecI64)(c == own) | (VecI64)(c < 0);
-      for (int j = 0; j < i; ++j) skip |= (VecI64)(c == label[j]);
-      VecI64 e{};
+    Mask fast = less(VecD{}, d[k - 1]) & less(d[T - 1], VecD{} + __builtin_inf());
+#pragma GCC unroll 16
+    for (int j = 0; j + 1 < T; ++j) fast &= less(d[j], d[j + 1]);
+    Labels extra[T];
+#pragma GCC unroll 16
+    for (int i = 0; i < (K ? K : T); ++i) {
+      if (!K && i >= k) break;
+      const Labels c = label[i];
+      Labels e{};
+#pragma GCC unroll 16
       for (int j = 0; j + 1 < T; ++j) {
-        VecI64 counts = (VecI64)(c == label[j]);
-        if (j >= k) counts &= (VecI64)(e > j - k);
-        e -= counts;
+        if (j < k) {
+          e = choose(equal(c, label[j]), e + 1, e);
+        } else {
+          e = choose(equal(c, label[j]) & greater(e, j - int(k)), e + 1, e);
+        }
       }
-      slow |= ~skip & (VecI64)(e >= T - k);
-      target[i] = c & ~skip;
-      extra[i] = e & ~skip;
+      e = choose(greater(c, -1), e, Labels{});
+      e = choose(equal(c, own), Labels{}, e);
+#pragma GCC unroll 16
+      for (int j = 0; j < i; ++j) e = choose(equal(c, label[j]), Labels{}, e);
+      fast &= ~greater(e, T - 1 - int(k));
+      extra[i] = e;
     }
-    const VecI64 fast = ~slow;
-    for (int i = 0; i < k; ++i) {
-      target[i] &= fast, extra[i] &= fast;
-      for (int lane = 0; lane < kDoubles; ++lane) w.without[target[i][lane]] += change[extra[i][lane]];
+    const Mask slow = Mask(~fast);
+#pragma GCC unroll 16
+    for (int i = 0; i < (K ? K : T); ++i) {
+      if (!K && i >= k) break;
+      const Labels c = choose(greater(label[i], 0), label[i], Labels{});
+      decltype(Labels{}[0] + 0) at[kDoubles];
+      store_bits(at, c * T + choose(fast, extra[i], Labels{}));
+      __asm__("" ::"r"(at) : "memory");  // loads are cheaper than taking the vector apart
+      for (int lane = 0; lane < kDoubles; ++lane) ++w.counts[at[lane]];
     }
-    if (first_lane(slow) >= 0)
+    if (any(slow))
       for (int lane = 0; lane < kDoubles; ++lane)
-        if (slow[lane]) one_sample<Closed>(w, f, p + lane);
+        if (in_lane(slow, lane)) one_sample<Closed>(w, f, p + lane);
   }
   for (; p < n; ++p) one_sample<Closed>(w, f, p);
+  for (int64_t c = 0; c < classes; ++c)
+    for (int64_t e = 1; e < T - k; ++e) w.without[c] += w.counts[c * T + e] * (f.psi[k] - f.psi[k + e]);
 }
 
 // ---- one feature ----------------------------------------------------------------------------------------------------
@@ -534,9 +632,10 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
   for (int64_t c = 0; c < count; ++c) {
     const int64_t size = classes.size[c];
     const double* v = w.class_value + classes.begin[c];
-    w.own[c] = size < 2             ? 0
-               : size < 2 * f.k + 2 ? small_group<Closed>(w, f, v, size)
-                                    : large_class<Closed>(w, f, v, size);
+    w.own[c] = size < 2               ? 0
+               : size < classes.large ? small_group<Closed>(w, f, v, size)
+               : f.k == 3             ? large_class<Closed, 3>(w, f, v, size)
+                                      : large_class<Closed, 0>(w, f, v, size);
     all += w.own[c];
   }
   if (p.multiclass) {
@@ -547,10 +646,10 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
 
   __builtin_memset(w.without, 0, size_t(count) * sizeof(int64_t));
   __builtin_memset(w.generic, 0, size_t(count) * sizeof(int64_t));
-  if (f.k <= 3) {
-    among_all<Closed, 8>(w, f);
+  if (f.k == 3) {
+    among_all<Closed, 3, 8>(w, f, count);
   } else if (f.k <= 7) {
-    among_all<Closed, 16>(w, f);
+    among_all<Closed, 0, 16>(w, f, count);
   } else {
     for (int64_t i = 0; i < n; ++i) one_sample<Closed>(w, f, i);
   }
