@@ -1,5 +1,9 @@
 """Measures of class specificity: density, mutual information between filters and classes, agreement, accuracy."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from csg_ext.metrics.agreement import class_agreement, own_filter_accuracy
 from csg_ext.metrics.mutual_information import (
     best_class,
@@ -12,6 +16,9 @@ from csg_ext.metrics.mutual_information import (
     mutual_information_score,
 )
 from csg_ext.nn.gate import l1_density
+
+if TYPE_CHECKING:
+    from csg_ext.metrics.metric import MutualInformationScore as MutualInformationScore
 
 __all__ = [
     "best_class",
@@ -26,3 +33,12 @@ __all__ = [
     "mutual_information_score",
     "own_filter_accuracy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torchmetrics only when it is asked for."""
+    if name == "MutualInformationScore":
+        from csg_ext.metrics.metric import MutualInformationScore
+
+        return MutualInformationScore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

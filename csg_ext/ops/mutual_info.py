@@ -353,8 +353,6 @@ def _noise(random_state: int | np.random.RandomState | None, n: int, k: int, beg
     rng: Any = np.random if random_state is None else random_state
     if isinstance(random_state, int):
         rng = np.random.RandomState(random_state)
-    if begin == 0 and end == k:
-        return torch.from_numpy(rng.standard_normal((n, k)))
     noise = np.empty((n, end - begin))
     rows = max(1, 2**16 // k)  # stay in the cache
     for at in range(0, n, rows):
