@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from csg_ext.metrics.agreement import class_agreement, own_filter_accuracy
+from csg_ext.metrics.approximate import approximate_class_mutual_info
 from csg_ext.metrics.mutual_information import (
     best_class,
     class_entropy,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from csg_ext.metrics.metric import MutualInformationScore as MutualInformationScore
 
 __all__ = [
+    "approximate_class_mutual_info",
     "best_class",
     "class_agreement",
     "class_entropy",
