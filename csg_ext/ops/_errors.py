@@ -17,7 +17,7 @@ def explained(error: Exception, op: str, device: torch.device) -> Exception:
             return RuntimeError(f"{op}: there are no CUDA kernels: {_extension.CUDA_ERROR}")
         return NotImplementedError(f"{op}: tensors must be on the CPU or a CUDA device, got {device}")
     text = str(error)
-    if not text.startswith(("gated_pool: ", "gate_step_: ", "column_max: ")):
+    if not text.startswith(("gated_pool: ", "gate_step_: ", "column_max: ", "class_mutual_info: ")):
         return error
     text = f"{op}: {text.split(': ', 1)[1]}"
     about_types = any(word in text for word in ("dtype", "must be float32", "must be int64"))

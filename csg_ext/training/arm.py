@@ -124,7 +124,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     """
     features, logits = predict(model, data.test_images, data)
     labels, classes = data.test_labels, len(data.classes)
-    mi = metrics.class_mutual_info(features, labels, classes)
+    mi = metrics.class_mutual_info(features, labels, num_classes=classes)
     gate = model.gate.detach().cpu().numpy()
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (labels, logits.argmax(1)), 1)

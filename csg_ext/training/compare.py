@@ -171,7 +171,7 @@ def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"python": platform.python_version()}
-    for name in ("csg-ext", "torch", "numpy", "lightning", "scikit-learn"):
+    for name in ("csg-ext", "torch", "numpy", "lightning"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
