@@ -349,16 +349,19 @@ def _default_chunk(source: _Features, columns: int) -> int:
 
 
 def _noise(random_state: int | np.random.RandomState | None, n: int, k: int, begin: int, end: int) -> Tensor:
-    """Columns [begin, end) of the (n, k) standard normal numbers that scikit-learn draws, row after row."""
+    """Columns [begin, end) of rng.standard_normal((n, k)), which scikit-learn draws, (n, end - begin)."""
     rng: Any = np.random if random_state is None else random_state
     if isinstance(random_state, int):
         rng = np.random.RandomState(random_state)
-    noise = np.empty((n, end - begin))
-    rows = max(1, 2**16 // k)  # stay in the cache
-    for at in range(0, n, rows):
-        stop = min(n, at + rows)
-        noise[at:stop] = rng.standard_normal((stop - at, k))[:, begin:end]
-    return torch.from_numpy(noise)
+    state = rng.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937":
+        return torch.from_numpy(rng.standard_normal((n, k))[:, begin:end])
+    key, position = state["state"]["key"], state["state"]["pos"]
+    noise, key, position, has_gauss, gauss = torch.ops.csg_ext._standard_normal.default(
+        torch.from_numpy(key.astype(np.int64)), position, bool(state["has_gauss"]), state["gauss"], n, k, begin, end
+    )
+    rng.set_state(("MT19937", key.numpy().astype(np.uint32), position, int(has_gauss), gauss))
+    return noise.t()
 
 
 @functools.lru_cache(maxsize=4)
