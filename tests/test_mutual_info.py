@@ -654,3 +654,16 @@ def test_ctrl_c_between_chunks():
             csg_ext.class_mutual_info(x, y, chunk_size=8, ties="exact", progress=progress)
             time.sleep(0.001)
     assert 1 <= len(done) < 200 * 32
+
+
+def test_infinite_variance_is_named():
+    x = np.random.default_rng(0).standard_normal((50, 3))
+    x[:, 1] *= 1e200
+    y = np.arange(50) % 3
+    with pytest.raises(ValueError, match="finite variance .* in column 1"):
+        csg_ext.class_mutual_info(x, y)
+    with pytest.raises(ValueError, match="finite variance .* in column 1"):
+        csg_ext.mutual_info_classif(x, y)
+    assert np.array_equal(
+        csg_ext.class_mutual_info(x, y, ties="exact"), csg_ext.class_mutual_info(x / [1, 2.0**600, 1], y, ties="exact")
+    )

@@ -334,7 +334,14 @@ def _by_chunks(
             drawn = None  # frees the memory first
             drawn = noise(drawn_begin, drawn_end)
         part = None if drawn is None else drawn[:, at - drawn_begin : stop - drawn_begin].to(source.device)
-        mi[at - begin : stop - begin] = values(source.columns(at, stop), part)
+        found = values(source.columns(at, stop), part)
+        if found.isnan().any():
+            column = at + int(found.isnan().any(1).int().argmax())
+            raise ValueError(
+                f"{source.op}: {source.name} must have a finite variance for the noise to be scaled, got an "
+                f"infinite one in column {column}: divide it by a constant, or use class_mutual_info(..., ties='exact')"
+            )
+        mi[at - begin : stop - begin] = found
         if progress is not None:
             progress(stop - begin, end - begin)
     return mi

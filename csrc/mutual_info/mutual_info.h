@@ -34,7 +34,7 @@ struct MutualInfo {
   bool multiclass;     // MI(feature; label) instead of one class against the rest: out is [K]
   const int64_t* psi;  // [N + 1] round(digamma(i) * 2^psi_bits), 0 at i = 0
   int psi_bits;
-  double* out;  // [K, classes] contiguous
+  double* out;  // [K, classes] contiguous; a feature with NaN, inf or (Ties::Noise) an infinite variance: NaN
 };
 
 }  // namespace csg

@@ -16,6 +16,7 @@ constexpr int64_t kColumns = 4;   // features loaded together: a row's cache lin
 constexpr int kSample = 64;       // values that tell where the bulk of a feature lies
 constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of their own
 constexpr int kPasses = 3;        // over neighbours that may stand in the wrong order
+constexpr int kRanks = 16;        // neighbours of a sample that are looked at side by side, at most
 constexpr int kBatch = 32;        // samples whose memory accesses travel together
 constexpr int64_t kPadding = 32;  // values beyond both ends that vectors may read
 
@@ -92,47 +93,44 @@ struct Classes {
   }
 };
 
-// The work arrays of one thread.
+// The work arrays of one thread, each an allocation of its own: the address sanitizer sees where one ends.
 struct Workspace {
   const Classes* classes;
-  std::vector<double> memory;
-  std::vector<int32_t> integers;
-  std::vector<int64_t> sums;
-  std::vector<Buckets> subs;
+  std::vector<double> columns_, value_, class_value_, nearest_, members_;
+  std::vector<int32_t> label_, bucket_, starts_, counts_, group_;
+  std::vector<int64_t> own_, without_, generic_, cursor_;
+  std::vector<Buckets> sub_;
+
   double *columns, *value, *class_value, *nearest, *members;
-  int32_t *label, *bucket, *starts, *group, *counts;
+  int32_t *label, *bucket, *starts, *counts, *group;
   int64_t *own, *without, *generic, *cursor;
   Buckets* sub;
   Buckets top{};
   int32_t sub_count = 0;
 
   Workspace(const MutualInfo& p, const Classes& c) : classes(&c) {
-    const int64_t n = p.n, k = p.neighbors, columns_size = n * std::min(kColumns, p.k);
-    const int64_t group_size = c.few ? n : 2 * k + 2;
-    const int64_t class_value_size = std::max(c.padded, n / 2 + 1);
-    memory.resize(size_t(columns_size + (n + 2 * kPadding) + class_value_size + k + group_size));
-    columns = memory.data();
-    value = columns + columns_size + kPadding;
-    class_value = value + n + kPadding;
-    nearest = class_value + class_value_size;
-    members = nearest + k;
-    std::fill(value - kPadding, value, -std::numeric_limits<double>::infinity());
-    std::fill(value + c.n, value + n + kPadding, std::numeric_limits<double>::infinity());
-    const int64_t subs_size = n / kCrowded + 1;
-    integers.resize(
-        size_t((n + 2 * kPadding) + n + (n + 3) + (n / 2 + 3 * subs_size) + (c.few ? n : 0) + p.classes * 16));
-    label = integers.data() + kPadding;
-    bucket = label + n + kPadding;
-    starts = bucket + n;
-    group = starts + (n + 3) + (n / 2 + 3 * subs_size);
-    counts = group + (c.few ? n : 0);
-    sums.resize(size_t(4 * p.classes));
-    own = sums.data();
-    without = own + p.classes;
-    generic = without + p.classes;
-    cursor = generic + p.classes;
-    subs.resize(size_t(subs_size));
-    sub = subs.data();
+    constexpr double inf = std::numeric_limits<double>::infinity();
+    const int64_t n = c.n, crowds = n / kCrowded + 1;
+    const auto make = [](auto& memory, int64_t size, auto value) {
+      memory.assign(static_cast<size_t>(size), value);
+      return memory.data();
+    };
+    columns = make(columns_, p.n * std::min(kColumns, p.k), 0.0);
+    value = make(value_, n + 2 * kPadding, inf) + kPadding;
+    std::fill(value - kPadding, value, -inf);
+    class_value = make(class_value_, std::max(c.padded, n / 2 + 1), 0.0);
+    nearest = make(nearest_, p.neighbors, 0.0);
+    members = make(members_, c.few ? p.n : 2 * p.neighbors + 1, 0.0);
+    label = make(label_, n + 2 * kPadding, 0) + kPadding;
+    bucket = make(bucket_, n, 0);
+    starts = make(starts_, (n + 3) + (n / 2 + 3 * crowds), 0);
+    counts = make(counts_, p.classes * kRanks, 0);
+    group = make(group_, c.few ? p.n : 0, 0);
+    own = make(own_, p.classes, int64_t(0));
+    without = make(without_, p.classes, int64_t(0));
+    generic = make(generic_, p.classes, int64_t(0));
+    cursor = make(cursor_, p.classes, int64_t(0));
+    sub = make(sub_, crowds, Buckets{});
   }
 };
 

@@ -55,7 +55,7 @@ static double pairwise_sum(const double* x, int64_t n, F f) {
 CSG_INLINE double magnitude(double v) { return __builtin_fabs(v); }
 CSG_INLINE VecD magnitude(VecD v) { return v < 0 ? -v : v; }
 
-// x / std, in place; returns the size of the noise: 1e-10 * max(1, mean |x / std|).
+// x / std, in place; returns the size of the noise: 1e-10 * max(1, mean |x / std|); NaN if std is not finite.
 static double scale_feature(double* x, int64_t n) {
   const double mean = pairwise_sum(x, n, [](auto v) { return v; }) / double(n);
   const double variance = pairwise_sum(x, n,
@@ -66,6 +66,7 @@ static double scale_feature(double* x, int64_t n) {
                           double(n);
   double deviation = __builtin_sqrt(variance);
   if (deviation < 10 * 0x1p-52) deviation = 1;
+  if (!(deviation < __builtin_inf())) return __builtin_nan("");
   for (int64_t i = 0; i < n; ++i) x[i] /= deviation;
   const double size = pairwise_sum(x, n, [](auto v) { return magnitude(v); }) / double(n);
   return 1e-10 * (size > 1 ? size : 1);
@@ -98,26 +99,27 @@ static void load_columns(const MutualInfo& p, int64_t column, int64_t count, dou
       load_columns_as<BFloat16>(p, column, count, to);
       break;
   }
+}
+
+// One column made ready for its balls; false if that leaves no finite numbers.
+static bool prepare(const MutualInfo& p, int64_t column, double* x) {
   if (p.ties == Ties::Noise) {
-    double size[kColumns];
-    for (int64_t j = 0; j < count; ++j) size[j] = scale_feature(to + j * p.n, p.n);
-    for (int64_t j = 0; j < count; ++j) {
-      const double* noise = p.noise + (column + j) * p.noise_stride_k;
-      double* x = to + j * p.n;
-      for (int64_t i = 0; i < p.n; ++i) x[i] += rounded(size[j] * noise[i * p.noise_stride_n]);
-    }
-    return;
+    const double size = scale_feature(x, p.n);
+    const double* noise = p.noise + column * p.noise_stride_k;
+    for (int64_t i = 0; i < p.n; ++i) x[i] += rounded(size * noise[i * p.noise_stride_n]);
+    return size == size;
   }
-  for (int64_t j = 0; j < count; ++j) {  // differences of the largest doubles must not overflow
-    double* x = to + j * p.n;
-    VecI64 huge{};
+  const auto outside = [&](double limit) {
+    VecI64 found{};
     int64_t i = 0;
-    for (; i + kDoubles <= p.n; i += kDoubles) huge |= (VecI64)(magnitude(load_bits<VecD>(x + i)) > 0x1p1021);
-    bool any = first_lane(huge) >= 0;
-    for (; i < p.n; ++i) any = any || magnitude(x[i]) > 0x1p1021;
-    if (any)
-      for (i = 0; i < p.n; ++i) x[i] *= 0.25;
-  }
+    for (; i + kDoubles <= p.n; i += kDoubles) found |= ~(VecI64)(magnitude(load_bits<VecD>(x + i)) <= limit);
+    bool any = first_lane(found) >= 0;
+    for (; i < p.n; ++i) any = any || !(magnitude(x[i]) <= limit);
+    return any;
+  };
+  if (!outside(0x1p1021)) return true;
+  for (int64_t i = 0; i < p.n; ++i) x[i] *= 0.25;  // differences of the largest doubles must not overflow
+  return !outside(0x1p1022);
 }
 
 // ---- sorting, and the index that it leaves --------------------------------------------------------------------------
@@ -638,6 +640,12 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
                                       : large_class<Closed, 0>(w, f, v, size);
     all += w.own[c];
   }
+  if (count == 2 && min64(classes.size[0], classes.size[1]) > 1) {  // one class is the other's rest
+    const double mi = classes.constant[0] + double(all) * unit / double(n);
+    out[0] = mi > 0 ? mi : 0;
+    if (!p.multiclass) out[1] = out[0];
+    return;
+  }
   if (p.multiclass) {
     const double mi = classes.psi_n + (double(all) * unit - classes.psi_sizes) / double(n);
     out[0] = mi > 0 ? mi : 0;
@@ -690,6 +698,10 @@ static void features(const MutualInfo& p, Workspace& w, int64_t begin, int64_t e
     for (int64_t j = 0; j < count; ++j) {
       double* x = w.columns + j * p.n;
       double* out = p.out + (column + j) * width;
+      if (!prepare(p, column + j, x)) {
+        for (int64_t c = 0; c < width; ++c) out[c] = __builtin_nan("");
+        continue;
+      }
       if (classes.few) {
         few_samples<Closed>(p, w, x, out);
         continue;
