@@ -7,7 +7,7 @@ constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, 
 constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
 constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
 constexpr int64_t kMaxBlock = 1 << 30;      // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 8192;    // two pages ahead: the hardware's own prefetcher stops at the page's end
+constexpr int64_t kPrefetchBytes = 16384;   // how far ahead of strided reads: DRAM's latency at full bandwidth
 constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it brings
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
@@ -29,25 +29,52 @@ CSG_INLINE void load_row(const GateRows& g, int64_t n, int64_t k0, int64_t len, 
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// pooled and out of `len` channels from their pooled values in the accumulator's type.
+// The gate's row as it lies in memory, or nullptr where load_row must make it.
 template <typename T>
-CSG_INLINE void finish_as(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* pooled) {
-  Accumulator<T> row[kChannelBlock];
-  for (int64_t j = 0; j < len; j += kChannelBlock) {
-    const int64_t m = min64(kChannelBlock, len - j), at = n * p.k + k0 + j;
-    load_row<T>(p.rows, n, k0 + j, m, p.k, row);
-    for (int64_t i = 0; i < m; ++i) row[i] *= pooled[j + i];
-    narrow_block(static_cast<T*>(p.out) + at, row, m);
-    narrow_block(static_cast<T*>(p.pooled) + at, pooled + j, m);
+CSG_INLINE const T* stored_row(const GateRows& g, int64_t n, int64_t k0, int64_t channels) {
+  const int64_t c = g.labels ? g.labels[n] : n;
+  return c < 0 || c >= g.rows || g.col_max ? nullptr : static_cast<const T*>(g.gate) + c * channels + k0;
+}
+
+// pooled = sum / divisor, out = row * pooled; the row is of type T or already in the accumulator's.
+template <typename T, typename Row>
+CSG_INLINE void write_pooled(const Row* row, const Accumulator<T>* sum, Accumulator<T> divisor, int64_t len, T* out,
+                             T* pooled) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    const Vec v = load_bits<Vec>(sum + j) / divisor;
+    Simd<T>::store(pooled + j, v);
+    Simd<T>::store(out + j, v * Simd<Row>::load(row + j));
+  }
+  for (; j < len; ++j) {
+    const Accumulator<T> v = sum[j] / divisor;
+    pooled[j] = narrow<T>(v);
+    out[j] = narrow<T>(v * widen(row[j]));
   }
 }
-static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const float* pooled) {
-  if (p.rows.type == ScalarType::Float32) return finish_as<float>(p, n, k0, len, pooled);
-  if (p.rows.type == ScalarType::Float16) return finish_as<Half>(p, n, k0, len, pooled);
-  finish_as<BFloat16>(p, n, k0, len, pooled);
+
+// pooled and out of `len` channels from their sums (divisor: S) or maxima (divisor: 1).
+template <typename T>
+CSG_INLINE void finish_as(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* sum) {
+  const Accumulator<T> divisor = p.pool == Pool::Avg ? Accumulator<T>(p.s) : 1;
+  T* out = static_cast<T*>(p.out) + n * p.k + k0;
+  T* pooled = static_cast<T*>(p.pooled) + n * p.k + k0;
+  if (const T* row = stored_row<T>(p.rows, n, k0, p.k)) return write_pooled<T>(row, sum, divisor, len, out, pooled);
+  Accumulator<T> row[kChannelBlock];
+  for (int64_t j = 0; j < len; j += kChannelBlock) {
+    const int64_t m = min64(kChannelBlock, len - j);
+    load_row<T>(p.rows, n, k0 + j, m, p.k, row);
+    write_pooled<T>(row, sum + j, divisor, m, out + j, pooled + j);
+  }
 }
-static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const double* pooled) {
-  finish_as<double>(p, n, k0, len, pooled);
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const float* sum) {
+  if (p.rows.type == ScalarType::Float32) return finish_as<float>(p, n, k0, len, sum);
+  if (p.rows.type == ScalarType::Float16) return finish_as<Half>(p, n, k0, len, sum);
+  finish_as<BFloat16>(p, n, k0, len, sum);
+}
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const double* sum) {
+  finish_as<double>(p, n, k0, len, sum);
 }
 
 // The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n <= kSumBlock.
@@ -72,61 +99,79 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   return (a + b) + (c + d);
 }
 
+// What one load brings, and its sum with others. Lanes are values, not what they are added in: bf16 needs no conversion
+// when even and odd elements are added apart, the even ones shifted up, the odd ones masked.
 template <typename X>
-CSG_INLINE bool two_to_a_lane(const X*) {
-  return false;
-}
+struct Strip {
+  using Vec = typename Simd<X>::Vec;
+  using Int = typename Simd<X>::Int;
+  static constexpr int lanes = kLanes<X>;
+  Vec sum{};
+  static CSG_MEMBER Int load(const X* x) { return (Int)Simd<X>::load(x); }
+  CSG_MEMBER void set(Int bits) { sum = (Vec)bits; }
+  CSG_MEMBER void add(Int bits) { sum += (Vec)bits; }
+  CSG_MEMBER Vec total() const { return sum; }
+  CSG_MEMBER void store(Accumulator<X>* to) const { store_bits(to, sum); }
+};
 #if CSG_LEVEL > 0
-CSG_INLINE bool two_to_a_lane(const BFloat16*) { return true; }
-// bf16 two to a lane: the even ones shifted up, the odd ones masked; no conversion is needed to add them.
-CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
-  constexpr int L = 2 * kLanes<BFloat16>;
-  typedef uint16_t VecU16 __attribute__((vector_size(CSG_WIDTH)));
-  if (n < L) return partial_sums<BFloat16>(x, n);
+template <>
+struct Strip<BFloat16> {
+  typedef uint16_t Int __attribute__((vector_size(CSG_WIDTH)));
+  static constexpr int lanes = 2 * kLanes<BFloat16>;
   VecF even{}, odd{};
-  const auto add = [&](VecU32 v) {
-    even += (VecF)(v << 16);
-    odd += (VecF)(v & 0xffff0000u);
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) add(load_bits<VecU32>(x + i));
-  if (i < n) {
-    VecU16 lane;
-    for (int j = 0; j < L; ++j) lane[j] = uint16_t(j);
-    add((VecU32)(load_bits<VecU16>(x + n - L) & (VecU16)(lane >= uint16_t(L - (n - i)))));
+  static CSG_MEMBER Int load(const BFloat16* x) { return load_bits<Int>(x); }
+  CSG_MEMBER void set(Int bits) {
+    even = (VecF)((VecU32)bits << 16);
+    odd = (VecF)((VecU32)bits & 0xffff0000u);
   }
-  return even + odd;
+  CSG_MEMBER void add(Int bits) {
+    even += (VecF)((VecU32)bits << 16);
+    odd += (VecF)((VecU32)bits & 0xffff0000u);
+  }
+  CSG_MEMBER VecF total() const { return even + odd; }
+  CSG_MEMBER void store(float* to) const { store_interleaved(to, even, odd); }
+};
+CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
+  using S = Strip<BFloat16>;
+  if (n < S::lanes) return partial_sums<BFloat16>(x, n);
+  S sum;
+  int64_t i = 0;
+  for (; i + S::lanes <= n; i += S::lanes) sum.add(S::load(x + i));
+  if (i < n) sum.add(S::load(x + n - S::lanes) & last_lanes<S::Int>(int(n - i)));
+  return sum.total();
 }
 #endif
 
-// The sums of kLanes<X> rows of n >= kLanes<X> values that lie one after the other, as n vectors: no load of aligned
-// rows crosses a cache line, and a vector that holds the end of one row and the begin of the next is split by a mask.
-template <typename X>
-CSG_INLINE typename Simd<X>::Vec sum_adjacent_rows(const X* x, int64_t n) {
-  using S = Simd<X>;
-  using Vec = typename S::Vec;
-  using Int = typename S::Int;
-  constexpr int L = kLanes<X>;
-  Vec part[L], begun{};
-  const X* at = x;
-  for (int r = 0; r < L; ++r) {
-    const X* end = x + (r + 1) * n;
-    Vec a = begun, b{};
-    for (; at + 2 * L <= end; at += 2 * L) {
-      a += S::load(at);
-      b += S::load(at + L);
-    }
-    if (at + L <= end) b += S::load(at), at += L;
-    begun = Vec{};
-    if (at < end) {
-      const Int v = (Int)S::load(at), next = last_lanes<Int>(L - int(end - at));
-      b += (Vec)(v & ~next);
-      begun = (Vec)(v & next);
-      at += L;
-    }
-    part[r] = a + b;
+// The sums of as many rows of n values as a load has lanes, which lie one after the other: n whole vectors, none of
+// which crosses a cache line where the first is aligned. One that holds the end of a row and the begin of the next is
+// split by a mask.
+template <int n, typename X>
+CSG_INLINE void sum_adjacent_rows(const X* x, Accumulator<X>* sum) {
+  using S = Strip<X>;
+  typename Simd<X>::Vec part[S::lanes];
+  S row;
+#pragma GCC unroll 64
+  for (int i = 0; i < n; ++i) {
+    const int r = i * S::lanes / n, begun = i * S::lanes - r * n, left = n - begun;
+    const auto bits = S::load(x + i * S::lanes);
+    const auto next = bits & last_lanes<typename S::Int>(left < S::lanes ? S::lanes - left : 0);
+    const auto here = bits ^ next;
+    if (begun == 0)
+      row.set(here);
+    else
+      row.add(here);
+    if (left > S::lanes) continue;
+    part[r] = row.total();
+    row.set(next);
   }
-  return transposed_sum<1>(part);
+  for (int r = 0; r < S::lanes; r += kLanes<X>) store_bits(sum + r, transposed_sum<1>(part + r));
+}
+
+template <int n, typename X>
+CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, Accumulator<X>* sum) {
+  int64_t j = 0;
+  for (; j + Strip<X>::lanes <= len; j += Strip<X>::lanes) sum_adjacent_rows<n>(x + j * n, sum + j);
+  return j;
 }
 
 // The sums of `len` rows.
@@ -143,12 +188,9 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Acc
   } else if (n <= kSumBlock) {
     int64_t j = 0;
     Vec part[L];
-    const bool adjacent = stride == n && sizeof(Accumulator<X>) == sizeof(float) && !two_to_a_lane(x);
+    if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, sum);
+    if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, sum);
     for (; j + L <= len; j += L) {
-      if (adjacent) {
-        store_bits(sum + j, sum_adjacent_rows(x + j * stride, n));
-        continue;
-      }
       for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
       store_bits(sum + j, transposed_sum<1>(part));
     }
@@ -221,7 +263,6 @@ CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t e
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
       sum_rows(x, p.stride_k, p.s, len, pooled);
-      for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, index + j);
@@ -230,33 +271,55 @@ CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t e
   }
 }
 
-// sum[j] += x[s, j] over `count` positions, Together of them at a time.
-template <int Together, typename X>
-CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
-  using S = Simd<X>;
-  using Vec = typename S::Vec;
-  constexpr int L = kLanes<X>;
-  for (; count >= Together; count -= Together, x += Together * stride) {
-    int64_t j = 0;
-    for (; j + L <= len; j += L) {
-      Vec v = load_bits<Vec>(sum + j);
-      for (int r = 0; r < Together; ++r) {
-        __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + j) + kPrefetchBytes);
-        v += S::load(x + r * stride + j);
-      }
-      store_bits(sum + j, v);
-    }
-    for (; j < len; ++j)
-      for (int r = 0; r < Together; ++r) sum[j] += widen(x[r * stride + j]);
-  }
-  if constexpr (Together > 1) add_positions<1>(x, stride, count, len, sum);
-}
-// Four positions together save loads and stores of the sums, but read memory as four streams: with narrow rows of wide
-// types the prefetchers lose more than is saved.
+// Half of the vector registers hold sums.
 template <typename X>
-CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
-  if (sizeof(X) == 2 || len * int64_t(sizeof(X)) >= 2048) return add_positions<4>(x, stride, count, len, sum);
-  add_positions<1>(x, stride, count, len, sum);
+constexpr int kStrips = (CSG_LEVEL == 2 ? 16 : 8) * kLanes<X> / Strip<X>::lanes;
+
+// sum[j] = the sum of x[s, j] over `count` positions, for the channels of Strips strips: the sums stay in registers, so
+// memory is read in pieces of Strips strips, one from each position. `next` is where the next piece begins.
+template <int Strips, typename X>
+CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* next, Accumulator<X>* sum) {
+  constexpr int channels = Strip<X>::lanes;
+  constexpr int64_t piece = Strips * channels * int64_t(sizeof(X));
+  const int64_t ahead = min64(count, max64(1, kPrefetchBytes / piece));
+  Strip<X> strip[Strips];
+  for (int64_t s = 0; s < count; ++s, x += stride) {
+    const X* later = s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < Strips; ++i) {
+      if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
+        __builtin_prefetch(later + i * channels, 0, 2);
+      strip[i].add(Strip<X>::load(x + i * channels));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Strips; ++i) strip[i].store(sum + i * channels);
+}
+
+// The same for the channels of whole strips; returns how many they are.
+template <int Strips, typename X>
+CSG_INLINE int64_t sum_whole_strips(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
+                                    Accumulator<X>* sum) {
+  constexpr int piece = Strips * Strip<X>::lanes;
+  int64_t j = 0;
+  for (; j + piece <= len; j += piece)
+    sum_strips<Strips>(x + j, stride, count, j + 2 * piece <= len ? x + j + piece : next, sum + j);
+  if constexpr (Strips > 1) j += sum_whole_strips<Strips / 2>(x + j, stride, count, len - j, next, sum + j);
+  return j;
+}
+
+// sum[j] = the sum of x[s, j] over `count` positions; `next`: what will be read after them.
+template <typename X>
+CSG_INLINE void sum_positions(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
+                              Accumulator<X>* sum) {
+  constexpr int lanes = Strip<X>::lanes;
+  if (len < lanes) {
+    for (int64_t j = 0; j < len; ++j) sum[j] = 0;
+    for (int64_t s = 0; s < count; ++s, x += stride)
+      for (int64_t j = 0; j < len; ++j) sum[j] += widen(x[j]);
+  } else if (sum_whole_strips<kStrips<X>>(x, stride, count, len, next, sum) < len) {
+    sum_strips<1>(x + len - lanes, stride, count, next, sum + len - lanes);  // overlaps: sums some again
+  }
 }
 
 // The same for the first maximum (or the first NaN) and its position, numbered in a lane of the values' width.
@@ -298,17 +361,14 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
     const int64_t len = min64(kWideBlock, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0;
     if (p.pool == Pool::Avg) {
-      __builtin_memset(pooled, 0, size_t(len) * sizeof(A));
-      if (p.s <= kSumBlockWide) {
-        add_positions(x, p.stride_s, p.s, len, pooled);
-      } else {
-        for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
-          __builtin_memset(part, 0, size_t(len) * sizeof(A));
-          add_positions(x + s * p.stride_s, p.stride_s, min64(kSumBlockWide, p.s - s), len, part);
-          for (int64_t j = 0; j < len; ++j) pooled[j] += part[j];
-        }
+      for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
+        const int64_t count = min64(kSumBlockWide, p.s - s);
+        const X* at = x + s * p.stride_s;
+        const X* next = s + count < p.s ? at + count * p.stride_s : x + p.stride_n;
+        sum_positions(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
+        if (s == 0) continue;
+        for (int64_t j = 0; j < len; ++j) pooled[j] += part[j];
       }
-      for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t s = 0; s < p.s; s += kMaxBlock) {
