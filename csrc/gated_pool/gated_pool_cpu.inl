@@ -2,6 +2,7 @@
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
 constexpr int64_t kChannelBlock = 256;      // channels handled together: their sums and gate rows stay in L1
+constexpr int64_t kChannelStep = 32;        // where the channels of the gate's gradient may be split
 constexpr int64_t kRowBlock = 64;           // rows of one work item
 constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, where a block is one memory stream
 constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
@@ -414,40 +415,50 @@ void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// What every position of channel k0 + j receives: (grad_out * row + grad_pooled) / S, or undivided for Max.
-template <typename T>
-CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len,
-                                     Accumulator<T>* v) {
-  using A = Accumulator<T>;
-  A grad[kChannelBlock];
+// value = (grad_out * row + grad_pooled) * scale, rounded to X; the row is of type T or already in the accumulator's.
+template <typename X, typename T, typename Row>
+CSG_INLINE void spread_gradient(const Row* row, const T* grad_out, const T* grad_pooled, Accumulator<T> scale,
+                                int64_t len, X* value) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    Vec sum{};
+    if (grad_out) sum = Simd<T>::load(grad_out + j) * Simd<Row>::load(row + j);
+    if (grad_pooled) sum += Simd<T>::load(grad_pooled + j);
+    Simd<X>::store(value + j, sum * scale);
+  }
+  for (; j < len; ++j) {
+    Accumulator<T> sum = 0;
+    if (grad_out) sum = widen(grad_out[j]) * widen(row[j]);
+    if (grad_pooled) sum += widen(grad_pooled[j]);
+    value[j] = narrow<X>(sum * scale);
+  }
+}
+template <typename X, typename T>
+CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, X* value) {
   const int64_t at = n * p.k + k0;
-  if (p.grad_out) {
-    load_row<T>(p.rows, n, k0, len, p.k, v);
-    widen_block(grad, static_cast<const T*>(p.grad_out) + at, len);
-    for (int64_t j = 0; j < len; ++j) v[j] *= grad[j];
-  } else {
-    __builtin_memset(v, 0, size_t(len) * sizeof(A));
-  }
-  if (p.grad_pooled) {
-    widen_block(grad, static_cast<const T*>(p.grad_pooled) + at, len);
-    for (int64_t j = 0; j < len; ++j) v[j] += grad[j];
-  }
-  if (p.pool == Pool::Avg)
-    for (int64_t j = 0; j < len; ++j) v[j] /= A(p.s);
+  const T* grad_out = p.grad_out ? static_cast<const T*>(p.grad_out) + at : nullptr;
+  const T* grad_pooled = p.grad_pooled ? static_cast<const T*>(p.grad_pooled) + at : nullptr;
+  const Accumulator<T> scale = p.pool == Pool::Avg ? 1 / Accumulator<T>(p.s) : 1;
+  if (const T* row = stored_row<T>(p.rows, n, k0, p.k))
+    return spread_gradient(row, grad_out, grad_pooled, scale, len, value);
+  Accumulator<T> row[kChannelBlock];
+  load_row<T>(p.rows, n, k0, len, p.k, row);
+  spread_gradient(row, grad_out, grad_pooled, scale, len, value);
 }
-static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, float* v) {
-  if (p.rows.type == ScalarType::Float32) return position_gradient_as<float>(p, n, k0, len, v);
-  if (p.rows.type == ScalarType::Float16) return position_gradient_as<Half>(p, n, k0, len, v);
-  position_gradient_as<BFloat16>(p, n, k0, len, v);
-}
-static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, double* v) {
-  position_gradient_as<double>(p, n, k0, len, v);
+// What every position of channel k0 + j receives, or for Max the position of its maximum; len <= kChannelBlock.
+template <typename X>
+static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, X* value) {
+  if constexpr (sizeof(X) == 2)
+    if (p.rows.type == ScalarType::Float32) return position_gradient_as<X, float>(p, n, k0, len, value);
+  position_gradient_as<X, X>(p, n, k0, len, value);
 }
 
-CSG_INLINE VecU32 splat(float v) { return (VecU32)(VecF{} + v); }
-CSG_INLINE VecU32 splat(double v) { return (VecU32)(VecD{} + v); }
-CSG_INLINE VecU32 splat(Half v) { return VecU32{} + v.bits * 0x10001u; }
-CSG_INLINE VecU32 splat(BFloat16 v) { return VecU32{} + v.bits * 0x10001u; }
+typedef uint16_t VecU16 __attribute__((vector_size(CSG_WIDTH)));
+CSG_INLINE VecI32 splat(float v) { return (VecI32)(VecF{} + v); }
+CSG_INLINE VecI64 splat(double v) { return (VecI64)(VecD{} + v); }
+CSG_INLINE VecU16 splat(Half v) { return VecU16{} + v.bits; }
+CSG_INLINE VecU16 splat(BFloat16 v) { return VecU16{} + v.bits; }
 
 // n copies of one value: stores of a whole vector, the last one overlapping.
 template <typename X>
@@ -457,39 +468,81 @@ CSG_INLINE void fill_row(X* to, X value, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = value;
     return;
   }
-  const VecU32 v = splat(value);
+  const auto v = splat(value);
   for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, v);
   if (n % L) store_bits(to + n - L, v);
 }
 
-// Long rows by memcpy, whose string instructions do not read what they overwrite, but start too slowly for short ones.
+// As many rows of n values as a vector has lanes, which lie one after the other: whole vectors, as in
+// sum_adjacent_rows.
+template <int n, typename X>
+CSG_INLINE void fill_adjacent_rows(X* to, const X* value) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(X));
+  using Int = decltype(splat(X{}));
+#pragma GCC unroll 64
+  for (int i = 0; i < n; ++i) {
+    const int r = i * lanes / n, left = (r + 1) * n - i * lanes;
+    Int v = splat(value[r]);
+    if (left < lanes) v = last_lanes<Int>(lanes - left) ? splat(value[r + 1]) : v;
+    store_bits(to + i * lanes, v);
+  }
+}
+
+// `len` rows of n values.
 template <typename X>
-CSG_INLINE void copy_row(X* to, const X* from, int64_t n) {
-  constexpr int64_t L = CSG_WIDTH / int64_t(sizeof(X));
-  if (n * int64_t(sizeof(X)) > 4096) {
-    __builtin_memcpy(to, from, size_t(n) * sizeof(X));
+CSG_INLINE void fill_rows(X* to, const X* value, int64_t n, int64_t len) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  int64_t j = 0;
+  if (n == 49)
+    for (; j + lanes <= len; j += lanes) fill_adjacent_rows<49>(to + j * n, value + j);
+  for (; j < len; ++j) fill_row(to + j * n, value[j], n);
+}
+
+// `count` rows of n values, each a copy of `row`; up to Vectors vectors stay in registers.
+template <int Vectors, typename X>
+CSG_INLINE void copy_short_row(X* to, int64_t count, const X* row) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  VecU32 v[Vectors];
+  for (int i = 0; i < Vectors; ++i) v[i] = load_bits<VecU32>(row + i * lanes);
+  for (int64_t s = 0; s < count; ++s, to += Vectors * lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors; ++i) store_bits(to + i * lanes, v[i]);
+  }
+}
+template <typename X>
+CSG_INLINE void copy_row(X* to, int64_t count, const X* row, int64_t n) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  if (n == 16 * lanes) return copy_short_row<16>(to, count, row);
+  if (n == 8 * lanes) return copy_short_row<8>(to, count, row);
+  if (n == 4 * lanes) return copy_short_row<4>(to, count, row);
+  if (n == 2 * lanes) return copy_short_row<2>(to, count, row);
+  if (n < lanes) {
+    for (int64_t s = 0; s < count; ++s, to += n)
+      for (int64_t i = 0; i < n; ++i) to[i] = row[i];
     return;
   }
-  if (n < L) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-    return;
+  for (int64_t s = 0; s < count; ++s, to += n) {
+#ifdef REP
+    if (n * int64_t(sizeof(X)) > REP) {
+      __builtin_memcpy(to, row, size_t(n) * sizeof(X));
+      continue;
+    }
+#endif
+    for (int64_t i = 0; i + lanes <= n; i += lanes) store_bits(to + i, load_bits<VecU32>(row + i));
+    if (n % lanes) store_bits(to + n - lanes, load_bits<VecU32>(row + n - lanes));
   }
-  for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, load_bits<VecU32>(from + i));
-  if (n % L) store_bits(to + n - L, load_bits<VecU32>(from + n - L));
 }
 
 template <typename X>
 CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t end) {
-  Accumulator<X> exact[kChannelBlock];
   X value[kChannelBlock];
   X* grad_x = static_cast<X*>(p.grad_x);
   for (int64_t at = begin; at < end;) {
     const int64_t n = at / p.k, k0 = at % p.k;
     const int64_t len = min64(min64(end - at, p.k - k0), kChannelBlock);
-    position_gradient(p, n, k0, len, exact);
-    narrow_block(value, exact, len);
+    position_gradient(p, n, k0, len, value);
     if (p.pool == Pool::Avg) {
-      for (int64_t j = 0; j < len; ++j) fill_row(grad_x + (at + j) * p.s, value[j], p.s);
+      fill_rows(grad_x + at * p.s, value, p.s, len);
     } else {
       for (int64_t j = 0; j < len; ++j) {
         X* row = grad_x + (at + j) * p.s;
@@ -504,34 +557,37 @@ CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t
 // Work items are samples: positions [s, channel] of one sample are one stream.
 template <typename X>
 CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin, int64_t end) {
-  Accumulator<X> exact[kChannelBlock];
-  X value[kChannelBlock];
+  X value[kWideBlock];
   for (int64_t n = begin; n < end; ++n) {
     X* grad_x = static_cast<X*>(p.grad_x) + n * p.s * p.k;
+    X* row = p.k <= kWideBlock ? value : grad_x;  // what every position receives; in position 0 where it is too wide
     if (p.pool == Pool::Max) __builtin_memset(grad_x, 0, size_t(p.s * p.k) * sizeof(X));
     for (int64_t k0 = 0; k0 < p.k; k0 += kChannelBlock) {
       const int64_t len = min64(kChannelBlock, p.k - k0);
-      position_gradient(p, n, k0, len, exact);
+      position_gradient(p, n, k0, len, p.pool == Pool::Max ? value : row + k0);
       if (p.pool == Pool::Max) {
-        narrow_block(value, exact, len);
         for (int64_t j = 0; j < len; ++j) grad_x[p.index[n * p.k + k0 + j] * p.k + k0 + j] = value[j];
-      } else {
-        narrow_block(grad_x + k0, exact, len);  // position 0, copied to the others below
       }
     }
-    if (p.pool == Pool::Avg)
-      for (int64_t s = 1; s < p.s; ++s) copy_row(grad_x + s * p.k, grad_x, p.k);
+    if (p.pool == Pool::Avg) copy_row(row == value ? grad_x : grad_x + p.k, row == value ? p.s : p.s - 1, row, p.k);
   }
 }
 
-template <typename X>
-CSG_INLINE void backward_x(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
-    parallel_ranges(parallel_for, p.n, max64(1, kGrainBytes / (p.s * p.k * int64_t(sizeof(X)))),
-                    [&](int64_t begin, int64_t end) { backward_channels_last<X>(p, begin, end); });
-  } else {
-    parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
-                    [&](int64_t begin, int64_t end) { backward_rows<X>(p, begin, end); });
+// sum += grad_out * pooled, and where the row is given also along += grad_out * pooled * row.
+template <typename T>
+CSG_INLINE void add_gate_gradient(const T* grad_out, const T* pooled, const Accumulator<T>* row, int64_t len,
+                                  Accumulator<T>* sum, Accumulator<T>* along) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    const Vec v = Simd<T>::load(grad_out + j) * Simd<T>::load(pooled + j);
+    store_bits(sum + j, load_bits<Vec>(sum + j) + v);
+    if (row) store_bits(along + j, load_bits<Vec>(along + j) + v * load_bits<Vec>(row + j));
+  }
+  for (; j < len; ++j) {
+    const Accumulator<T> v = widen(grad_out[j]) * widen(pooled[j]);
+    sum[j] += v;
+    if (row) along[j] += v * row[j];
   }
 }
 
@@ -540,7 +596,7 @@ template <typename T>
 CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t len, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   const GateRows& g = p.rows;
-  A grad[kChannelBlock], pooled[kChannelBlock], row[kChannelBlock], along[kChannelBlock];
+  A row[kChannelBlock], along[kChannelBlock];
   T* out = static_cast<T*>(p.grad_gate) + k0;
   const int64_t rows = g.rows;
   // Half types are summed in fp32 beside the result and rounded once; the others are summed in place.
@@ -552,13 +608,9 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t le
     for (int64_t n = 0; n < p.n; ++n) {
       const int64_t c = g.labels ? g.labels[n] : n, at = n * p.k + k0;
       if (c < 0 || c >= rows) continue;
-      widen_block(grad, static_cast<const T*>(p.grad_out) + at, len);
-      widen_block(pooled, static_cast<const T*>(p.pooled) + at, len);
-      A* to = sum + c * stride;
-      for (int64_t j = 0; j < len; ++j) to[j] += grad[j] * pooled[j];
-      if (g.col_max == nullptr) continue;
-      load_row<T>(g, n, k0, len, p.k, row);
-      for (int64_t j = 0; j < len; ++j) along[j] += grad[j] * pooled[j] * row[j];
+      if (g.col_max) load_row<T>(g, n, k0, len, p.k, row);
+      add_gate_gradient(static_cast<const T*>(p.grad_out) + at, static_cast<const T*>(p.pooled) + at,
+                        g.col_max ? row : nullptr, len, sum + c * stride, along);
     }
   }
   if (g.col_max) {
@@ -580,50 +632,58 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t le
 }
 
 template <typename T>
-CSG_INLINE void backward_gate(const GatedPoolBackward& p, ParallelFor parallel_for) {
+static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t blocks = (p.k + kChannelBlock - 1) / kChannelBlock;
-  const int64_t bytes = (p.rows.rows + 2 * p.n) * min64(p.k, kChannelBlock) * int64_t(sizeof(T));
-  parallel_ranges(parallel_for, blocks, max64(1, kGrainBytes / max64(1, bytes)), [&](int64_t begin, int64_t end) {
-    constexpr bool beside = sizeof(T) < sizeof(A);
-    const Scratch scratch(beside ? p.rows.rows * min64(p.k, kChannelBlock) * int64_t(sizeof(A)) : 0);
-    A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
-    for (int64_t b = begin; b < end; ++b)
-      backward_gate<T>(p, b * kChannelBlock, min64(kChannelBlock, p.k - b * kChannelBlock), sum);
-  });
+  constexpr bool beside = sizeof(T) < sizeof(A);
+  const Scratch scratch(beside ? p.rows.rows * min64(end - begin, kChannelBlock) * int64_t(sizeof(A)) : 0);
+  A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
+  for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock) backward_gate<T>(p, k0, min64(kChannelBlock, end - k0), sum);
+}
+static void backward_gate(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  switch (p.rows.type) {
+    case ScalarType::Float32:
+      return backward_gate_as<float>(p, begin, end);
+    case ScalarType::Float64:
+      return backward_gate_as<double>(p, begin, end);
+    case ScalarType::Float16:
+      return backward_gate_as<Half>(p, begin, end);
+    case ScalarType::BFloat16:
+      return backward_gate_as<BFloat16>(p, begin, end);
+  }
+}
+
+// Both gradients in one parallel region: who has the items [begin, end) of `items` has the same share of the channels.
+// The gate's comes first, as writing grad_x drives what it reads out of the cache.
+template <typename X>
+CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
+  const bool channels_last = p.stride_k == 1 && (p.stride_s != 1 || p.s == 1);
+  const bool fill = p.grad_x && p.n > 0;
+  const int64_t items = !fill ? p.k : channels_last ? p.n : p.n * p.k;
+  const int64_t gate_bytes = p.grad_gate ? (p.rows.rows + 2 * p.n) * p.k * int64_t(sizeof(X)) : 0;
+  const int64_t bytes = gate_bytes + (fill ? p.n * p.k * p.s * int64_t(sizeof(X)) : 0);
+  const auto first_channel = [&](int64_t item) {
+    return item == items ? p.k : p.k * item / items / kChannelStep * kChannelStep;
+  };
+  parallel_ranges(parallel_for, items, max64(1, kGrainBytes / max64(1, bytes / items)),
+                  [&](int64_t begin, int64_t end) {
+                    if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end));
+                    if (!fill) return;
+                    if (channels_last) return backward_channels_last<X>(p, begin, end);
+                    backward_rows<X>(p, begin, end);
+                  });
 }
 
 void gated_pool_backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  if (p.grad_x && p.n * p.k > 0) {
-    switch (p.x_type) {
-      case ScalarType::Float32:
-        backward_x<float>(p, parallel_for);
-        break;
-      case ScalarType::Float64:
-        backward_x<double>(p, parallel_for);
-        break;
-      case ScalarType::Float16:
-        backward_x<Half>(p, parallel_for);
-        break;
-      case ScalarType::BFloat16:
-        backward_x<BFloat16>(p, parallel_for);
-        break;
-    }
-  }
-  if (p.grad_gate && p.k > 0) {
-    switch (p.rows.type) {
-      case ScalarType::Float32:
-        backward_gate<float>(p, parallel_for);
-        break;
-      case ScalarType::Float64:
-        backward_gate<double>(p, parallel_for);
-        break;
-      case ScalarType::Float16:
-        backward_gate<Half>(p, parallel_for);
-        break;
-      case ScalarType::BFloat16:
-        backward_gate<BFloat16>(p, parallel_for);
-        break;
-    }
+  if (p.k == 0) return;
+  switch (p.x_type) {
+    case ScalarType::Float32:
+      return backward<float>(p, parallel_for);
+    case ScalarType::Float64:
+      return backward<double>(p, parallel_for);
+    case ScalarType::Float16:
+      return backward<Half>(p, parallel_for);
+    case ScalarType::BFloat16:
+      return backward<BFloat16>(p, parallel_for);
   }
 }
