@@ -1,15 +1,17 @@
 // gated_pool's CPU kernels for one instruction set; see ../common/simd.inl for how this file is compiled.
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
-constexpr int64_t kChannelBlock = 256;      // channels handled together: their sums and gate rows stay in L1
-constexpr int64_t kChannelStep = 32;        // where the channels of the gate's gradient may be split
-constexpr int64_t kRowBlock = 64;           // rows of one work item
-constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, where a block is one memory stream
-constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
-constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
-constexpr int64_t kMaxBlock = 1 << 30;      // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 16384;   // how far ahead of strided reads: DRAM's latency at full bandwidth
-constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it brings
+constexpr int64_t kChannelBlock = 256;        // channels handled together: their sums and gate rows stay in L1
+constexpr int64_t kChannelStep = 32;          // where the channels of the gate's gradient may be split
+constexpr int64_t kRowBlock = 64;             // rows of one work item
+constexpr int64_t kWideBlock = 2048;          // the same for channels-last maps, where a block is one memory stream
+constexpr int64_t kSumBlock = 2048;           // positions summed in one go: bounds the rounding error of long sums
+constexpr int64_t kSumBlockWide = 128;        // the same where one chain of additions sees every position
+constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
+constexpr int64_t kPrefetchBytes = 16384;     // how far ahead of strided reads: DRAM's latency at full bandwidth
+constexpr int64_t kDramPrefetchBytes = 8192;  // the same for long rows of an x that no cache holds
+constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
+constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
 
@@ -80,7 +82,7 @@ static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len
 
 // The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n <= kSumBlock.
 template <typename X>
-CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
+CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n, bool from_dram = false) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   using Int = typename S::Int;
@@ -88,6 +90,9 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   Vec a = S::load(x), b{}, c{}, d{};
   int64_t i = L;
   for (; i + 4 * L <= n; i += 4 * L) {
+    if (from_dram)
+      for (int ahead = 0; ahead < 4 * CSG_WIDTH; ahead += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kDramPrefetchBytes + ahead, 0, 2);
     a += S::load(x + i);
     b += S::load(x + i + L);
     c += S::load(x + i + 2 * L);
@@ -132,7 +137,7 @@ struct Strip<BFloat16> {
   CSG_MEMBER VecF total() const { return even + odd; }
   CSG_MEMBER void store(float* to) const { store_interleaved(to, even, odd); }
 };
-CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
+CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n, bool = false) {
   using S = Strip<BFloat16>;
   if (n < S::lanes) return partial_sums<BFloat16>(x, n);
   S sum;
@@ -177,7 +182,7 @@ CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, Accumulator<X>
 
 // The sums of `len` rows.
 template <typename X>
-CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Accumulator<X>* sum) {
+CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, bool from_dram, Accumulator<X>* sum) {
   using Vec = typename Simd<X>::Vec;
   constexpr int L = kLanes<X>;
   if (n < L) {
@@ -192,7 +197,7 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Acc
     if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, sum);
     if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, sum);
     for (; j + L <= len; j += L) {
-      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
+      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n, from_dram);
       store_bits(sum + j, transposed_sum<1>(part));
     }
     if (j < len) {
@@ -257,13 +262,14 @@ template <typename X>
 CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   A pooled[kRowBlock];
+  const bool from_dram = p.s >= 256 && p.n * p.k * p.s * int64_t(sizeof(X)) > kCacheBytes;
   const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / blocks, k0 = item % blocks * kRowBlock;
     const int64_t len = min64(kRowBlock, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
-      sum_rows(x, p.stride_k, p.s, len, pooled);
+      sum_rows(x, p.stride_k, p.s, len, from_dram, pooled);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, index + j);
