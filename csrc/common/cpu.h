@@ -57,3 +57,4 @@ class Scratch {
 #define CSG_ISA_AVX2 "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt"
 #define CSG_ISA_AVX512 "avx,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,avx512f,avx512bw,avx512dq,avx512vl"
 #define CSG_INLINE static inline __attribute__((always_inline))
+#define CSG_MEMBER inline __attribute__((always_inline))

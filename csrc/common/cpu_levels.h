@@ -3,6 +3,7 @@
 //   #include "../common/cpu_levels.h"
 //   ... CSG_CALL_LEVEL(gated_pool_forward, p, parallel_for);
 #include <cstddef>
+#include <type_traits>
 #include <utility>
 
 #if CSG_X86

@@ -188,13 +188,28 @@ CSG_INLINE V transposed_sum(const V* v) {
   }
 }
 
+// even[0], odd[0], even[1], odd[1], ...: unpacked within 128 bits, then the parts in order.
+#if CSG_LEVEL == 2
+CSG_INLINE void store_interleaved(float* to, VecF even, VecF odd) {
+  const __m512 a = (__m512)even, b = (__m512)odd;
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  store_bits(to, _mm512_permutex2var_ps(a, first, b));
+  store_bits(to + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b));
+}
+#else
+CSG_INLINE void store_interleaved(float* to, VecF even, VecF odd) {
+  for (int i = 0; i < CSG_WIDTH / 4; ++i) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+}
+#endif
+
 // All ones in the last `count` lanes, zero elsewhere: keeps what an overlapping load has not seen yet.
 template <typename Int>
 CSG_INLINE Int last_lanes(int count) {
   constexpr int lanes = CSG_WIDTH / int(sizeof(Int{}[0]));
+  using Lane = std::remove_reference_t<decltype(Int{}[0])>;
   Int lane;
-  for (int i = 0; i < lanes; ++i) lane[i] = i;
-  return lane >= lanes - count;
+  for (int i = 0; i < lanes; ++i) lane[i] = Lane(i);
+  return (Int)(lane >= Lane(lanes - count));
 }
 
 // n values of T widened into, or rounded from, their accumulator's type.

@@ -1,14 +1,17 @@
 // gated_pool's CPU kernels for one instruction set; see ../common/simd.inl for how this file is compiled.
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
-constexpr int64_t kChannelBlock = 256;      // channels handled together: their sums and gate rows stay in L1
-constexpr int64_t kRowBlock = 64;           // rows of one work item
-constexpr int64_t kWideBlock = 2048;        // the same for channels-last maps, where a block is one memory stream
-constexpr int64_t kSumBlock = 2048;         // positions summed in one go: bounds the rounding error of long sums
-constexpr int64_t kSumBlockWide = 128;      // the same where one chain of additions sees every position
-constexpr int64_t kMaxBlock = 1 << 30;      // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 8192;    // two pages ahead: the hardware's own prefetcher stops at the page's end
-constexpr int64_t kGrainBytes = 128 << 10;  // below this a second thread costs more than it brings
+constexpr int64_t kChannelBlock = 256;        // channels handled together: their sums and gate rows stay in L1
+constexpr int64_t kChannelStep = 32;          // where the channels of the gate's gradient may be split
+constexpr int64_t kRowBlock = 64;             // rows of one work item
+constexpr int64_t kWideBlock = 2048;          // the same for channels-last maps, where a block is one memory stream
+constexpr int64_t kSumBlock = 2048;           // positions summed in one go: bounds the rounding error of long sums
+constexpr int64_t kSumBlockWide = 128;        // the same where one chain of additions sees every position
+constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
+constexpr int64_t kPrefetchBytes = 16384;     // how far ahead of strided reads: DRAM's latency at full bandwidth
+constexpr int64_t kDramPrefetchBytes = 8192;  // the same for long rows of an x that no cache holds
+constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
+constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
 
@@ -29,30 +32,57 @@ CSG_INLINE void load_row(const GateRows& g, int64_t n, int64_t k0, int64_t len, 
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// pooled and out of `len` channels from their pooled values in the accumulator's type.
+// The gate's row as it lies in memory, or nullptr where load_row must make it.
 template <typename T>
-CSG_INLINE void finish_as(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* pooled) {
-  Accumulator<T> row[kChannelBlock];
-  for (int64_t j = 0; j < len; j += kChannelBlock) {
-    const int64_t m = min64(kChannelBlock, len - j), at = n * p.k + k0 + j;
-    load_row<T>(p.rows, n, k0 + j, m, p.k, row);
-    for (int64_t i = 0; i < m; ++i) row[i] *= pooled[j + i];
-    narrow_block(static_cast<T*>(p.out) + at, row, m);
-    narrow_block(static_cast<T*>(p.pooled) + at, pooled + j, m);
+CSG_INLINE const T* stored_row(const GateRows& g, int64_t n, int64_t k0, int64_t channels) {
+  const int64_t c = g.labels ? g.labels[n] : n;
+  return c < 0 || c >= g.rows || g.col_max ? nullptr : static_cast<const T*>(g.gate) + c * channels + k0;
+}
+
+// pooled = sum / divisor, out = row * pooled; the row is of type T or already in the accumulator's.
+template <typename T, typename Row>
+CSG_INLINE void write_pooled(const Row* row, const Accumulator<T>* sum, Accumulator<T> divisor, int64_t len, T* out,
+                             T* pooled) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    const Vec v = load_bits<Vec>(sum + j) / divisor;
+    Simd<T>::store(pooled + j, v);
+    Simd<T>::store(out + j, v * Simd<Row>::load(row + j));
+  }
+  for (; j < len; ++j) {
+    const Accumulator<T> v = sum[j] / divisor;
+    pooled[j] = narrow<T>(v);
+    out[j] = narrow<T>(v * widen(row[j]));
   }
 }
-static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const float* pooled) {
-  if (p.rows.type == ScalarType::Float32) return finish_as<float>(p, n, k0, len, pooled);
-  if (p.rows.type == ScalarType::Float16) return finish_as<Half>(p, n, k0, len, pooled);
-  finish_as<BFloat16>(p, n, k0, len, pooled);
+
+// pooled and out of `len` channels from their sums (divisor: S) or maxima (divisor: 1).
+template <typename T>
+CSG_INLINE void finish_as(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const Accumulator<T>* sum) {
+  const Accumulator<T> divisor = p.pool == Pool::Avg ? Accumulator<T>(p.s) : 1;
+  T* out = static_cast<T*>(p.out) + n * p.k + k0;
+  T* pooled = static_cast<T*>(p.pooled) + n * p.k + k0;
+  if (const T* row = stored_row<T>(p.rows, n, k0, p.k)) return write_pooled<T>(row, sum, divisor, len, out, pooled);
+  Accumulator<T> row[kChannelBlock];
+  for (int64_t j = 0; j < len; j += kChannelBlock) {
+    const int64_t m = min64(kChannelBlock, len - j);
+    load_row<T>(p.rows, n, k0 + j, m, p.k, row);
+    write_pooled<T>(row, sum + j, divisor, m, out + j, pooled + j);
+  }
 }
-static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const double* pooled) {
-  finish_as<double>(p, n, k0, len, pooled);
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const float* sum) {
+  if (p.rows.type == ScalarType::Float32) return finish_as<float>(p, n, k0, len, sum);
+  if (p.rows.type == ScalarType::Float16) return finish_as<Half>(p, n, k0, len, sum);
+  finish_as<BFloat16>(p, n, k0, len, sum);
+}
+static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len, const double* sum) {
+  finish_as<double>(p, n, k0, len, sum);
 }
 
 // The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n <= kSumBlock.
 template <typename X>
-CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
+CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n, bool from_dram = false) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   using Int = typename S::Int;
@@ -60,6 +90,9 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   Vec a = S::load(x), b{}, c{}, d{};
   int64_t i = L;
   for (; i + 4 * L <= n; i += 4 * L) {
+    if (from_dram)
+      for (int ahead = 0; ahead < 4 * CSG_WIDTH; ahead += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kDramPrefetchBytes + ahead, 0, 2);
     a += S::load(x + i);
     b += S::load(x + i + L);
     c += S::load(x + i + 2 * L);
@@ -72,66 +105,84 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n) {
   return (a + b) + (c + d);
 }
 
+// What one load brings, and its sum with others. Lanes are values, not what they are added in: bf16 needs no conversion
+// when even and odd elements are added apart, the even ones shifted up, the odd ones masked.
 template <typename X>
-CSG_INLINE bool two_to_a_lane(const X*) {
-  return false;
-}
+struct Strip {
+  using Vec = typename Simd<X>::Vec;
+  using Int = typename Simd<X>::Int;
+  static constexpr int lanes = kLanes<X>;
+  Vec sum{};
+  static CSG_MEMBER Int load(const X* x) { return (Int)Simd<X>::load(x); }
+  CSG_MEMBER void set(Int bits) { sum = (Vec)bits; }
+  CSG_MEMBER void add(Int bits) { sum += (Vec)bits; }
+  CSG_MEMBER Vec total() const { return sum; }
+  CSG_MEMBER void store(Accumulator<X>* to) const { store_bits(to, sum); }
+};
 #if CSG_LEVEL > 0
-CSG_INLINE bool two_to_a_lane(const BFloat16*) { return true; }
-// bf16 two to a lane: the even ones shifted up, the odd ones masked; no conversion is needed to add them.
-CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n) {
-  constexpr int L = 2 * kLanes<BFloat16>;
-  typedef uint16_t VecU16 __attribute__((vector_size(CSG_WIDTH)));
-  if (n < L) return partial_sums<BFloat16>(x, n);
+template <>
+struct Strip<BFloat16> {
+  typedef uint16_t Int __attribute__((vector_size(CSG_WIDTH)));
+  static constexpr int lanes = 2 * kLanes<BFloat16>;
   VecF even{}, odd{};
-  const auto add = [&](VecU32 v) {
-    even += (VecF)(v << 16);
-    odd += (VecF)(v & 0xffff0000u);
-  };
-  int64_t i = 0;
-  for (; i + L <= n; i += L) add(load_bits<VecU32>(x + i));
-  if (i < n) {
-    VecU16 lane;
-    for (int j = 0; j < L; ++j) lane[j] = uint16_t(j);
-    add((VecU32)(load_bits<VecU16>(x + n - L) & (VecU16)(lane >= uint16_t(L - (n - i)))));
+  static CSG_MEMBER Int load(const BFloat16* x) { return load_bits<Int>(x); }
+  CSG_MEMBER void set(Int bits) {
+    even = (VecF)((VecU32)bits << 16);
+    odd = (VecF)((VecU32)bits & 0xffff0000u);
   }
-  return even + odd;
+  CSG_MEMBER void add(Int bits) {
+    even += (VecF)((VecU32)bits << 16);
+    odd += (VecF)((VecU32)bits & 0xffff0000u);
+  }
+  CSG_MEMBER VecF total() const { return even + odd; }
+  CSG_MEMBER void store(float* to) const { store_interleaved(to, even, odd); }
+};
+CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n, bool = false) {
+  using S = Strip<BFloat16>;
+  if (n < S::lanes) return partial_sums<BFloat16>(x, n);
+  S sum;
+  int64_t i = 0;
+  for (; i + S::lanes <= n; i += S::lanes) sum.add(S::load(x + i));
+  if (i < n) sum.add(S::load(x + n - S::lanes) & last_lanes<S::Int>(int(n - i)));
+  return sum.total();
 }
 #endif
 
-// The sums of kLanes<X> rows of n >= kLanes<X> values that lie one after the other, as n vectors: no load of aligned
-// rows crosses a cache line, and a vector that holds the end of one row and the begin of the next is split by a mask.
-template <typename X>
-CSG_INLINE typename Simd<X>::Vec sum_adjacent_rows(const X* x, int64_t n) {
-  using S = Simd<X>;
-  using Vec = typename S::Vec;
-  using Int = typename S::Int;
-  constexpr int L = kLanes<X>;
-  Vec part[L], begun{};
-  const X* at = x;
-  for (int r = 0; r < L; ++r) {
-    const X* end = x + (r + 1) * n;
-    Vec a = begun, b{};
-    for (; at + 2 * L <= end; at += 2 * L) {
-      a += S::load(at);
-      b += S::load(at + L);
-    }
-    if (at + L <= end) b += S::load(at), at += L;
-    begun = Vec{};
-    if (at < end) {
-      const Int v = (Int)S::load(at), next = last_lanes<Int>(L - int(end - at));
-      b += (Vec)(v & ~next);
-      begun = (Vec)(v & next);
-      at += L;
-    }
-    part[r] = a + b;
+// The sums of as many rows of n values as a load has lanes, which lie one after the other: n whole vectors, none of
+// which crosses a cache line where the first is aligned. One that holds the end of a row and the begin of the next is
+// split by a mask.
+template <int n, typename X>
+CSG_INLINE void sum_adjacent_rows(const X* x, Accumulator<X>* sum) {
+  using S = Strip<X>;
+  typename Simd<X>::Vec part[S::lanes];
+  S row;
+#pragma GCC unroll 64
+  for (int i = 0; i < n; ++i) {
+    const int r = i * S::lanes / n, begun = i * S::lanes - r * n, left = n - begun;
+    const auto bits = S::load(x + i * S::lanes);
+    const auto next = bits & last_lanes<typename S::Int>(left < S::lanes ? S::lanes - left : 0);
+    const auto here = bits ^ next;
+    if (begun == 0)
+      row.set(here);
+    else
+      row.add(here);
+    if (left > S::lanes) continue;
+    part[r] = row.total();
+    row.set(next);
   }
-  return transposed_sum<1>(part);
+  for (int r = 0; r < S::lanes; r += kLanes<X>) store_bits(sum + r, transposed_sum<1>(part + r));
+}
+
+template <int n, typename X>
+CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, Accumulator<X>* sum) {
+  int64_t j = 0;
+  for (; j + Strip<X>::lanes <= len; j += Strip<X>::lanes) sum_adjacent_rows<n>(x + j * n, sum + j);
+  return j;
 }
 
 // The sums of `len` rows.
 template <typename X>
-CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Accumulator<X>* sum) {
+CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, bool from_dram, Accumulator<X>* sum) {
   using Vec = typename Simd<X>::Vec;
   constexpr int L = kLanes<X>;
   if (n < L) {
@@ -143,13 +194,10 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, Acc
   } else if (n <= kSumBlock) {
     int64_t j = 0;
     Vec part[L];
-    const bool adjacent = stride == n && sizeof(Accumulator<X>) == sizeof(float) && !two_to_a_lane(x);
+    if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, sum);
+    if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, sum);
     for (; j + L <= len; j += L) {
-      if (adjacent) {
-        store_bits(sum + j, sum_adjacent_rows(x + j * stride, n));
-        continue;
-      }
-      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n);
+      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n, from_dram);
       store_bits(sum + j, transposed_sum<1>(part));
     }
     if (j < len) {
@@ -214,14 +262,14 @@ template <typename X>
 CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   A pooled[kRowBlock];
+  const bool from_dram = p.s >= 256 && p.n * p.k * p.s * int64_t(sizeof(X)) > kCacheBytes;
   const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / blocks, k0 = item % blocks * kRowBlock;
     const int64_t len = min64(kRowBlock, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
-      sum_rows(x, p.stride_k, p.s, len, pooled);
-      for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
+      sum_rows(x, p.stride_k, p.s, len, from_dram, pooled);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t j = 0; j < len; ++j) pooled[j] = max_row(x + j * p.stride_k, p.s, index + j);
@@ -230,33 +278,55 @@ CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t e
   }
 }
 
-// sum[j] += x[s, j] over `count` positions, Together of them at a time.
-template <int Together, typename X>
-CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
-  using S = Simd<X>;
-  using Vec = typename S::Vec;
-  constexpr int L = kLanes<X>;
-  for (; count >= Together; count -= Together, x += Together * stride) {
-    int64_t j = 0;
-    for (; j + L <= len; j += L) {
-      Vec v = load_bits<Vec>(sum + j);
-      for (int r = 0; r < Together; ++r) {
-        __builtin_prefetch(reinterpret_cast<const char*>(x + r * stride + j) + kPrefetchBytes);
-        v += S::load(x + r * stride + j);
-      }
-      store_bits(sum + j, v);
-    }
-    for (; j < len; ++j)
-      for (int r = 0; r < Together; ++r) sum[j] += widen(x[r * stride + j]);
-  }
-  if constexpr (Together > 1) add_positions<1>(x, stride, count, len, sum);
-}
-// Four positions together save loads and stores of the sums, but read memory as four streams: with narrow rows of wide
-// types the prefetchers lose more than is saved.
+// Half of the vector registers hold sums.
 template <typename X>
-CSG_INLINE void add_positions(const X* x, int64_t stride, int64_t count, int64_t len, Accumulator<X>* sum) {
-  if (sizeof(X) == 2 || len * int64_t(sizeof(X)) >= 2048) return add_positions<4>(x, stride, count, len, sum);
-  add_positions<1>(x, stride, count, len, sum);
+constexpr int kStrips = (CSG_LEVEL == 2 ? 16 : 8) * kLanes<X> / Strip<X>::lanes;
+
+// sum[j] = the sum of x[s, j] over `count` positions, for the channels of Strips strips: the sums stay in registers, so
+// memory is read in pieces of Strips strips, one from each position. `next` is where the next piece begins.
+template <int Strips, typename X>
+CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* next, Accumulator<X>* sum) {
+  constexpr int channels = Strip<X>::lanes;
+  constexpr int64_t piece = Strips * channels * int64_t(sizeof(X));
+  const int64_t ahead = min64(count, max64(1, kPrefetchBytes / piece));
+  Strip<X> strip[Strips];
+  for (int64_t s = 0; s < count; ++s, x += stride) {
+    const X* later = s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < Strips; ++i) {
+      if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
+        __builtin_prefetch(later + i * channels, 0, 2);
+      strip[i].add(Strip<X>::load(x + i * channels));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Strips; ++i) strip[i].store(sum + i * channels);
+}
+
+// The same for the channels of whole strips; returns how many they are.
+template <int Strips, typename X>
+CSG_INLINE int64_t sum_whole_strips(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
+                                    Accumulator<X>* sum) {
+  constexpr int piece = Strips * Strip<X>::lanes;
+  int64_t j = 0;
+  for (; j + piece <= len; j += piece)
+    sum_strips<Strips>(x + j, stride, count, j + 2 * piece <= len ? x + j + piece : next, sum + j);
+  if constexpr (Strips > 1) j += sum_whole_strips<Strips / 2>(x + j, stride, count, len - j, next, sum + j);
+  return j;
+}
+
+// sum[j] = the sum of x[s, j] over `count` positions; `next`: what will be read after them.
+template <typename X>
+CSG_INLINE void sum_positions(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
+                              Accumulator<X>* sum) {
+  constexpr int lanes = Strip<X>::lanes;
+  if (len < lanes) {
+    for (int64_t j = 0; j < len; ++j) sum[j] = 0;
+    for (int64_t s = 0; s < count; ++s, x += stride)
+      for (int64_t j = 0; j < len; ++j) sum[j] += widen(x[j]);
+  } else if (sum_whole_strips<kStrips<X>>(x, stride, count, len, next, sum) < len) {
+    sum_strips<1>(x + len - lanes, stride, count, next, sum + len - lanes);  // overlaps: sums some again
+  }
 }
 
 // The same for the first maximum (or the first NaN) and its position, numbered in a lane of the values' width.
@@ -298,17 +368,14 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
     const int64_t len = min64(kWideBlock, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0;
     if (p.pool == Pool::Avg) {
-      __builtin_memset(pooled, 0, size_t(len) * sizeof(A));
-      if (p.s <= kSumBlockWide) {
-        add_positions(x, p.stride_s, p.s, len, pooled);
-      } else {
-        for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
-          __builtin_memset(part, 0, size_t(len) * sizeof(A));
-          add_positions(x + s * p.stride_s, p.stride_s, min64(kSumBlockWide, p.s - s), len, part);
-          for (int64_t j = 0; j < len; ++j) pooled[j] += part[j];
-        }
+      for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
+        const int64_t count = min64(kSumBlockWide, p.s - s);
+        const X* at = x + s * p.stride_s;
+        const X* next = s + count < p.s ? at + count * p.stride_s : x + p.stride_n;
+        sum_positions(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
+        if (s == 0) continue;
+        for (int64_t j = 0; j < len; ++j) pooled[j] += part[j];
       }
-      for (int64_t j = 0; j < len; ++j) pooled[j] /= A(p.s);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t s = 0; s < p.s; s += kMaxBlock) {
@@ -354,40 +421,50 @@ void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// What every position of channel k0 + j receives: (grad_out * row + grad_pooled) / S, or undivided for Max.
-template <typename T>
-CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len,
-                                     Accumulator<T>* v) {
-  using A = Accumulator<T>;
-  A grad[kChannelBlock];
+// value = (grad_out * row + grad_pooled) * scale, rounded to X; the row is of type T or already in the accumulator's.
+template <typename X, typename T, typename Row>
+CSG_INLINE void spread_gradient(const Row* row, const T* grad_out, const T* grad_pooled, Accumulator<T> scale,
+                                int64_t len, X* value) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    Vec sum{};
+    if (grad_out) sum = Simd<T>::load(grad_out + j) * Simd<Row>::load(row + j);
+    if (grad_pooled) sum += Simd<T>::load(grad_pooled + j);
+    Simd<X>::store(value + j, sum * scale);
+  }
+  for (; j < len; ++j) {
+    Accumulator<T> sum = 0;
+    if (grad_out) sum = widen(grad_out[j]) * widen(row[j]);
+    if (grad_pooled) sum += widen(grad_pooled[j]);
+    value[j] = narrow<X>(sum * scale);
+  }
+}
+template <typename X, typename T>
+CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, X* value) {
   const int64_t at = n * p.k + k0;
-  if (p.grad_out) {
-    load_row<T>(p.rows, n, k0, len, p.k, v);
-    widen_block(grad, static_cast<const T*>(p.grad_out) + at, len);
-    for (int64_t j = 0; j < len; ++j) v[j] *= grad[j];
-  } else {
-    __builtin_memset(v, 0, size_t(len) * sizeof(A));
-  }
-  if (p.grad_pooled) {
-    widen_block(grad, static_cast<const T*>(p.grad_pooled) + at, len);
-    for (int64_t j = 0; j < len; ++j) v[j] += grad[j];
-  }
-  if (p.pool == Pool::Avg)
-    for (int64_t j = 0; j < len; ++j) v[j] /= A(p.s);
+  const T* grad_out = p.grad_out ? static_cast<const T*>(p.grad_out) + at : nullptr;
+  const T* grad_pooled = p.grad_pooled ? static_cast<const T*>(p.grad_pooled) + at : nullptr;
+  const Accumulator<T> scale = p.pool == Pool::Avg ? 1 / Accumulator<T>(p.s) : 1;
+  if (const T* row = stored_row<T>(p.rows, n, k0, p.k))
+    return spread_gradient(row, grad_out, grad_pooled, scale, len, value);
+  Accumulator<T> row[kChannelBlock];
+  load_row<T>(p.rows, n, k0, len, p.k, row);
+  spread_gradient(row, grad_out, grad_pooled, scale, len, value);
 }
-static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, float* v) {
-  if (p.rows.type == ScalarType::Float32) return position_gradient_as<float>(p, n, k0, len, v);
-  if (p.rows.type == ScalarType::Float16) return position_gradient_as<Half>(p, n, k0, len, v);
-  position_gradient_as<BFloat16>(p, n, k0, len, v);
-}
-static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, double* v) {
-  position_gradient_as<double>(p, n, k0, len, v);
+// What every position of channel k0 + j receives, or for Max the position of its maximum; len <= kChannelBlock.
+template <typename X>
+static void position_gradient(const GatedPoolBackward& p, int64_t n, int64_t k0, int64_t len, X* value) {
+  if constexpr (sizeof(X) == 2)
+    if (p.rows.type == ScalarType::Float32) return position_gradient_as<X, float>(p, n, k0, len, value);
+  position_gradient_as<X, X>(p, n, k0, len, value);
 }
 
-CSG_INLINE VecU32 splat(float v) { return (VecU32)(VecF{} + v); }
-CSG_INLINE VecU32 splat(double v) { return (VecU32)(VecD{} + v); }
-CSG_INLINE VecU32 splat(Half v) { return VecU32{} + v.bits * 0x10001u; }
-CSG_INLINE VecU32 splat(BFloat16 v) { return VecU32{} + v.bits * 0x10001u; }
+typedef uint16_t VecU16 __attribute__((vector_size(CSG_WIDTH)));
+CSG_INLINE VecI32 splat(float v) { return (VecI32)(VecF{} + v); }
+CSG_INLINE VecI64 splat(double v) { return (VecI64)(VecD{} + v); }
+CSG_INLINE VecU16 splat(Half v) { return VecU16{} + v.bits; }
+CSG_INLINE VecU16 splat(BFloat16 v) { return VecU16{} + v.bits; }
 
 // n copies of one value: stores of a whole vector, the last one overlapping.
 template <typename X>
@@ -397,39 +474,81 @@ CSG_INLINE void fill_row(X* to, X value, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] = value;
     return;
   }
-  const VecU32 v = splat(value);
+  const auto v = splat(value);
   for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, v);
   if (n % L) store_bits(to + n - L, v);
 }
 
-// Long rows by memcpy, whose string instructions do not read what they overwrite, but start too slowly for short ones.
+// As many rows of n values as a vector has lanes, which lie one after the other: whole vectors, as in
+// sum_adjacent_rows.
+template <int n, typename X>
+CSG_INLINE void fill_adjacent_rows(X* to, const X* value) {
+  constexpr int lanes = CSG_WIDTH / int(sizeof(X));
+  using Int = decltype(splat(X{}));
+#pragma GCC unroll 64
+  for (int i = 0; i < n; ++i) {
+    const int r = i * lanes / n, left = (r + 1) * n - i * lanes;
+    Int v = splat(value[r]);
+    if (left < lanes) v = last_lanes<Int>(lanes - left) ? splat(value[r + 1]) : v;
+    store_bits(to + i * lanes, v);
+  }
+}
+
+// `len` rows of n values.
 template <typename X>
-CSG_INLINE void copy_row(X* to, const X* from, int64_t n) {
-  constexpr int64_t L = CSG_WIDTH / int64_t(sizeof(X));
-  if (n * int64_t(sizeof(X)) > 4096) {
-    __builtin_memcpy(to, from, size_t(n) * sizeof(X));
+CSG_INLINE void fill_rows(X* to, const X* value, int64_t n, int64_t len) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  int64_t j = 0;
+  if (n == 49)
+    for (; j + lanes <= len; j += lanes) fill_adjacent_rows<49>(to + j * n, value + j);
+  for (; j < len; ++j) fill_row(to + j * n, value[j], n);
+}
+
+// `count` rows of n values, each a copy of `row`; up to Vectors vectors stay in registers.
+template <int Vectors, typename X>
+CSG_INLINE void copy_short_row(X* to, int64_t count, const X* row) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  VecU32 v[Vectors];
+  for (int i = 0; i < Vectors; ++i) v[i] = load_bits<VecU32>(row + i * lanes);
+  for (int64_t s = 0; s < count; ++s, to += Vectors * lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vectors; ++i) store_bits(to + i * lanes, v[i]);
+  }
+}
+template <typename X>
+CSG_INLINE void copy_row(X* to, int64_t count, const X* row, int64_t n) {
+  constexpr int64_t lanes = CSG_WIDTH / int64_t(sizeof(X));
+  if (n == 16 * lanes) return copy_short_row<16>(to, count, row);
+  if (n == 8 * lanes) return copy_short_row<8>(to, count, row);
+  if (n == 4 * lanes) return copy_short_row<4>(to, count, row);
+  if (n == 2 * lanes) return copy_short_row<2>(to, count, row);
+  if (n < lanes) {
+    for (int64_t s = 0; s < count; ++s, to += n)
+      for (int64_t i = 0; i < n; ++i) to[i] = row[i];
     return;
   }
-  if (n < L) {
-    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-    return;
+  for (int64_t s = 0; s < count; ++s, to += n) {
+#ifdef REP
+    if (n * int64_t(sizeof(X)) > REP) {
+      __builtin_memcpy(to, row, size_t(n) * sizeof(X));
+      continue;
+    }
+#endif
+    for (int64_t i = 0; i + lanes <= n; i += lanes) store_bits(to + i, load_bits<VecU32>(row + i));
+    if (n % lanes) store_bits(to + n - lanes, load_bits<VecU32>(row + n - lanes));
   }
-  for (int64_t i = 0; i + L <= n; i += L) store_bits(to + i, load_bits<VecU32>(from + i));
-  if (n % L) store_bits(to + n - L, load_bits<VecU32>(from + n - L));
 }
 
 template <typename X>
 CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t end) {
-  Accumulator<X> exact[kChannelBlock];
   X value[kChannelBlock];
   X* grad_x = static_cast<X*>(p.grad_x);
   for (int64_t at = begin; at < end;) {
     const int64_t n = at / p.k, k0 = at % p.k;
     const int64_t len = min64(min64(end - at, p.k - k0), kChannelBlock);
-    position_gradient(p, n, k0, len, exact);
-    narrow_block(value, exact, len);
+    position_gradient(p, n, k0, len, value);
     if (p.pool == Pool::Avg) {
-      for (int64_t j = 0; j < len; ++j) fill_row(grad_x + (at + j) * p.s, value[j], p.s);
+      fill_rows(grad_x + at * p.s, value, p.s, len);
     } else {
       for (int64_t j = 0; j < len; ++j) {
         X* row = grad_x + (at + j) * p.s;
@@ -444,34 +563,37 @@ CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t
 // Work items are samples: positions [s, channel] of one sample are one stream.
 template <typename X>
 CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin, int64_t end) {
-  Accumulator<X> exact[kChannelBlock];
-  X value[kChannelBlock];
+  X value[kWideBlock];
   for (int64_t n = begin; n < end; ++n) {
     X* grad_x = static_cast<X*>(p.grad_x) + n * p.s * p.k;
+    X* row = p.k <= kWideBlock ? value : grad_x;  // what every position receives; in position 0 where it is too wide
     if (p.pool == Pool::Max) __builtin_memset(grad_x, 0, size_t(p.s * p.k) * sizeof(X));
     for (int64_t k0 = 0; k0 < p.k; k0 += kChannelBlock) {
       const int64_t len = min64(kChannelBlock, p.k - k0);
-      position_gradient(p, n, k0, len, exact);
+      position_gradient(p, n, k0, len, p.pool == Pool::Max ? value : row + k0);
       if (p.pool == Pool::Max) {
-        narrow_block(value, exact, len);
         for (int64_t j = 0; j < len; ++j) grad_x[p.index[n * p.k + k0 + j] * p.k + k0 + j] = value[j];
-      } else {
-        narrow_block(grad_x + k0, exact, len);  // position 0, copied to the others below
       }
     }
-    if (p.pool == Pool::Avg)
-      for (int64_t s = 1; s < p.s; ++s) copy_row(grad_x + s * p.k, grad_x, p.k);
+    if (p.pool == Pool::Avg) copy_row(row == value ? grad_x : grad_x + p.k, row == value ? p.s : p.s - 1, row, p.k);
   }
 }
 
-template <typename X>
-CSG_INLINE void backward_x(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
-    parallel_ranges(parallel_for, p.n, max64(1, kGrainBytes / (p.s * p.k * int64_t(sizeof(X)))),
-                    [&](int64_t begin, int64_t end) { backward_channels_last<X>(p, begin, end); });
-  } else {
-    parallel_ranges(parallel_for, p.n * p.k, max64(1, kGrainBytes / (p.s * int64_t(sizeof(X)))),
-                    [&](int64_t begin, int64_t end) { backward_rows<X>(p, begin, end); });
+// sum += grad_out * pooled, and where the row is given also along += grad_out * pooled * row.
+template <typename T>
+CSG_INLINE void add_gate_gradient(const T* grad_out, const T* pooled, const Accumulator<T>* row, int64_t len,
+                                  Accumulator<T>* sum, Accumulator<T>* along) {
+  using Vec = typename Simd<T>::Vec;
+  int64_t j = 0;
+  for (; j + kLanes<T> <= len; j += kLanes<T>) {
+    const Vec v = Simd<T>::load(grad_out + j) * Simd<T>::load(pooled + j);
+    store_bits(sum + j, load_bits<Vec>(sum + j) + v);
+    if (row) store_bits(along + j, load_bits<Vec>(along + j) + v * load_bits<Vec>(row + j));
+  }
+  for (; j < len; ++j) {
+    const Accumulator<T> v = widen(grad_out[j]) * widen(pooled[j]);
+    sum[j] += v;
+    if (row) along[j] += v * row[j];
   }
 }
 
@@ -480,7 +602,7 @@ template <typename T>
 CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t len, Accumulator<T>* scratch) {
   using A = Accumulator<T>;
   const GateRows& g = p.rows;
-  A grad[kChannelBlock], pooled[kChannelBlock], row[kChannelBlock], along[kChannelBlock];
+  A row[kChannelBlock], along[kChannelBlock];
   T* out = static_cast<T*>(p.grad_gate) + k0;
   const int64_t rows = g.rows;
   // Half types are summed in fp32 beside the result and rounded once; the others are summed in place.
@@ -492,13 +614,9 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t le
     for (int64_t n = 0; n < p.n; ++n) {
       const int64_t c = g.labels ? g.labels[n] : n, at = n * p.k + k0;
       if (c < 0 || c >= rows) continue;
-      widen_block(grad, static_cast<const T*>(p.grad_out) + at, len);
-      widen_block(pooled, static_cast<const T*>(p.pooled) + at, len);
-      A* to = sum + c * stride;
-      for (int64_t j = 0; j < len; ++j) to[j] += grad[j] * pooled[j];
-      if (g.col_max == nullptr) continue;
-      load_row<T>(g, n, k0, len, p.k, row);
-      for (int64_t j = 0; j < len; ++j) along[j] += grad[j] * pooled[j] * row[j];
+      if (g.col_max) load_row<T>(g, n, k0, len, p.k, row);
+      add_gate_gradient(static_cast<const T*>(p.grad_out) + at, static_cast<const T*>(p.pooled) + at,
+                        g.col_max ? row : nullptr, len, sum + c * stride, along);
     }
   }
   if (g.col_max) {
@@ -520,50 +638,58 @@ CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t le
 }
 
 template <typename T>
-CSG_INLINE void backward_gate(const GatedPoolBackward& p, ParallelFor parallel_for) {
+static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  const int64_t blocks = (p.k + kChannelBlock - 1) / kChannelBlock;
-  const int64_t bytes = (p.rows.rows + 2 * p.n) * min64(p.k, kChannelBlock) * int64_t(sizeof(T));
-  parallel_ranges(parallel_for, blocks, max64(1, kGrainBytes / max64(1, bytes)), [&](int64_t begin, int64_t end) {
-    constexpr bool beside = sizeof(T) < sizeof(A);
-    const Scratch scratch(beside ? p.rows.rows * min64(p.k, kChannelBlock) * int64_t(sizeof(A)) : 0);
-    A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
-    for (int64_t b = begin; b < end; ++b)
-      backward_gate<T>(p, b * kChannelBlock, min64(kChannelBlock, p.k - b * kChannelBlock), sum);
-  });
+  constexpr bool beside = sizeof(T) < sizeof(A);
+  const Scratch scratch(beside ? p.rows.rows * min64(end - begin, kChannelBlock) * int64_t(sizeof(A)) : 0);
+  A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
+  for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock) backward_gate<T>(p, k0, min64(kChannelBlock, end - k0), sum);
+}
+static void backward_gate(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  switch (p.rows.type) {
+    case ScalarType::Float32:
+      return backward_gate_as<float>(p, begin, end);
+    case ScalarType::Float64:
+      return backward_gate_as<double>(p, begin, end);
+    case ScalarType::Float16:
+      return backward_gate_as<Half>(p, begin, end);
+    case ScalarType::BFloat16:
+      return backward_gate_as<BFloat16>(p, begin, end);
+  }
+}
+
+// Both gradients in one parallel region: who has the items [begin, end) of `items` has the same share of the channels.
+// The gate's comes first, as writing grad_x drives what it reads out of the cache.
+template <typename X>
+CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
+  const bool channels_last = p.stride_k == 1 && (p.stride_s != 1 || p.s == 1);
+  const bool fill = p.grad_x && p.n > 0;
+  const int64_t items = !fill ? p.k : channels_last ? p.n : p.n * p.k;
+  const int64_t gate_bytes = p.grad_gate ? (p.rows.rows + 2 * p.n) * p.k * int64_t(sizeof(X)) : 0;
+  const int64_t bytes = gate_bytes + (fill ? p.n * p.k * p.s * int64_t(sizeof(X)) : 0);
+  const auto first_channel = [&](int64_t item) {
+    return item == items ? p.k : p.k * item / items / kChannelStep * kChannelStep;
+  };
+  parallel_ranges(parallel_for, items, max64(1, kGrainBytes / max64(1, bytes / items)),
+                  [&](int64_t begin, int64_t end) {
+                    if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end));
+                    if (!fill) return;
+                    if (channels_last) return backward_channels_last<X>(p, begin, end);
+                    backward_rows<X>(p, begin, end);
+                  });
 }
 
 void gated_pool_backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  if (p.grad_x && p.n * p.k > 0) {
-    switch (p.x_type) {
-      case ScalarType::Float32:
-        backward_x<float>(p, parallel_for);
-        break;
-      case ScalarType::Float64:
-        backward_x<double>(p, parallel_for);
-        break;
-      case ScalarType::Float16:
-        backward_x<Half>(p, parallel_for);
-        break;
-      case ScalarType::BFloat16:
-        backward_x<BFloat16>(p, parallel_for);
-        break;
-    }
-  }
-  if (p.grad_gate && p.k > 0) {
-    switch (p.rows.type) {
-      case ScalarType::Float32:
-        backward_gate<float>(p, parallel_for);
-        break;
-      case ScalarType::Float64:
-        backward_gate<double>(p, parallel_for);
-        break;
-      case ScalarType::Float16:
-        backward_gate<Half>(p, parallel_for);
-        break;
-      case ScalarType::BFloat16:
-        backward_gate<BFloat16>(p, parallel_for);
-        break;
-    }
+  if (p.k == 0) return;
+  switch (p.x_type) {
+    case ScalarType::Float32:
+      return backward<float>(p, parallel_for);
+    case ScalarType::Float64:
+      return backward<double>(p, parallel_for);
+    case ScalarType::Float16:
+      return backward<Half>(p, parallel_for);
+    case ScalarType::BFloat16:
+      return backward<BFloat16>(p, parallel_for);
   }
 }

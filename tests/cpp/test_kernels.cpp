@@ -278,7 +278,7 @@ int main() {
   struct Size {
     int64_t n, k, s;
   };
-  const Size sizes[] = {{1, 1, 1}, {3, 5, 1}, {4, 70, 49}, {2, 300, 65}, {5, 3, 12544}, {7, 33, 169}};
+  const Size sizes[] = {{1, 1, 1}, {3, 5, 1}, {4, 70, 49}, {3, 72, 64}, {2, 300, 65}, {5, 3, 12544}, {7, 33, 169}};
   for (const auto& [x_type, type] : types)
     for (const Size& size : sizes)
       for (const Pool pool : {Pool::Avg, Pool::Max})
