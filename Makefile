@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
-	@echo "make bench         measure every operator beside its peers, write docs/performance.md; make bench-quick: a few sizes"
+	@echo "make bench         measure every operator beside its peers, write docs/performance*.md; make bench-quick: a few sizes"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
@@ -44,6 +44,7 @@ ctest: $(VENV)/.package-dev
 bench: $(VENV)/.package-dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report_mutual_info.py
 
 bench-quick: $(VENV)/.package-dev
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest benchmarks --benchmark-only

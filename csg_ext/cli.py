@@ -1,4 +1,4 @@
-"""The command line: `csg-ext train` and `csg-ext info`."""
+"""The command line: `csg-ext train`, `csg-ext mis` and `csg-ext info`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ _HELP = {
     "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
 }
-_OUTPUT = "runs/train"
+_OUTPUT, _MIS_OUTPUT = "runs/train", "runs/mis"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,6 +111,41 @@ def _parser() -> argparse.ArgumentParser:
         else:
             kind = float if field.name == "budget" else type(field.default)
             settings.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+    mis = commands.add_parser(
+        "mis",
+        help="mutual information of stored features with their classes",
+        description="Measures the mutual information of every feature with every class (nats, k-nearest-neighbour "
+        "estimate), prints the score and which classes the features speak for, and writes the matrix and its picture.",
+    )
+    mis.add_argument(
+        "file",
+        metavar="FILE",
+        help=".npz or .safetensors with features (N, K) and labels (N,), .npy with features, or a folder or checkpoint "
+        "that csg-ext train wrote",
+    )
+    mis.add_argument("--labels", metavar="FILE.npy", help="labels, integers from 0 on; needed with an .npy of features")
+    mis.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the largest label + 1)")
+    mis.add_argument("--n-neighbors", type=int, metavar="N", default=3, help="neighbours of the estimate (default 3)")
+    mis.add_argument(
+        "--ties",
+        choices=("noise", "exact"),
+        default="noise",
+        help="equal values: noise, as scikit-learn, or counted exactly (default noise)",
+    )
+    mis.add_argument(
+        "--protocol",
+        choices=("one-vs-rest", "balanced"),
+        default="one-vs-rest",
+        help="each class against all other samples, or against as many (default one-vs-rest)",
+    )
+    mis.add_argument("--seed", type=int, metavar="N", default=0, help="seed of the noise and the draws (default 0)")
+    mis.add_argument("--normalize", action="store_true", help="write the matrix divided by each class's entropy")
+    mis.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+    mis.add_argument(
+        "--output", metavar="DIR", default=_MIS_OUTPUT, help=f"folder of the results (default {_MIS_OUTPUT})"
+    )
     info = commands.add_parser("info", help="what was built and what runs here")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
@@ -249,26 +284,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
+    if command == "mis":
+        from csg_ext import mis
+
+        return _guarded("mis", lambda: mis.main(arguments), lambda: "; nothing is written")
+
     output = arguments["output"]
+
+    def saved() -> str:
+        if not (Path(output) / RUN).exists():
+            return " before the run began"
+        return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
+
+    return _guarded("train", lambda: _train(arguments), saved)
+
+
+def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str]) -> int:
+    """The exit status of a command whose errors are printed as one sentence."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        return _train(arguments)
+        return run()
     except KeyboardInterrupt:
-        saved = f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
-        print(f"Interrupted{saved if (Path(output) / RUN).exists() else ' before the run began'}", file=sys.stderr)
+        print(f"Interrupted{interrupted()}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         print(
-            f"csg-ext train: error: it needs {error.name}, which is missing: pip install 'csg-ext[train]'",
+            f"csg-ext {command}: error: it needs {error.name}, which is missing: pip install 'csg-ext[train]'",
             file=sys.stderr,
         )
         return 1
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"csg-ext train: error: {sentence(error)}", file=sys.stderr)
+        print(f"csg-ext {command}: error: {sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, (OSError, ValueError)) else 1
     finally:
         signal.signal(signal.SIGTERM, previous)

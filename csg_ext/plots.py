@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 COLOURS = "cividis"
+_NAMED = 40  # classes that get a line of text each
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
@@ -41,7 +42,7 @@ def _draw_matrix(axes: Axes, matrix: NDArray[Any], classes: Sequence[str], limit
     edges = np.cumsum(np.bincount(matrix.argmax(axis=0), minlength=len(matrix)))[:-1]
     for edge in edges:
         axes.axvline(edge - 0.5, color="white", linewidth=0.4)
-    axes.set_yticks(range(len(classes)), classes if len(classes) <= 40 else [""] * len(classes))
+    axes.set_yticks(range(len(classes)), classes if len(classes) <= _NAMED else [""] * len(classes))
     axes.set_xlabel(f"{matrix.shape[1]} filters, sorted by class")
     return image
 
@@ -55,7 +56,7 @@ def plot_gate(gate: ArrayLike, classes: Sequence[str]) -> tuple[Figure, Axes]:
     """The gate (C, K), filters sorted by their class: near block-diagonal when filters are class-specific."""
     g = np.asarray(gate)
     _check("plot_gate", g, classes)
-    figure, axes = _figure(8, 1.2 + 0.25 * min(len(classes), 40))
+    figure, axes = _figure(8, 1.2 + 0.25 * min(len(classes), _NAMED))
     figure.colorbar(_draw_matrix(axes, g, classes, (0, 1)), ax=axes, label="gate entry", pad=0.01)
     axes.set_title(f"Class-specific gate, L1-density {np.abs(g).mean():.3f} (floor {1 / len(g):.3f})", loc="left")
     return figure, axes
@@ -72,11 +73,37 @@ def plot_mutual_information(
     for matrix in matrices.values():
         _check("plot_mutual_information", matrix, classes)
     top = bound if bound is not None else max(float(m.max()) for m in matrices.values())
-    figure, axes = _figure(11, 1.5 + 0.25 * min(len(classes), 40), ncols=2, sharey=True)
+    figure, axes = _figure(11, 1.5 + 0.25 * min(len(classes), _NAMED), ncols=2, sharey=True)
     for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
         image = _draw_matrix(ax, matrix, classes, (0, top))
         ax.set_title(f"{name}: MIS {matrix.max(axis=0).mean():.3f} nats", loc="left")
     figure.colorbar(image, ax=list(axes), label="mutual information, nats", pad=0.01)
+    return figure, axes
+
+
+def plot_class_mutual_information(
+    mi: ArrayLike, classes: Sequence[str], bound: float | None = None
+) -> tuple[Figure, Axes]:
+    """One MI matrix (K, C), filters sorted by their class; of many classes, the 40 with most filters and their filters.
+
+    bound, the entropy of a class in nats, is the top of the colour scale. Not given: mi is taken as normalised by it.
+    """
+    matrix = np.asarray(mi).T
+    _check("plot_class_mutual_information", matrix, classes)
+    score, top, unit = f"MIS {matrix.max(axis=0).mean():.3g}", 1.0, "share of the class's entropy"
+    title = f"{score} of 1 (normalised)"
+    if bound is not None:
+        title, top, unit = f"{score} nats, bound {bound:.3g}", bound, "mutual information, nats"
+    if len(classes) > _NAMED:
+        best = matrix.argmax(axis=0)
+        counts = np.bincount(best, minlength=len(classes))
+        shown = np.sort(np.argsort(-counts, kind="stable")[:_NAMED])
+        filters = np.isin(best, shown)
+        title += f"; {_NAMED} of {len(classes)} classes, {filters.sum()} of {len(best)} filters"
+        matrix, classes = matrix[shown][:, filters], [classes[c] for c in shown]
+    figure, axes = _figure(8, 1.5 + 0.25 * len(classes))
+    figure.colorbar(_draw_matrix(axes, matrix, classes, (0, top)), ax=axes, label=unit, pad=0.01)
+    axes.set_title(title, loc="left")
     return figure, axes
 
 

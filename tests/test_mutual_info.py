@@ -625,6 +625,14 @@ def test_bad_input(changes, error, message):
         csg_ext.class_mutual_info(arguments.pop("features"), arguments.pop("labels"), **arguments)
 
 
+def test_cuda_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match="^class_mutual_info: device 'cuda' needs a GPU that this torch can use, got no"
+    ):
+        csg_ext.class_mutual_info(X, Y, device="cuda")
+
+
 def test_bad_labels_of_class_entropy():
     for labels, message in (([0.5], "must be integers"), ([], "at least one sample"), ([-1], "must be non-negative")):
         with pytest.raises(ValueError, match=f"class_entropy: labels .*{message}"):

@@ -50,6 +50,28 @@ def test_mutual_information_shares_one_scale():
     assert _png(figure).startswith(b"\x89PNG")
 
 
+def test_one_matrix_of_mutual_information():
+    mi = np.random.default_rng(0).random((8, 3)) / 5
+    figure, axes = plots.plot_class_mutual_information(mi, CLASSES, bound=0.4)
+    assert axes.images[0].get_clim() == (0, 0.4)
+    assert np.array_equal(axes.images[0].get_array(), mi.T[:, plots.class_order(mi.T)])
+    assert f"MIS {mi.max(axis=1).mean():.3g} nats, bound 0.4" in axes.get_title(loc="left")
+    assert plots.plot_class_mutual_information(mi, CLASSES)[1].images[0].get_clim() == (0, 1)
+    assert _png(figure).startswith(b"\x89PNG")
+
+
+def test_many_classes_show_those_with_most_filters():
+    rng = np.random.default_rng(0)
+    mi = rng.random((300, 1000)) / 10
+    best = np.where(np.arange(300) < 200, 7 * (np.arange(300) % 40), 300 + np.arange(300))  # 40 classes with 5 each
+    mi[np.arange(300), best] = 0.5
+    figure, axes = plots.plot_class_mutual_information(mi, [f"c{i}" for i in range(1000)], bound=1)
+    shown = mi[:200, ::7][:, :40].T
+    assert np.array_equal(axes.images[0].get_array(), shown[:, plots.class_order(shown)])
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"c{7 * i}" for i in range(40)]
+    assert axes.get_title(loc="left").endswith("40 of 1000 classes, 200 of 300 filters")
+
+
 def test_training_curves():
     def rows(dense):
         return [

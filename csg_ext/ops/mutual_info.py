@@ -435,6 +435,8 @@ class _Features:
             self.device = self.home if device is None else torch.device(device)
         except RuntimeError:
             raise ValueError(f"{op}: device must be the name of a torch device, got {device!r}") from None
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{op}: device {device!r} needs a GPU that this torch can use, got none")
 
     def columns(self, begin: int, end: int) -> Tensor:
         """Columns [begin, end) in floating point on the device of the computation."""

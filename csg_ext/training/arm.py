@@ -120,7 +120,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     """Measures a trained model on the test part through its STD path: (numbers, arrays).
 
     numbers: accuracy, mis, mis_ceiling, mis_bound (nats) and, for the arm "csg", l1_density, class_agreement and
-    one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C).
+    one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C), features (N, K), labels.
     """
     features, logits = predict(model, data.test_images, data)
     labels, classes = data.test_labels, len(data.classes)
@@ -139,7 +139,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi)
         numbers["one_hot_accuracy"] = metrics.own_filter_accuracy(features, weight, bias, gate, labels)
-    return numbers, {"mi": mi, "gate": gate, "confusion": confusion}
+    return numbers, {"mi": mi, "gate": gate, "confusion": confusion, "features": features, "labels": labels}
 
 
 def fit_arm(
@@ -215,7 +215,7 @@ def train_arm(
 ) -> dict[str, Any]:
     """fit_arm, then evaluate on the test part; returns what result.json holds.
 
-    folder receives, besides fit_arm's files, model.safetensors, arrays.npz (mi, gate, confusion) and result.json.
+    folder receives, besides fit_arm's files, model.safetensors, arrays.npz (what evaluate returns) and result.json.
     """
     out, place = Path(folder), torch.device(device)
     module = fit_arm(arm, config, data, out, resume=resume, device=device, report=report)

@@ -249,6 +249,6 @@ def pick_device(name: str) -> str:
 
 
 def load_arrays(folder: Path, arm: str) -> dict[str, np.ndarray]:
-    """mi (K, C), gate (C, K) and confusion (C, C) of a finished arm."""
+    """mi (K, C), gate (C, K), confusion (C, C), features (N, K) and labels (N,) of a finished arm."""
     with np.load(folder / arm / ARRAYS) as archive:
         return {key: archive[key] for key in archive.files}

@@ -1,0 +1,28 @@
+"""Mutual information of every feature with every class beside scikit-learn (pytest-benchmark)."""
+
+from __future__ import annotations
+
+import cases
+import mutual_info_cases as mi
+import pytest
+
+
+@pytest.mark.parametrize("peer", ["noise", "exact", "kernel noise", "kernel exact"])
+@pytest.mark.parametrize("case", mi.SIZES + mi.LARGE, ids=lambda case: case.id)
+def bench_class_mutual_info(benchmark, case, peer):
+    mi.check(case)
+    x, y = case.inputs()
+    make = mi.kernel if peer.startswith("kernel") else mi.ours
+    benchmark.group = f"class_mutual_info {case.id}"
+    benchmark.extra_info.update(device=cases.DEVICE, peer=peer)
+    benchmark.pedantic(cases.synchronized(make(case, x, y, peer.split()[-1])), rounds=5, warmup_rounds=1)
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["nanoseconds_per_value"] = round(seconds / (case.n * case.k) * 1e9, 2)
+
+
+@pytest.mark.parametrize("case", mi.SIZES[:1], ids=lambda case: case.id)
+def bench_scikit_learn(benchmark, case):
+    x, y = (t.cpu().numpy() for t in case.inputs())
+    benchmark.group = f"class_mutual_info {case.id}"
+    benchmark.extra_info.update(device="cpu", peer="scikit-learn, 2 jobs")
+    benchmark.pedantic(mi.scikit_learn, (x, y, list(range(case.c)), 2), rounds=1)
