@@ -20,9 +20,8 @@ template <typename Word>
 cudaError_t sort_keys(SortBuffers<Word>& buffers, int64_t count, int begin_bit, int end_bit, void* scratch,
                       size_t& scratch_bytes, void* stream) {
   cub::DoubleBuffer<Word> both(buffers.words, buffers.spare);
-  const cudaError_t status =
-      cub::DeviceRadixSort::SortKeys(scratch, scratch_bytes, both, static_cast<uint32_t>(count), begin_bit, end_bit,
-                                     static_cast<cudaStream_t>(stream));
+  const cudaError_t status = cub::DeviceRadixSort::SortKeys(scratch, scratch_bytes, both, static_cast<uint32_t>(count),
+                                                            begin_bit, end_bit, static_cast<cudaStream_t>(stream));
   buffers = {both.Current(), both.Alternate()};
   return status;
 }
