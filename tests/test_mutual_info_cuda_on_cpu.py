@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from stand_in import TYPES, Bool, Double, Enum, Int64, Pointer, StandIn
+from stand_in import TYPES, Bool, Enum, Int64, Pointer, StandIn
 from torch import Tensor
 
 LIMIT = 1e-12  # the sums are integers; what is left is the last division
@@ -42,6 +42,7 @@ class Kernels(StandIn):
     def __init__(self) -> None:
         super().__init__()
         self.check_size(4, MutualInfo)
+        self.outside = (-1, 0)  # the first label outside of the last call
 
     def mutual_info(
         self,
@@ -78,10 +79,9 @@ class Kernels(StandIn):
         parameters.k = min(width, features_at_once)
         self.call("csg_mutual_info_bytes", parameters, ctypes.byref(needed))
         parameters.k = width
-        work, bad_row = self.buffer(needed.value, torch.uint8), Int64(-2)
-        work.fill_(255)
-        self.call("csg_mutual_info", parameters, Pointer(work.data_ptr()), needed, ctypes.byref(bad_row))
-        assert bad_row.value == -1
+        work, outside = self.buffer(needed.value, torch.uint8).fill_(255), (Int64 * 2)()
+        self.call("csg_mutual_info", parameters, Pointer(work.data_ptr()), needed, outside)
+        self.outside = tuple(outside)
         return out
 
 
@@ -109,6 +109,7 @@ def check(
     **options: int,
 ) -> None:
     got = kernels.mutual_info(features, labels, classes, k, noise, multiclass, **options)
+    assert kernels.outside == (-1, 0)
     want = torch.ops.csg_ext.class_mutual_info(features, labels, classes, k, noise, multiclass, *psi_table(len(labels)))
     torch.testing.assert_close(got, want, rtol=LIMIT, atol=LIMIT)
 

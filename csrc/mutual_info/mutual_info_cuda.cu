@@ -657,6 +657,7 @@ template <typename V, bool Closed>
 __global__ void __launch_bounds__(kThreads) beside_dominant(const Chunk c, const V* values) {
   const int64_t step = int64_t(gridDim.x) * kThreads, begin = c.class_begin[c.dominant];
   const int64_t size = c.class_size[c.dominant], others = c.samples - size;
+  if (others < 2) return;  // the class's target leaves a single one out
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < c.features * others; i += step) {
     const int64_t feature = i / others, member = i - feature * others;
     const Feature<V> f(c, values, feature);
@@ -1118,8 +1119,8 @@ struct Run {
     gpu.items(few_samples<Closed>, c.features * c.width, p, c, load_columns(), summary.samples, summary.weighted);
   }
 
-  // Counts the labels; false if nothing is to be computed.
-  bool prepare() {
+  // Counts the labels. Returns the first row whose label is outside, or -1.
+  int64_t prepare() {
     c.classes = p.classes, c.width = p.multiclass ? 1 : p.classes, c.multiclass = p.multiclass;
     c.neighbors = std::min(p.neighbors, p.n);
     c.psi = p.psi;
@@ -1136,7 +1137,8 @@ struct Run {
     gpu.items(count_classes, p.n, p, c);
     gpu.blocks(summarise, 1, kThreads, p, c);
     summary = gpu.read(c.summary);
-    if (gpu.status() != cudaSuccess || ~summary.bad_row != 0) return false;
+    const auto bad_row = static_cast<int64_t>(summary.bad_row);
+    if (gpu.status() != cudaSuccess || bad_row >= 0) return bad_row;
     c.samples = summary.samples, c.dominant = summary.dominant;
     if (c.samples < p.n) {
       c.row = at<int32_t>(layout.row);
@@ -1144,7 +1146,7 @@ struct Run {
       gpu.clear(found, 0, 4);
       gpu.items(find_rows, p.n, p, c, found);
     }
-    return true;
+    return -1;
   }
 
   void features() {
@@ -1173,16 +1175,17 @@ int mutual_info_cuda_bytes(const MutualInfo& p, int64_t* bytes) {
   return status;
 }
 
-int mutual_info_cuda(const MutualInfo& p, void* work, int64_t bytes, int64_t* bad_row, void* stream) {
-  *bad_row = -1;
+int mutual_info_cuda(const MutualInfo& p, void* work, int64_t bytes, LabelOutside* outside, void* stream) {
+  *outside = {-1, 0};
   Layout layout{};
   const int status = layout.fit(p, bytes);
   if (status != cudaSuccess) return status;
   if (layout.bytes > bytes) return cudaErrorInvalidValue;
   Launcher gpu(stream);
   Run run{p, layout, static_cast<unsigned char*>(work), gpu};
-  if (run.prepare()) run.features();
-  if (gpu.status() == cudaSuccess) *bad_row = static_cast<int64_t>(run.summary.bad_row);
+  const int64_t bad_row = run.prepare();
+  if (gpu.status() == cudaSuccess && bad_row >= 0) *outside = {bad_row, gpu.read(p.labels + bad_row)};
+  if (gpu.status() == cudaSuccess && bad_row < 0) run.features();
   return gpu.status();
 }
 

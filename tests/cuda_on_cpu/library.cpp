@@ -9,8 +9,8 @@ int csg_gated_pool_backward(const csg::GatedPoolBackward* p) { return csg::gated
 int csg_gate_step(const csg::GateStep* p) { return csg::gate_step_cuda(*p, nullptr); }
 int csg_column_max(const csg::ColumnMax* p) { return csg::column_max_cuda(*p, nullptr); }
 int csg_mutual_info_bytes(const csg::MutualInfo* p, int64_t* bytes) { return csg::mutual_info_cuda_bytes(*p, bytes); }
-int csg_mutual_info(const csg::MutualInfo* p, void* work, int64_t bytes, int64_t* bad_row) {
-  return csg::mutual_info_cuda(*p, work, bytes, bad_row, nullptr);
+int csg_mutual_info(const csg::MutualInfo* p, void* work, int64_t bytes, csg::LabelOutside* outside) {
+  return csg::mutual_info_cuda(*p, work, bytes, outside, nullptr);
 }
 // Sizes of the structs, so that the mirrors in Python can be compared.
 int64_t csg_sizes[] = {sizeof(csg::GatedPoolForward), sizeof(csg::GatedPoolBackward), sizeof(csg::GateStep),
