@@ -1096,7 +1096,7 @@ struct Run {
     gpu.sort(lists, items, c.fields.position, class_end + feature_bits, scratch, layout.scratch_bytes);
     c.list = lists.words, c.left_over = lists.spare;
     // Parts that fill the GPU, each long enough for its block to look values up again and again.
-    const int64_t parts = std::clamp<int64_t>(kFillBlocks / c.features, 1, ceil_div(c.samples, kWideThreads));
+    const int64_t parts = std::clamp<int64_t>(kFillBlocks / c.features, 1, ceil_div(c.samples, 4 * kWideThreads));
     gpu.blocks(among_own_class<V, Closed>, c.features * parts, kWideThreads, c, value, parts, c.features * parts);
     if (!p.multiclass) {
       if (c.neighbors <= 3) {
