@@ -61,6 +61,7 @@ struct Chunk {
   int64_t first;  // feature
   int64_t features, samples, neighbors, classes, width;
   bool multiclass;
+  bool few;  // samples: fewer than 4 k + 8
   int64_t dominant;
   Fields fields;
   const int64_t* psi;
@@ -810,11 +811,8 @@ __global__ void __launch_bounds__(kThreads) one_sample(const Chunk c, const V* v
 
 // Every target in turn, every sample against every other, a thread per feature and target (as the CPU's `direct`).
 template <bool Closed>
-__global__ void __launch_bounds__(kThreads) few_samples(const MutualInfo p, const Chunk c, const double* columns,
-                                                        const int64_t samples, const int64_t weighted) {
+__global__ void __launch_bounds__(kThreads) few_samples(const MutualInfo p, const Chunk c, const double* columns) {
   const int64_t step = int64_t(gridDim.x) * kThreads;
-  const double unit = 1 / static_cast<double>(int64_t(1) << p.psi_bits);
-  const auto psi = [&](int64_t i) { return static_cast<double>(p.psi[i]) * unit; };
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < c.features * c.width; at += step) {
     const int64_t feature = at / c.width, target = at - feature * c.width;
     const double* x = columns + feature * p.n;
@@ -823,58 +821,52 @@ __global__ void __launch_bounds__(kThreads) few_samples(const MutualInfo p, cons
       if (p.multiclass) return c.class_size[g];
       return g == 1 ? c.class_size[target] : p.n - c.class_size[target];
     };
-    const auto takes_part = [&](int64_t i) { return size_of(group(i)) > 1; };
-    int64_t total = samples, sum = 0;
-    double psi_sizes = static_cast<double>(weighted) * unit;
-    if (!p.multiclass) {
-      total = 0, psi_sizes = 0;
-      for (int64_t g = 0; g < 2; ++g) {
-        const int64_t size = size_of(g);
-        if (size > 1) total += size, psi_sizes += __dmul_rn(static_cast<double>(size), psi(size));
-      }
-    }
+    int64_t sum = 0;
     for (int64_t i = 0; i < p.n; ++i) {
-      if (!takes_part(i)) continue;
       const int64_t g = group(i), size = size_of(g), k = min(c.neighbors, size - 1);
-      double r;
-      if (Closed || k < size / 2) {
-        r = kth_smallest(p.n, k, [&](int64_t j) { return j == i || group(j) != g ? -2 : fabs(x[i] - x[j]); });
-      } else {
-        r = sqrt(kth_smallest(
-            p.n, k, [&](int64_t j) { return j == i || group(j) != g ? -2 : square_of_difference(x[i], x[j]); }));
-      }
+      if (size < 2) continue;  // a group of one sample is left out
+      const bool squares = !Closed && k >= size / 2;
+      double r = kth_smallest(p.n, k, [&](int64_t j) {
+        if (j == i || group(j) != g) return -2.0;
+        return squares ? square_of_difference(x[i], x[j]) : fabs(x[i] - x[j]);
+      });
+      if (squares) r = sqrt(r);
       const bool closed = Closed || r == 0;
       int64_t m = 0, own = Closed ? -1 : k;
       for (int64_t j = 0; j < p.n; ++j) {
         const double d = fabs(x[i] - x[j]);
-        const bool inside = closed ? d <= r : d < r;
-        m += inside && takes_part(j);
-        own += Closed && inside && group(j) == g;
+        if (!(closed ? d <= r : d < r)) continue;
+        m += size_of(group(j)) > 1;
+        own += Closed && group(j) == g;
       }
       sum += p.psi[own] - p.psi[Closed ? m - 1 : m];
     }
-    double mi = 0;
-    if (total > 0) mi = psi(total) + (static_cast<double>(sum) * unit - psi_sizes) / static_cast<double>(total);
-    p.out[(c.first + feature) * c.width + target] = mi > 0 ? mi : 0;
+    c.own[at] = static_cast<unsigned long long>(sum);
   }
 }
 
 // ---- The result.
 
 template <bool Closed>
-__global__ void __launch_bounds__(kThreads) finish(const MutualInfo p, const Chunk c, const int64_t weighted) {
+__global__ void __launch_bounds__(kThreads) finish(const MutualInfo p, const Chunk c, const Summary summary) {
   const int64_t step = int64_t(gridDim.x) * kThreads, n = c.samples;
   const double unit = 1 / static_cast<double>(int64_t(1) << p.psi_bits);
+  const auto psi = [&](int64_t i) { return static_cast<double>(p.psi[i]) * unit; };
   const auto mean = [&](int64_t sum, int64_t count) {
     return static_cast<double>(sum) * unit / static_cast<double>(count);
   };
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < c.features * c.width; at += step) {
     const int64_t feature = at / c.width, target = at - feature * c.width;
     const auto own = static_cast<int64_t>(c.own[at]);
-    double mi;
+    double mi = 0;
     if (c.multiclass) {
-      mi = static_cast<double>(p.psi[n]) * unit +
-           (static_cast<double>(own) * unit - static_cast<double>(weighted) * unit) / static_cast<double>(n);
+      if (n > 0) mi = psi(n) + mean(own - summary.weighted, n);
+    } else if (c.few) {
+      double sizes = 0;
+      int64_t total = 0;
+      for (const int64_t size : {n - c.class_size[target], static_cast<int64_t>(c.class_size[target])})
+        if (size > 1) total += size, sizes += __dmul_rn(static_cast<double>(size), psi(size));
+      if (total > 0) mi = psi(total) + (static_cast<double>(own) * unit - sizes) / static_cast<double>(total);
     } else {
       const int64_t size = c.class_size[target], others = n - size;
       int64_t all = 0, rest = static_cast<int64_t>(c.without[at]);
@@ -1111,12 +1103,13 @@ struct Run {
       gpu.items(one_sample<V, Closed>, items, c, value);
       if (c.dominant >= 0) gpu.items(beside_dominant<V, Closed>, c.features * (2 * c.neighbors + 1), c, value);
     }
-    gpu.items(finish<Closed>, c.features * c.width, p, c, summary.weighted);
+    gpu.items(finish<Closed>, c.features * c.width, p, c, summary);
   }
 
   template <bool Closed>
   void few() {
-    gpu.items(few_samples<Closed>, c.features * c.width, p, c, load_columns(), summary.samples, summary.weighted);
+    gpu.items(few_samples<Closed>, c.features * c.width, p, c, load_columns());
+    gpu.items(finish<Closed>, c.features * c.width, p, c, summary);
   }
 
   // Counts the labels. Returns the first row whose label is outside, or -1.
@@ -1150,10 +1143,11 @@ struct Run {
   }
 
   void features() {
-    const bool few_of_them = c.samples < 4 * c.neighbors + 8, closed = p.ties == Ties::Exact;
+    const bool closed = p.ties == Ties::Exact;
+    c.few = c.samples < 4 * c.neighbors + 8;
     for (c.first = 0; c.first < p.k; c.first += layout.features) {
       c.features = std::min(layout.features, p.k - c.first);
-      if (few_of_them) {
+      if (c.few) {
         closed ? few<true>() : few<false>();
       } else if (!closed) {
         chunk<Word128, double, false>();
