@@ -30,6 +30,7 @@ namespace csg {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;               // of a multiprocessor: registers enough to spill none
 constexpr int kWideThreads = 1024;       // of a block that has a multiprocessor, and its L1, to itself
 constexpr int kHalo = 16;                // samples of a class on both sides that such a block keeps at hand
 constexpr int kTile = 32;                // rows and columns transposed by a block
@@ -215,7 +216,7 @@ struct Matrix {
 
 // Read along the features (or along the samples, where those lie side by side), stored along the samples.
 template <typename X, typename Store>
-__global__ void __launch_bounds__(kThreads) transpose(const X* from, const Matrix m, const Store store) {
+__global__ void __launch_bounds__(kThreads, kBlocks) transpose(const X* from, const Matrix m, const Store store) {
   CSG_SHARED(Acc<X>, staged, kTile * (kTile + 1));  // [samples][features]
   const int lane = threadIdx.x % kTile, first = threadIdx.x / kTile;
   constexpr int kStep = kThreads / kTile;
@@ -297,7 +298,7 @@ __device__ inline double pairwise_sum(const double* x, int64_t n, int levels, do
 
 // A block per column: its standard deviation and the size of its noise, as scikit-learn has them; without noise, the
 // column made small enough that differences do not overflow.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     scale_columns(double* columns, int64_t n, int64_t features, int levels, double* sums, Scale* scale) {
   CSG_SHARED(double, tops, kThreads);
   for (int64_t f = blockIdx.x; f < features; f += gridDim.x) {
@@ -770,7 +771,7 @@ __device__ inline void long_ball(const Feature<V>& f, int64_t p, int lane, Emit 
 
 // What the fast path leaves over: samples with ties or crowded classes around them; runs, by class.
 template <typename V, bool Closed>
-__global__ void __launch_bounds__(kThreads) one_sample(const Chunk c, const V* values) {
+__global__ void __launch_bounds__(kThreads, kBlocks) one_sample(const Chunk c, const V* values) {
   const auto count = static_cast<int64_t>(*c.count), step = int64_t(gridDim.x) * kThreads;
   const int lane = threadIdx.x % kWarp;
   // Whole warps: lanes help each other with long balls.
@@ -811,7 +812,8 @@ __global__ void __launch_bounds__(kThreads) one_sample(const Chunk c, const V* v
 
 // Every target in turn, every sample against every other, a thread per feature and target (as the CPU's `direct`).
 template <bool Closed>
-__global__ void __launch_bounds__(kThreads) few_samples(const MutualInfo p, const Chunk c, const double* columns) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    few_samples(const MutualInfo p, const Chunk c, const double* columns) {
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < c.features * c.width; at += step) {
     const int64_t feature = at / c.width, target = at - feature * c.width;
