@@ -210,7 +210,8 @@ struct AddNoise {
 };
 
 struct Matrix {
-  int64_t samples, features, stride_n, stride_k, sample_tiles, tiles;
+  int64_t samples, features, stride_n, stride_k;
+  unsigned sample_tiles, tiles;
   const int32_t* row;  // of each sample, or nullptr
 };
 
@@ -221,9 +222,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) transpose(const X* from, co
   const int lane = threadIdx.x % kTile, first = threadIdx.x / kTile;
   constexpr int kStep = kThreads / kTile;
   const bool by_samples = m.stride_n == 1 && m.stride_k != 1;
-  for (int64_t tile = blockIdx.x; tile < m.tiles; tile += gridDim.x) {
-    const int64_t feature_tile = tile / m.sample_tiles;
-    const int64_t f0 = feature_tile * kTile, i0 = (tile - feature_tile * m.sample_tiles) * kTile;
+  for (unsigned tile = blockIdx.x; tile < m.tiles; tile += gridDim.x) {
+    const unsigned feature_tile = tile / m.sample_tiles;
+    const int64_t f0 = feature_tile * kTile, i0 = int64_t(tile - feature_tile * m.sample_tiles) * kTile;
 #pragma unroll
     for (int j = first; j < kTile; j += kStep) {
       const int di = by_samples ? lane : j, df = by_samples ? j : lane;
@@ -682,14 +683,16 @@ __global__ void __launch_bounds__(kThreads) beside_dominant(const Chunk c, const
 // reaches to the k-th neighbour of another class, at rank k + e with e neighbours of class c before it. T = 0: every
 // sample is left over.
 template <typename V, bool Closed, int T>
-__global__ void __launch_bounds__(kThreads)
-    among_all(const Chunk c, const V* values, const int64_t feature_tiles, const int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, T == 32  ? 1
+                                            : T == 8 ? 5
+                                                     : kBlocks)
+    among_all(const Chunk c, const V* values, const unsigned feature_tiles, const unsigned tiles) {
   constexpr int kMost = T == 0 ? 0 : T / 2 - 1;  // neighbours
   CSG_SHARED(double, value, kThreads + 2 * T);
   CSG_SHARED(int32_t, label, kThreads + 2 * T);
   const int thread = threadIdx.x, k = static_cast<int>(c.neighbors);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int64_t feature = tile / feature_tiles, first = (tile - feature * feature_tiles) * kThreads;
+  for (unsigned tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int64_t feature = tile / feature_tiles, first = int64_t(tile % feature_tiles) * kThreads;
     const Feature<V> f(c, values, feature);
     const int64_t p = first + thread;
     bool slow = p < f.n;
@@ -1026,8 +1029,9 @@ struct Run {
   template <typename X, typename Store>
   void transpose_tiles(const void* from, int64_t stride_n, int64_t stride_k, int64_t n, const int32_t* row,
                        Store store) {
-    Matrix m{n, c.features, stride_n, stride_k, ceil_div(n, kTile), 0, row};
-    m.tiles = m.sample_tiles * ceil_div(c.features, kTile);
+    const auto sample_tiles = static_cast<unsigned>(ceil_div(n, kTile));
+    const auto tiles = sample_tiles * static_cast<unsigned>(ceil_div(c.features, kTile));
+    const Matrix m{n, c.features, stride_n, stride_k, sample_tiles, tiles, row};
     const X* first = static_cast<const X*>(from) + c.first * stride_k;
     gpu.blocks(transpose<X, Store>, m.tiles, kThreads, first, m, store);
   }
@@ -1070,7 +1074,8 @@ struct Run {
 
   template <typename V, bool Closed, int T>
   void all_samples(const V* value) {
-    const int64_t feature_tiles = ceil_div(c.samples, kThreads), tiles = c.features * feature_tiles;
+    const auto feature_tiles = static_cast<unsigned>(ceil_div(c.samples, kThreads));
+    const unsigned tiles = static_cast<unsigned>(c.features) * feature_tiles;
     gpu.blocks(among_all<V, Closed, T>, tiles, kThreads, c, value, feature_tiles, tiles);
   }
 
