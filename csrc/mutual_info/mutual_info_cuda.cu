@@ -683,9 +683,9 @@ __global__ void __launch_bounds__(kThreads) beside_dominant(const Chunk c, const
 // reaches to the k-th neighbour of another class, at rank k + e with e neighbours of class c before it. T = 0: every
 // sample is left over.
 template <typename V, bool Closed, int T>
-__global__ void __launch_bounds__(kThreads, T == 32  ? 1
-                                            : T == 8 ? 5
-                                                     : kBlocks)
+__global__ void __launch_bounds__(kThreads, T == 32   ? 1
+                                            : T == 16 ? 3
+                                                      : 5)
     among_all(const Chunk c, const V* values, const unsigned feature_tiles, const unsigned tiles) {
   constexpr int kMost = T == 0 ? 0 : T / 2 - 1;  // neighbours
   CSG_SHARED(double, value, kThreads + 2 * T);
