@@ -679,13 +679,17 @@ __global__ void __launch_bounds__(kThreads) beside_dominant(const Chunk c, const
 
 // ---- Samples among all samples, one class taken out.
 
+// Blocks of a multiprocessor: as many as leave the neighbours in registers.
+template <int T>
+constexpr int kNearBlocks = T == 32   ? 1
+                            : T == 16 ? 2
+                                      : 5;
+
 // As the CPU's among_all: T neighbours of a sample, k < T. Where their distances differ, the ball without class c
 // reaches to the k-th neighbour of another class, at rank k + e with e neighbours of class c before it. T = 0: every
 // sample is left over.
 template <typename V, bool Closed, int T>
-__global__ void __launch_bounds__(kThreads, T == 32   ? 1
-                                            : T == 16 ? 3
-                                                      : 5)
+__global__ void __launch_bounds__(kThreads, kNearBlocks<T>)
     among_all(const Chunk c, const V* values, const unsigned feature_tiles, const unsigned tiles) {
   constexpr int kMost = T == 0 ? 0 : T / 2 - 1;  // neighbours
   CSG_SHARED(double, value, kThreads + 2 * T);
