@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from mutual_info_inputs import LABELS, make_features, make_labels, psi_table
 
 import csg_ext
 from csg_ext import reference
@@ -120,3 +122,44 @@ def test_more_than_two_billion_elements():
     (grad,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, labels)[-1].sum(), x)
     torch.testing.assert_close(grad[-1, :, -1].float().cpu(), torch.tensor([1 / 512, 0.5 / 512]))
     assert grad[:-1].abs().max() == 0
+
+
+def mutual_info(features, labels, classes, k, noise=None, multiclass=False):
+    bits = psi_table(len(labels))
+    return torch.ops.csg_ext.class_mutual_info(
+        features, labels, classes, k, noise, multiclass, bits[0].to(features.device), bits[1]
+    )
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["exact", "noise"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_mutual_info_is_that_of_the_cpu(kind, noise):
+    rng = np.random.default_rng(sum(kind.encode()) + noise)
+    for n in (2, 30, 300, 3000, 30_000):
+        for k in (3, 7, 12, 20):
+            features = make_features(rng, n, 21)
+            labels, classes = make_labels(rng, n, kind)
+            classes = min(classes, 2000)
+            labels = labels % classes
+            drawn = torch.from_numpy(rng.standard_normal(features.shape)) if noise else None
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                for multiclass in (False, True):
+                    arguments = features.to(dtype), labels, classes, k, drawn, multiclass
+                    on_gpu = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+                    got, again, want = mutual_info(*on_gpu), mutual_info(*on_gpu), mutual_info(*arguments)
+                    assert torch.equal(got, again)
+                    torch.testing.assert_close(got.cpu(), want, rtol=1e-12, atol=1e-12)
+
+
+def test_mutual_info_in_several_chunks():
+    features, labels = torch.randn(50_000, 300, device="cuda").relu(), torch.randint(0, 1000, (50_000,), device="cuda")
+    got = mutual_info(features, labels, 1000, 3)
+    torch.testing.assert_close(got.cpu(), mutual_info(features.cpu(), labels.cpu(), 1000, 3), rtol=1e-12, atol=1e-12)
+    assert torch.equal(got[7:8], mutual_info(features[:, 7:8], labels, 1000, 3))
+
+
+def test_mutual_info_names_a_label_outside():
+    labels = torch.zeros(100, dtype=torch.int64, device="cuda")
+    labels[40:50] = 7
+    with pytest.raises(RuntimeError, match=r"class_mutual_info: labels\[40\] = 7 is outside \[0, 5\)"):
+        mutual_info(torch.randn(100, 3, device="cuda"), labels, 5, 3)

@@ -70,6 +70,7 @@ def accesses(sass: str) -> dict[str, collections.Counter[str]]:
 
 def readable(name: str) -> str:
     """csg::(anonymous namespace)::pool_tiles<__half, (csg::Pool)1>(...) -> pool_tiles<half, max>"""
+    name = name.replace("unsigned __int128", "word128").replace("unsigned long", "word64")
     name = re.sub(r"\(anonymous namespace\)::|csg::|^void ", "", name)
     name = name.replace("(Pool)0", "avg").replace("(Pool)1", "max")
     return name.split("(")[0].replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
@@ -96,6 +97,8 @@ def main() -> int:
                 moved = accesses(run(cuobjdump, "-sass", str(cubin), PATH=search))
                 names = run(demangle, *used).splitlines()
                 for name, mangled in zip(map(readable, names), used, strict=True):
+                    if "cub::" in name:  # NVIDIA's radix sort
+                        continue
                     r, m = used[mangled], moved[mangled]
                     rows[name][architecture] = f"{r['registers']} / {m['LDG']} / {m['STG']}"
                     if r["stack"] or r["spill"] or m["LDL"] or m["STL"]:
@@ -106,7 +109,8 @@ def main() -> int:
         f"Written by `tools/cuda_report.py` with nvcc {version[1] if version else 'of an unknown version'}; no GPU ran."
     )
     print("Each cell: registers per thread / 16-byte global loads / 16-byte global stores in the machine code. A last")
-    print("template argument of 1 in a `_channels` kernel is the path for rows that are not 16-byte aligned.\n")
+    print("template argument of 1 in a `_channels` kernel is the path for rows that are not 16-byte aligned. CUB's own")
+    print("kernels, behind `radix_sort`, are left out.\n")
     print(
         "Kernels with a stack frame or spilled registers: " + ("none." if not spills else "\n- " + "\n- ".join(spills))
     )

@@ -63,6 +63,10 @@ if wanted sanitizer; then
     cp "$work/step.log" "$work/$tool.log"
   done
 fi
+if wanted benchmarks; then
+  step mutual_info 300 "$python" tools/gpu_mutual_info.py
+  cp "$work/step.log" "$work/mutual_info.log"
+fi
 wanted benchmarks && step benchmarks 590 "$python" -m pytest -q benchmarks --benchmark-only \
   --benchmark-json="$work/benchmarks.json" -o cache_dir="$work/pytest"
 

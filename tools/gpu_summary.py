@@ -63,6 +63,11 @@ def read_benchmarks(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_text(path: Path) -> str:
+    """What a step printed."""
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
 def describe_machine() -> dict[str, Any]:
     """Commit, versions and devices."""
     commit = subprocess.run(
@@ -134,6 +139,8 @@ def markdown(summary: dict[str, Any]) -> str:
                 for row in rows
             ],
         )
+    if summary["mutual_info"]:
+        lines += [summary["mutual_info"], ""]
     return "\n".join(lines)
 
 
@@ -148,6 +155,7 @@ def main() -> int:
         "tests": read_tests(folder / "tests.xml"),
         "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
         "benchmarks": read_benchmarks(work / "benchmarks.json"),
+        "mutual_info": read_text(work / "mutual_info.log") if status.get("mutual_info") == 0 else "",
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "summary.md").write_text(markdown(summary))

@@ -70,8 +70,38 @@ def check_gate_step() -> int:
     return runs
 
 
+def check_mutual_info() -> int:
+    """Both kinds of ties, normal and rectified features, few and many classes, few and many neighbours."""
+    runs = 0
+    for n, classes, k in [(9, 2, 3), (150, 2, 3), (700, 60, 3), (300, 10, 7), (200, 5, 20)]:
+        bits = 40
+        psi = (torch.special.digamma(torch.arange(n + 1).double()) * 2.0**bits).nan_to_num(neginf=0).round().long()
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            features = torch.cat([torch.randn(n, 9), torch.randn(n, 9).relu()], 1).to(dtype)
+            labels = torch.randint(0, classes, (n,))
+            for noise in (None, torch.randn(n, 18, dtype=torch.float64)):
+                for multiclass in (False, True):
+                    results = [
+                        torch.ops.csg_ext.class_mutual_info(
+                            features.to(device),
+                            labels.to(device),
+                            classes,
+                            k,
+                            None if noise is None else noise.to(device),
+                            multiclass,
+                            psi.to(device),
+                            bits,
+                        ).cpu()
+                        for device in ("cuda", "cpu")
+                    ]
+                    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+                    runs += 1
+    return runs
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     print(f"gated_pool: {check_gated_pool()} cases agree with the CPU, forward and backward")
     print(f"gate_step: {check_gate_step()} cases agree with the CPU")
+    print(f"mutual_info: {check_mutual_info()} cases agree with the CPU")
     torch.cuda.synchronize()

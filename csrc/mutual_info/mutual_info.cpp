@@ -1,18 +1,41 @@
-// mutual_info for torch: checks, allocation and registration.
+// mutual_info for torch: checks, allocation and registration. Compiled twice: for the CPU, and with CSG_CUDA for CUDA.
 #include "mutual_info.h"
 
 #include <algorithm>
 #include <tuple>
 
-#ifndef CSG_CUDA
 #include "../common/binding.h"
+#ifdef CSG_CUDA
+#include "mutual_info_cuda.h"
+#else
 #include "mutual_info_cpu.h"
 #include "standard_normal_cpu.h"
+#endif
 
 namespace csg {
 namespace {
 
 constexpr const char* kOp = "class_mutual_info";
+
+void check_label(const MutualInfo& p, int64_t row, int64_t label) {
+  check(label >= 0 && label < p.classes, kOp, ": labels[", row, "] = ", label, " is outside [0, ", p.classes, ")");
+}
+
+void compute(const MutualInfo& p, const Tensor& features) {
+#ifdef CSG_CUDA
+  const CudaScope scope(features);
+  int64_t bytes = 0;
+  check_launch(mutual_info_cuda_bytes(p, &bytes), kOp);
+  Tensor work = empty_vector((bytes + 7) / 8, TorchType::Long, features);
+  LabelOutside outside{};
+  check_launch(mutual_info_cuda(p, work.data_ptr(), bytes, &outside, scope.stream()), kOp);
+  if (outside.row >= 0) check_label(p, outside.row, outside.label);
+#else
+  (void)features;
+  for (int64_t i = 0; i < p.n; ++i) check_label(p, i, p.labels[i]);
+  mutual_info_cpu(p, torch_threads);
+#endif
+}
 
 Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, int64_t n_neighbors,
                          std::optional<Tensor> noise, bool multiclass, Tensor psi, int64_t psi_bits) {
@@ -45,18 +68,16 @@ Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, in
   p.classes = num_classes, p.neighbors = n_neighbors, p.multiclass = multiclass;
   p.psi = static_cast<const int64_t*>(psi.data_ptr()), p.psi_bits = int(psi_bits);
   p.labels = static_cast<const int64_t*>(labels.data_ptr());
-  for (int64_t i = 0; i < p.n; ++i)
-    check(p.labels[i] >= 0 && p.labels[i] < num_classes, kOp, ": labels[", i, "] = ", p.labels[i], " is outside [0, ",
-          num_classes, ")");
   Tensor out = empty_matrix(p.k, multiclass ? 1 : num_classes, TorchType::Double, features);
   if (p.k == 0) return out;
   check(p.n >= 1, kOp, ": features must have at least one sample, got ", shape_of(features));
   p.features = features.data_ptr();
   p.out = static_cast<double*>(out.data_ptr());
-  mutual_info_cpu(p, torch_threads);
+  compute(p, features);
   return out;
 }
 
+#ifndef CSG_CUDA
 std::tuple<Tensor, Tensor, int64_t, bool, double> standard_normal(Tensor key, int64_t position, bool has_gauss,
                                                                   double gauss, int64_t n, int64_t k, int64_t begin,
                                                                   int64_t end) {
@@ -74,12 +95,16 @@ std::tuple<Tensor, Tensor, int64_t, bool, double> standard_normal(Tensor key, in
   std::copy(state.key, state.key + 624, static_cast<int64_t*>(moved.data_ptr()));
   return {noise, moved, state.position, state.has_gauss, state.gauss};
 }
+#endif
 
 }  // namespace
 }  // namespace csg
 
+#ifdef CSG_CUDA
+STABLE_TORCH_LIBRARY_IMPL(csg_ext, CUDA, m) {
+#else
 STABLE_TORCH_LIBRARY_IMPL(csg_ext, CPU, m) {
-  m.impl("class_mutual_info", TORCH_BOX(&csg::class_mutual_info));
   m.impl("_standard_normal", TORCH_BOX(&csg::standard_normal));
-}
 #endif
+  m.impl("class_mutual_info", TORCH_BOX(&csg::class_mutual_info));
+}

@@ -30,7 +30,14 @@ using dim3 = uint3;
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-enum : int { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum : int {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
+enum : int { cudaMemcpyDeviceToHost = 2 };
+using cudaStream_t = void*;
 
 namespace cuda_on_cpu {
 
@@ -64,6 +71,15 @@ T shuffle(unsigned mask, T value, int source_lane, Where where) {
 }  // namespace cuda_on_cpu
 
 inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline int cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 inline void __syncthreads(cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
   cuda_on_cpu::sync_threads(where);
@@ -93,6 +109,14 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   *p = old + v;
   return old;
 }
+template <typename T>
+T atomicMin(T* p, std::type_identity_t<T> v) {
+  const T old = *p;
+  *p = std::min(old, v);
+  return old;
+}
+// Out of line, so that no compiler fuses the product with an addition.
+[[gnu::noinline]] inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 
 using std::max;

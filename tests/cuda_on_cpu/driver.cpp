@@ -1,7 +1,7 @@
 // A self-check without Python: every launcher against naive loops in double. Returns 0 when all agree. Compile with
 //   g++ -std=c++20 -O1 -fno-strict-aliasing -fsanitize=undefined -fno-sanitize-recover=all -Wno-unknown-pragmas
-//     -I tests/cuda_on_cpu -x c++ csrc/gated_pool/gated_pool_cuda.cu csrc/gate_step/gate_step_cuda.cu
-//     tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_cpu/driver.cpp -o cuda_on_cpu_driver
+//     -I tests/cuda_on_cpu -x c++ csrc/*/*.cu tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_cpu/driver.cpp
+//     -o cuda_on_cpu_driver
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -10,6 +10,7 @@
 
 #include "../../csrc/gate_step/gate_step_cuda.h"
 #include "../../csrc/gated_pool/gated_pool_cuda.h"
+#include "../../csrc/mutual_info/mutual_info_cuda.h"
 
 extern "C" const char* cuda_on_cpu_error();
 
@@ -130,6 +131,46 @@ void check_step(int64_t classes, int64_t k, csg::Projection projection) {
   }
 }
 
+// Closed balls; the classes of `labels` have at least two samples each.
+void check_mutual_info(int64_t n, int64_t classes, int64_t neighbors) {
+  constexpr int kBits = 40;
+  auto x = normal(n);
+  for (size_t i = 0; i < x.size(); i += 2) x[i] = std::max(0.0f, x[i]);
+  std::vector<int64_t> labels(x.size()), psi{0};
+  std::vector<double> digamma{0.0}, out(static_cast<size_t>(classes), NAN);
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = static_cast<int64_t>(i) % classes;
+  for (int64_t i = 1; i <= n; ++i) {
+    digamma.push_back(i == 1 ? -0.57721566490153286 : digamma.back() + 1.0 / static_cast<double>(i - 1));
+    psi.push_back(std::llround(std::ldexp(digamma.back(), kBits)));
+  }
+  csg::MutualInfo p{};
+  p.features = x.data(), p.type = csg::ScalarType::Float32, p.n = n, p.k = 1, p.stride_n = p.stride_k = 1;
+  p.labels = labels.data(), p.classes = classes, p.neighbors = neighbors, p.ties = csg::Ties::Exact;
+  p.psi = psi.data(), p.psi_bits = kBits, p.out = out.data();
+  int64_t bytes = 0;
+  launched(csg::mutual_info_cuda_bytes(p, &bytes));
+  std::vector<unsigned char> work(static_cast<size_t>(bytes));
+  csg::LabelOutside outside{};
+  launched(csg::mutual_info_cuda(p, work.data(), bytes, &outside, nullptr));
+  for (int64_t c = 0; c < classes; ++c) {
+    double sum = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+      std::vector<double> distances;  // to the samples of its side
+      const auto distance = [&](size_t j) { return std::abs(static_cast<double>(x[i]) - static_cast<double>(x[j])); };
+      for (size_t j = 0; j < x.size(); ++j)
+        if (j != i && (labels[j] == c) == (labels[i] == c)) distances.push_back(distance(j));
+      std::sort(distances.begin(), distances.end());
+      const size_t k = std::min(static_cast<size_t>(neighbors), distances.size());
+      size_t own = 0, all = 0;
+      for (const double d : distances) own += d <= distances[k - 1];
+      for (size_t j = 0; j < x.size(); ++j) all += j != i && distance(j) <= distances[k - 1];
+      sum += digamma[own] - digamma[all] - digamma[distances.size() + 1];
+    }
+    const double expected = std::max(0.0, digamma.back() + sum / static_cast<double>(n));
+    compare("mutual information", c, out[static_cast<size_t>(c)], expected);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -142,6 +183,8 @@ int main() {
   for (const csg::Projection projection : {csg::Projection::Scale, csg::Projection::Euclidean}) {
     for (const int64_t classes : {1, 10, 700, 2100}) check_step(classes, 9, projection);
   }
+  for (const int64_t n : {12, 150, 600})
+    for (const int64_t classes : {2, 5}) check_mutual_info(n, classes, 3);
   std::printf(failures == 0 ? "cuda_on_cpu: all right\n" : "cuda_on_cpu: %d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,263 @@
+"""mutual_info's CUDA kernels, run on the CPU by tests/cuda_on_cpu, against the CPU kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from mutual_info_inputs import FEATURES, LABELS, make_features, make_labels, psi_table
+from stand_in import TYPES, Bool, Enum, Int64, Pointer, StandIn
+from torch import Tensor
+
+LIMIT = 1e-12  # the sums are integers; what is left is the last division
+
+
+class MutualInfo(ctypes.Structure):
+    _fields_ = [
+        ("features", Pointer),
+        ("type", Enum),
+        *((name, Int64) for name in ("n", "k", "stride_n", "stride_k")),
+        ("labels", Pointer),
+        ("classes", Int64),
+        ("neighbors", Int64),
+        ("ties", Enum),
+        ("noise", Pointer),
+        ("noise_stride_n", Int64),
+        ("noise_stride_k", Int64),
+        ("multiclass", Bool),
+        ("psi", Pointer),
+        ("psi_bits", ctypes.c_int),
+        ("out", Pointer),
+    ]
+
+
+class Kernels(StandIn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.check_size(4, MutualInfo)
+        self.outside = (-1, 0)  # of the last call: the first label outside, and the work memory
+        self.work = torch.empty(0, dtype=torch.uint8)
+
+    def mutual_info(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        k: int,
+        noise: Tensor | None = None,
+        multiclass: bool = False,
+        features_at_once: int = 256,
+    ) -> Tensor:
+        """The result, and what is not written stays NaN; work memory for about so many features at once."""
+        n, width = features.shape
+        psi, bits = psi_table(n)
+        keep = [self.guarded(t) for t in (features, labels, noise, psi)]
+        out = self.empty(width, 1 if multiclass else classes, dtype=torch.float64)
+        p = self.pointer
+        parameters = MutualInfo(
+            p(keep[0]),
+            TYPES[features.dtype],
+            *features.shape,
+            *features.stride(),
+            p(keep[1]),
+            classes,
+            k,
+            noise is None,
+            p(keep[2]),
+            *((0, 0) if noise is None else noise.stride()),
+            multiclass,
+            p(keep[3]),
+            bits,
+            p(out),
+        )
+        needed = Int64()
+        parameters.k = min(width, features_at_once)
+        self.call("csg_mutual_info_bytes", parameters, ctypes.byref(needed))
+        parameters.k = width
+        self.work, outside = self.buffer(needed.value, torch.uint8).fill_(255), (Int64 * 2)()
+        self.call("csg_mutual_info", parameters, Pointer(self.work.data_ptr()), needed, outside)
+        self.outside = tuple(outside)
+        return out
+
+
+@pytest.fixture(scope="module")
+def built() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def kernels(built: Kernels, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Iterator[Kernels]:
+    built.at_end = True
+    built.seed(sum(request.node.name.encode()))
+    with capfd.disabled():  # an undefined operation ends the process: its message must get out
+        yield built
+
+
+def check(
+    kernels: Kernels,
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    k: int,
+    noise: Tensor | None = None,
+    multiclass: bool = False,
+    **options: int,
+) -> None:
+    got = kernels.mutual_info(features, labels, classes, k, noise, multiclass, **options)
+    assert kernels.outside == (-1, 0)
+    want = torch.ops.csg_ext.class_mutual_info(features, labels, classes, k, noise, multiclass, *psi_table(len(labels)))
+    torch.testing.assert_close(got, want, rtol=LIMIT, atol=LIMIT)
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+EXACT_OR_NOISE = pytest.mark.parametrize("noise", [False, True], ids=["exact", "noise"])
+
+
+def normal(rng: np.random.Generator, features: Tensor, noise: bool) -> Tensor | None:
+    """Column by column, as the package draws it, or row by row."""
+    if not noise:
+        return None
+    drawn = torch.from_numpy(rng.standard_normal(features.shape))
+    return drawn if rng.integers(2) else drawn.t().contiguous().t()
+
+
+@EXACT_OR_NOISE
+@pytest.mark.parametrize("kind", LABELS)
+def test_random_problems(kernels: Kernels, kind: str, noise: bool) -> None:
+    """Both estimates of every kind of feature, for every number of neighbours, in chunks of one size or another."""
+    rng = np.random.default_rng(sum(kind.encode()) + noise)
+    for number in range(9):
+        kernels.seed(int(rng.integers(2**40)))
+        kernels.at_end = number % 2 == 0
+        n = int(rng.choice([rng.integers(2, 40), rng.integers(40, 300), rng.integers(300, 700)], p=[0.3, 0.5, 0.2]))
+        k = int(rng.integers(1, 11)) if number % 6 else int(rng.integers(11, 40))
+        features = make_features(rng, n, 5)
+        features = features.float() if number % 3 == 0 else features
+        labels, classes = make_labels(rng, n, kind)
+        drawn = normal(rng, features, noise)
+        for multiclass in (False, True):
+            check(kernels, features, labels, classes, k, drawn, multiclass, features_at_once=int(rng.integers(1, 6)))
+
+
+@EXACT_OR_NOISE
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: str(t).removeprefix("torch."))
+def test_every_type_and_layout(kernels: Kernels, dtype: torch.dtype, noise: bool) -> None:
+    rng = np.random.default_rng(1)
+    labels = torch.from_numpy(rng.integers(0, 4, 67))
+    values = torch.from_numpy(np.maximum(-0.5, rng.standard_normal((67, 35)))).to(dtype)
+    drawn = normal(rng, values, noise)
+    wide = torch.stack([values, -values], 2)
+    for features in (values, values.t().contiguous().t(), wide[..., 0], values[:1].expand(67, 35)):
+        check(kernels, features, labels, 4, 3, drawn)
+    few = values[:9]  # fewer than 4 k + 8: every target in turn
+    for multiclass in (False, True):
+        check(kernels, few, labels[:9], 4, 3, None if drawn is None else drawn[:9], multiclass)
+
+
+@EXACT_OR_NOISE
+@pytest.mark.parametrize("k", [1, 3, 4, 7, 8, 15, 16, 60])
+def test_numbers_of_neighbors(kernels: Kernels, k: int, noise: bool) -> None:
+    rng = np.random.default_rng(k)
+    features = torch.from_numpy(np.stack([FEATURES[kind](rng, 270) for kind in ("normal", "relu", "duplicates")], 1))
+    for classes in (2, 5, 40):
+        labels = torch.from_numpy(rng.integers(0, classes, 270))
+        check(kernels, features.float(), labels, classes, k, normal(rng, features, noise))
+
+
+@EXACT_OR_NOISE
+@pytest.mark.parametrize("classes", [2, 60])
+def test_several_tiles(kernels: Kernels, classes: int, noise: bool) -> None:
+    """Features longer than a block's part, long runs of one class, more tiles than blocks."""
+    rng = np.random.default_rng(classes)
+    n = 2500
+    features = torch.from_numpy(np.stack([FEATURES[kind](rng, n) for kind in ("normal", "relu")], 1)).float()
+    labels = torch.from_numpy(rng.integers(0, classes, n))
+    check(kernels, features, labels, classes, 3, normal(rng, features, noise))
+    ordered = torch.arange(n)[:, None].double()
+    check(kernels, ordered // 7, torch.arange(n) * classes // n, classes, 3, normal(rng, ordered, noise))
+
+
+@pytest.mark.parametrize("classes", [3, 500])
+def test_long_balls(kernels: Kernels, classes: int) -> None:
+    """A sample whose neighbours reach into a long run: looked at class by class, or sample by sample."""
+    rng = np.random.default_rng(classes)
+    for position in (0, 200, 399):
+        values = np.zeros(400)
+        values[:position] = -1 - rng.random(position)
+        values[400 - position :] = 0
+        values[rng.choice(400, 3, replace=False)] = [0.5, 0.75, 1.5]
+        features = torch.from_numpy(np.stack([values, -values], 1))
+        check(kernels, features, torch.from_numpy(rng.integers(0, classes, 400)), classes, 3)
+
+
+@EXACT_OR_NOISE
+def test_sizes_of_classes(kernels: Kernels, noise: bool) -> None:
+    """Absent and single classes; a class of 2 k + 1 or 2 k + 2; one that leaves 0, 1, 2 k + 1 or 2 k + 2 samples."""
+    rng = np.random.default_rng(5)
+    k, n = 3, 90
+    for sizes in ([90, 0], [89, 0, 1], [88, 2], [83, 7], [82, 8], [82, 1, 1, 1, 1, 4], [75, 7, 8], [1] * 90, [45, 45]):
+        labels = torch.from_numpy(rng.permutation(np.repeat(np.arange(len(sizes)), sizes)))
+        features = make_features(rng, n, 4)
+        for multiclass in (False, True):
+            check(kernels, features, labels, len(sizes) + 1, k, normal(rng, features, noise), multiclass)
+
+
+def test_largest_values(kernels: Kernels) -> None:
+    """Differences of the largest doubles do not overflow."""
+    rng = np.random.default_rng(6)
+    features = make_features(rng, 80, 4)
+    features *= torch.finfo(torch.float64).max / features.abs().amax(0).clamp(min=1e-3)
+    check(kernels, features, torch.from_numpy(rng.integers(0, 3, 80)), 3, 3)
+    check(kernels, features[:12], torch.from_numpy(rng.integers(0, 3, 12)), 3, 3)
+
+
+@pytest.mark.parametrize("n", [12, 300])
+def test_infinite_variance_gives_nan(kernels: Kernels, n: int) -> None:
+    rng = np.random.default_rng(n)
+    features, labels = make_features(rng, n, 5), torch.from_numpy(rng.integers(0, 3, n))
+    features[:, 2] = torch.from_numpy(1e200 * rng.standard_normal(n))
+    noise = normal(rng, features, True)
+    got = kernels.mutual_info(features, labels, 3, 3, noise)
+    assert got.isnan().any(1).nonzero().tolist() == [[2]] and got[2].isnan().all()
+    want = torch.ops.csg_ext.class_mutual_info(features, labels, 3, 3, noise, False, *psi_table(n))
+    torch.testing.assert_close(got, want, rtol=LIMIT, atol=LIMIT, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 127, 128, 129, 135, 136, 255, 257, 1000, 2063, 4099])
+def test_scale_is_that_of_numpy(kernels: Kernels, n: int) -> None:
+    """The standard deviation and the size of the noise, bit for bit: they stand side by side in the work memory."""
+    rng = np.random.default_rng(n)
+    column = np.exp(rng.standard_normal(n) * 2)
+    features = torch.from_numpy(column)[:, None]
+    kernels.mutual_info(features, torch.from_numpy(rng.integers(0, 2, n)), 2, 3, torch.zeros(n, 1).double())
+    deviation = np.std(column) or 1.0
+    size = 1e-10 * max(1.0, np.mean(np.abs(column / deviation)))
+    assert np.array([deviation, size]).tobytes() in kernels.work.numpy().tobytes()
+
+
+@EXACT_OR_NOISE
+def test_same_bits_on_every_schedule(kernels: Kernels, noise: bool) -> None:
+    """The order in which threads and blocks run, and the features taken at a time, change no bit of any result."""
+    rng = np.random.default_rng(7)
+    features = make_features(rng, 500, 7)
+    labels, drawn = torch.from_numpy(rng.integers(0, 9, 500)), normal(rng, features, noise)
+    results = []
+    for seed in range(4):
+        kernels.seed(seed)
+        results.append(kernels.mutual_info(features, labels, 9, 3, drawn, features_at_once=1 + 2 * seed))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_labels_outside(kernels: Kernels) -> None:
+    features = torch.randn(50, 3)
+    for label in (-1, 4, 2**40):
+        labels = torch.zeros(50, dtype=torch.int64)
+        labels[[17, 30]] = label
+        out = kernels.mutual_info(features, labels, 4, 3)
+        assert kernels.outside == (17, label)
+        assert out.isnan().all()
