@@ -208,12 +208,14 @@ def test_sizes_of_classes(kernels: Kernels, noise: bool) -> None:
 
 
 def test_largest_values(kernels: Kernels) -> None:
-    """Differences of the largest doubles do not overflow."""
+    """Differences of the largest doubles do not overflow: a sample stands alone, far from the others of its class."""
     rng = np.random.default_rng(6)
-    features = torch.from_numpy(rng.standard_normal((80, 4)))
-    features *= torch.finfo(torch.float64).max / features.abs().amax(0)
-    check(kernels, features, torch.from_numpy(rng.integers(0, 3, 80)), 3, 3)
-    check(kernels, features[:12], torch.from_numpy(rng.integers(0, 3, 12)), 3, 3)
+    for n in (12, 80):
+        features = torch.from_numpy(rng.uniform(-1, 1, (n, 4)))
+        labels = torch.arange(n) % 3
+        features[labels == 1] = -features[labels == 1].abs()
+        features[1] = 1
+        check(kernels, features * torch.finfo(torch.float64).max, labels, 3, 3)
 
 
 @pytest.mark.parametrize("n", [12, 300])
