@@ -33,8 +33,8 @@ STABLE_TORCH_LIBRARY(csg_ext, m) {
       "gate_step_(Tensor(a!) gate, Tensor? grad, Tensor(b!)? momentum_buffer, float lr, float momentum,"
       " float dampening, float weight_decay, bool nesterov, bool first_step, bool euclidean) -> ()");
 
-  // psi: round(digamma(i) * 2^psi_bits), i in [0, N]. noise: standard normal (N, K), added as scikit-learn does; absent:
-  // ties are counted exactly. multiclass: MI with the label itself, (K, 1), instead of (K, C).
+  // psi: round(digamma(i) * 2^psi_bits), i in [0, N]. noise: standard normal (N, K), added as scikit-learn does;
+  // absent: ties are counted exactly. multiclass: MI with the label itself, (K, 1), instead of (K, C).
   m.def(
       "class_mutual_info(Tensor features, Tensor labels, int num_classes, int n_neighbors, Tensor? noise,"
       " bool multiclass, Tensor psi, int psi_bits) -> Tensor");
