@@ -8,6 +8,7 @@ namespace csg {
 namespace {
 
 constexpr int kWords = 624, kShift = 397;
+constexpr int64_t kSquare = 8;
 constexpr int64_t kTile = 1 << 17;  // numbers drawn before they are turned into columns: stay in the cache
 
 // The next 624 words of the Mersenne Twister MT19937 (Matsumoto and Nishimura, 1998).
@@ -101,10 +102,16 @@ void standard_normal_cpu(NormalState& state, int64_t n, int64_t k, int64_t begin
       state.has_gauss = (count - old) % 2 != 0;
       state.gauss = state.has_gauss ? tile[size_t(count)] : 0.0;
     }
-    parallel_ranges(parallel_for, end - begin, std::max<int64_t>(1, 16384 / here), [&](int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j)
-        for (int64_t i = 0; i < here; ++i) out[j * n + first + i] = tile[size_t(i * k + begin + j)];
-    });
+    // Square by square: with one column after the other, rows of 2^j numbers would share a few sets of the cache.
+    const int64_t squares = (end - begin + kSquare - 1) / kSquare;
+    parallel_ranges(parallel_for, squares, std::max<int64_t>(1, 16384 / (here * kSquare)),
+                    [&](int64_t from, int64_t to) {
+                      for (int64_t left = from * kSquare; left < std::min(to * kSquare, end - begin); left += kSquare)
+                        for (int64_t top = 0; top < here; top += kSquare)
+                          for (int64_t i = top; i < std::min(top + kSquare, here); ++i)
+                            for (int64_t j = left; j < std::min(left + kSquare, end - begin); ++j)
+                              out[j * n + first + i] = tile[size_t(i * k + begin + j)];
+                    });
   }
 }
 
