@@ -565,7 +565,7 @@ static double direct(const MutualInfo& p, const Workspace& w, const double* x, i
     for (int64_t i = 0; i < p.n; ++i) size += w.group[i] == g;
     if (size == 1)
       for (int64_t i = 0; i < p.n; ++i) w.group[i] = w.group[i] == g ? -1 : w.group[i];
-    if (size > 1) total += size, psi_sizes += double(size) * (double(p.psi[size]) * unit);
+    if (size > 1) total += size, psi_sizes += rounded(double(size) * (double(p.psi[size]) * unit));
   }
   if (total == 0) return 0;
   for (int64_t i = 0; i < p.n; ++i) {
