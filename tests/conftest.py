@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Idle OpenMP threads that spin take the other core from whatever runs beside the tests; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 import csg_ext  # noqa: F401  (loads the operators)
+
+# A run started in the background may ignore Ctrl-C, and so would what the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LEVELS = {0: "baseline", 1: "avx2", 2: "avx512"}
