@@ -528,12 +528,6 @@ CSG_INLINE void copy_row(X* to, int64_t count, const X* row, int64_t n) {
     return;
   }
   for (int64_t s = 0; s < count; ++s, to += n) {
-#ifdef REP
-    if (n * int64_t(sizeof(X)) > REP) {
-      __builtin_memcpy(to, row, size_t(n) * sizeof(X));
-      continue;
-    }
-#endif
     for (int64_t i = 0; i + lanes <= n; i += lanes) store_bits(to + i, load_bits<VecU32>(row + i));
     if (n % lanes) store_bits(to + n - lanes, load_bits<VecU32>(row + n - lanes));
   }

@@ -195,15 +195,25 @@ CSG_STAGE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int32
       sort_pairs(w.value + starts[i], w.label + starts[i], starts[i + 1] - starts[i]);
 }
 
+// v with the two of each pair of lanes exchanged.
+template <typename V, size_t... I>
+CSG_INLINE V exchange_pairs(V v, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, int(I ^ 1)...);
+#else
+  return __builtin_shuffle(v, decltype(v < v){int(I ^ 1)...});
+#endif
+}
+
 // Swaps neighbours in the wrong order, pair by pair from `begin` on: most buckets hold two or three values, and this
 // takes no branch that depends on them.
 CSG_STAGE void order_pairs(double* value, int32_t* label, int64_t begin, int64_t n) {
-  VecI64 partner, odd;
-  VecI32Half partner_half;
-  for (int i = 0; i < kDoubles; ++i) partner[i] = i ^ 1, partner_half[i] = i ^ 1, odd[i] = -(i & 1);
+  constexpr std::make_index_sequence<kDoubles> lanes;
+  VecI64 odd;
+  for (int i = 0; i < kDoubles; ++i) odd[i] = -(i & 1);
   for (int64_t i = begin; i + kDoubles <= n; i += kDoubles) {
-    const VecD v = load_bits<VecD>(value + i), w = __builtin_shuffle(v, partner);
-    const VecI32Half l = load_bits<VecI32Half>(label + i), m = __builtin_shuffle(l, partner_half);
+    const VecD v = load_bits<VecD>(value + i), w = exchange_pairs(v, lanes);
+    const VecI32Half l = load_bits<VecI32Half>(label + i), m = exchange_pairs(l, lanes);
     const VecI64 swap = ((VecI64)(v > w) & ~odd) | ((VecI64)(w > v) & odd);
     store_bits(value + i, swap ? w : v);
     store_bits(label + i, __builtin_convertvector(swap, VecI32Half) ? m : l);
