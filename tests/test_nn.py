@@ -86,8 +86,23 @@ def test_gated_model_paths():
     torch.testing.assert_close(model.pooled_features(x), pooled)
     torch.testing.assert_close(model(x), std)
     torch.testing.assert_close(model(x, y), csg)
-    for got, expected in zip(model.both_paths(features, y), (std, csg), strict=True):
+    torch.testing.assert_close(model(x, y, path="std"), std)
+    torch.testing.assert_close(model(x, y, path="csg"), csg)
+    for got, expected in zip(model(x, y, path="both"), (std, csg), strict=True):
         torch.testing.assert_close(got, expected)
+    rows = F.one_hot(y, 3).double()
+    for got, expected in zip(model(x, rows, path="both"), (std, csg), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gated_model_refuses_a_path_that_it_cannot_take():
+    model = GatedModel(_Conv(), 3, num_filters=6)
+    x = torch.randn(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="path must be 'std', 'csg', 'both' or None, got 'gated'"):
+        model(x, path="gated")
+    for path in ("csg", "both"):
+        with pytest.raises(ValueError, match=f"labels must be given for path='{path}', got None"):
+            model(x, path=path)
 
 
 def test_std_path_gives_the_gate_no_gradient_and_the_csg_path_does():

@@ -35,6 +35,18 @@ def l1_density(gate: Tensor) -> Tensor:
     return gate.abs().sum() / gate.numel()
 
 
+def resolve_path(name: str, labels: Tensor | None, path: str | None) -> str:
+    """The path to take, one of "std", "csg" and "both"; None means "std" without labels and "csg" with labels.
+
+    `name` stands at the beginning of the errors.
+    """
+    if path not in (None, "std", "csg", "both"):
+        raise ValueError(f"{name}: path must be 'std', 'csg', 'both' or None, got {path!r}")
+    if labels is None and path in ("csg", "both"):
+        raise ValueError(f"{name}: labels must be given for path={path!r}, got None")
+    return path or ("std" if labels is None else "csg")
+
+
 def _pool(x: Tensor) -> Tensor:
     """The global average pool, (N, K), of x (N, K, *spatial)."""
     return x.flatten(2).mean(2) if x.dim() > 2 else x
@@ -93,8 +105,9 @@ class ClassSpecificGate(nn.Module):
 class GatedModel(nn.Module):
     """A backbone, a class-specific gate and a linear classifier: the two forward paths of the method.
 
-    forward(x)          STD path: classifier(avgpool(features)), the only one to evaluate with (labels are unknown then)
-    forward(x, labels)  CSG path: classifier(G[labels] * avgpool(features))
+    forward(x)                       STD path: classifier(avgpool(features)); evaluate with it (labels are unknown then)
+    forward(x, labels)               CSG path: classifier(G[labels] * avgpool(features))
+    forward(x, labels, path="both")  the logits of both, from one pass through backbone and pooling
 
     Arguments: backbone maps x to a feature map (N, K, *spatial); num_filters is K, taken from `backbone.num_filters`
     when not given. The state dict holds the gate beside the weights.
@@ -130,16 +143,20 @@ class GatedModel(nn.Module):
         """The ungated pooled features, (N, K): what mutual information is measured on."""
         return _pool(self.forward_features(x))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (N, C) of the STD path, or of the CSG path when labels are given."""
-        return self.classify(self.forward_features(x), labels)
+    def forward(
+        self, x: Tensor, labels: Tensor | None = None, path: str | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (N, C) of one path, or of both: (STD logits, CSG logits).
 
-    def classify(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (N, C) from a feature map (N, K, *spatial), gated by the labels' rows when labels are given."""
-        return self.classifier(_pool(features) if labels is None else self.csg(features, labels))
-
-    def both_paths(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the STD path and of the CSG path, from one read of the feature map."""
+        labels: int64 (N,), or float rows (N, C) (mixup, cutmix). path: "std", "csg" or "both"; None means "std"
+        without labels and "csg" with labels.
+        """
+        path = resolve_path("GatedModel", labels, path)
+        features = self.forward_features(x)
+        if path == "std" or labels is None:
+            return self.classifier(_pool(features))
+        if path == "csg":
+            return self.classifier(self.csg(features, labels))
         gated, pooled = gated_pool(features, self.gate, labels, return_pooled=True)
         return self.classifier(pooled), self.classifier(gated)
 

@@ -106,7 +106,7 @@ class AlternateTraining(pl.LightningModule):
         elif path == CSG:
             csg_logits = self.model(x, labels)
         else:
-            std_logits, csg_logits = self.model.both_paths(self.model.forward_features(x), labels)
+            std_logits, csg_logits = self.model(x, labels, path="both")
         loss, sums, n = torch.zeros((), device=x.device), self.sums, len(labels)
         if std_logits is not None:
             std_loss = F.cross_entropy(std_logits, labels)
