@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import signal
@@ -55,6 +56,11 @@ _HELP = {
 _OUTPUT, _MIS_OUTPUT = "runs/train", "runs/mis"
 
 
+def _names(text: str) -> list[str]:
+    """The parts of a comma-separated list; quotes keep a comma inside a name."""
+    return next(csv.reader([text], skipinitialspace=True), [])
+
+
 def _parser() -> argparse.ArgumentParser:
     from csg_ext.training.config import TrainConfig
 
@@ -81,13 +87,59 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="image folder, torchvision's folder of CIFAR-10/100 or an MNIST, IDX files, or .npz",
+        help="image folder, WebDataset shards, torchvision's folder of CIFAR-10/100 or an MNIST, IDX files, or .npz",
     )
     data.add_argument(
-        "--image-size", type=int, metavar="N", default=argparse.SUPPRESS, help="side that images of a folder get"
+        "--classes",
+        type=_names,
+        metavar="A,B,...",
+        default=argparse.SUPPRESS,
+        help="the classes to use, labelled in this order",
     )
     data.add_argument(
-        "--strict", action="store_true", default=argparse.SUPPRESS, help="an unreadable image is an error"
+        "--imbalance",
+        type=float,
+        metavar="RATIO",
+        default=argparse.SUPPRESS,
+        help="make the train part long-tailed: its largest class RATIO times its smallest, in the classes' order",
+    )
+    data.add_argument(
+        "--channels",
+        type=int,
+        choices=(1, 3),
+        default=argparse.SUPPRESS,
+        help="use the images in grey (1) or in colour (3); by default as they are",
+    )
+    data.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="side that images of folders or shards get",
+    )
+    data.add_argument(
+        "--test-share",
+        type=float,
+        metavar="SHARE",
+        default=argparse.SUPPRESS,
+        help="what is held out of every class where the data has no test part (default 0.2)",
+    )
+    data.add_argument(
+        "--split-seed",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="seed of that split and of the imbalance (default 0, whatever --seed is)",
+    )
+    data.add_argument(
+        "--memory-limit",
+        type=float,
+        metavar="GIB",
+        default=argparse.SUPPRESS,
+        help="what decoded images of folders or shards may take (default 4)",
+    )
+    data.add_argument(
+        "--strict", action="store_true", default=argparse.SUPPRESS, help="a damaged image or shard is an error"
     )
     data.add_argument(
         "--hold-out",
@@ -173,12 +225,25 @@ def _train(arguments: dict[str, Any]) -> int:
 
     from csg_ext.training.config import TrainConfig
 
-    source: dict[str, Any] = {"data": None, "image_size": None, "strict": False, "hold_out": None}
+    source: dict[str, Any] = {
+        "data": None,
+        "classes": None,
+        "imbalance": None,
+        "channels": None,
+        "image_size": None,
+        "test_share": 0.2,
+        "split_seed": 0,
+        "memory_limit": 4.0,
+        "strict": False,
+        "hold_out": None,
+    }
     run_file = folder / RUN
     if resume:
         if not run_file.is_file():
             raise FileNotFoundError(f"--resume expects a run in {folder}, which has no {RUN}")
-        stored = _same_request(json.loads(run_file.read_text()), arguments)
+        stored = json.loads(run_file.read_text())
+        stored["source"] = source | stored["source"]  # an older run knew fewer settings
+        stored = _same_request(stored, arguments)
         config, source, fingerprint = TrainConfig(**stored["config"]), stored["source"], stored["sha256"]
     else:
         source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
@@ -196,15 +261,14 @@ def _train(arguments: dict[str, Any]) -> int:
     begun = time.monotonic()
     data = load_images(
         source["data"],
-        image_size=source["image_size"],
-        strict=source["strict"],
-        seed=config.seed,
+        seed=source["split_seed"],
         progress=lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False),
+        **{key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")},
     )
     if source["hold_out"]:
         data = data.hold_out(source["hold_out"])
     if data.skipped:
-        print(f"{len(data.skipped)} images do not decode and are left out:", file=sys.stderr)
+        print(f"{len(data.skipped)} damaged images or shards are left out:", file=sys.stderr)
         for line in data.skipped[:10]:
             print(f"  {line}", file=sys.stderr)
         if len(data.skipped) > 10:

@@ -1,145 +1,146 @@
-"""Reader of image folders: train/ with val/ or test/, or one folder per class with a seeded split."""
+"""Image folders: train/ with val/ or test/, or one folder per class; and decoding an index into memory."""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from csg_ext.data import decode
 from csg_ext.data.images import ImageData
+from csg_ext.data.index import PARTS, ImageIndex, ImageList
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-TEST_FOLDERS = ("val", "valid", "validation", "test")
 KEPT_SIZE = 64  # images up to this side are used as they are when they all share one size
 DEFAULT_SIZE = 32
-TEST_SHARE = 0.2
+_GIB = 2**30
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    """Image files of every subfolder of root, sorted."""
+def _image_files(folder: Path, below: str) -> list[str]:
+    """Paths of the image files in a folder and its subfolders, each after `below`; follows no links to folders."""
+    found: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                found += _image_files(Path(entry.path), f"{below}{entry.name}/")
+            elif os.path.splitext(entry.name)[1].lower() in decode.EXTENSIONS and entry.is_file():
+                found.append(below + entry.name)
+    return found
+
+
+def _class_folders(root: Path) -> dict[str, list[str]]:
+    """The image files of every subfolder of root, sorted, as paths below root."""
     return {
-        folder.name: sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        folder.name: sorted(_image_files(folder, f"{folder.name}/"), key=lambda path: path.split("/"))
         for folder in sorted(root.iterdir())
         if folder.is_dir() and not folder.name.startswith(".")
     }
 
 
-def _decode(path: Path, mode: str, size: int | None) -> np.ndarray:
-    """The image as uint8 (channels, H, W): the shorter side scaled to `size`, then the centre cropped."""
-    from PIL import Image, ImageOps
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as file:
-            image: Image.Image = file.convert(mode)
-    if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def read_image_folder(
-    root: Path,
-    *,
-    image_size: int | None = None,
-    strict: bool = False,
-    seed: int = 0,
-    progress: Callable[[Any], Any] = iter,
-) -> ImageData:
-    """See load_images."""
-    from PIL import Image
-
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
-    test_folder = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+def index_folder(root: Path) -> ImageIndex[ImageList]:
+    """The parts of an image folder; "train" alone where the folders of the classes lie in root itself."""
+    folders = {"train": root}
     if (root / "train").is_dir():
-        if test_folder is None:
+        folders = {part: root / name for name, part in reversed(PARTS.items()) if (root / name).is_dir()}
+        if len(folders) == 1:
             raise FileNotFoundError(
                 f"data: expected {root / 'val'} or {root / 'test'} beside {root / 'train'}, got neither"
             )
-        parts = {"train": _class_folders(root / "train"), "test": _class_folders(test_folder)}
-        unknown = sorted(parts["test"].keys() - parts["train"].keys())
+    found = {part: _class_folders(folder) for part, folder in folders.items()}
+    classes = sorted(found["train"])
+    if not any(found["train"].values()):
+        raise ValueError(
+            f"data: expected folders of images ({', '.join(sorted(decode.EXTENSIONS))}) in {root}, got no image"
+        )
+    parts = {}
+    for part, files in found.items():
+        unknown = sorted(files.keys() - found["train"].keys())
         if unknown:
             raise ValueError(
-                f"data: every class of {test_folder} must be in {root / 'train'}, got {unknown[0]!r} only there"
+                f"data: every class of {folders[part]} must be in {folders['train']}, got {unknown[0]!r} only there"
             )
-    else:
-        parts = {"train": _class_folders(root), "test": {}}
-    classes = sorted(parts["train"])
-    if not any(parts["train"].values()):
-        raise ValueError(f"data: expected folders of images ({', '.join(sorted(EXTENSIONS))}) in {root}, got no image")
-    for name in classes:
-        if not parts["train"][name]:
-            raise ValueError(
-                f"data: expected at least one image in every class folder, got none in class {name!r} of {root}"
-            )
+        names = [os.fsencode(path) for name in classes for path in files.get(name, [])]
+        counts = [len(files.get(name, [])) for name in classes]
+        parts[part] = ImageList(
+            folders[part], np.array(names, np.bytes_), np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+        )
+    return ImageIndex(root.name, root, parts, classes)
 
-    todo = [
-        (part, classes.index(name), path)
-        for part, folders in parts.items()
-        for name, paths in folders.items()
-        for path in paths
-    ]
-    skipped: list[str] = []
-    readable: list[tuple[str, int, Path]] = []
-    modes, sizes = set(), set()
 
-    def skip(path: Path, error: Exception) -> None:
-        reason = f"{os.path.relpath(path, root)}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+def read_into_memory(
+    index: ImageIndex[ImageList],
+    *,
+    image_size: int | None,
+    channels: int | None,
+    strict: bool,
+    progress: Callable[[Any], Any],
+    memory_limit: float,
+) -> ImageData:
+    """Decodes the train part and the part that is measured on; see load_images."""
+    test = "val" if "val" in index.parts else "test"
+    parts: dict[str, ImageList] = {"train": index.parts["train"], "test": index.parts[test]}
+    skipped = list(index.skipped)
+
+    def skip(images: ImageList, position: int, error: Exception) -> None:
+        name = images.name(position)
+        if images.root != index.root:
+            name = f"{os.path.relpath(images.root, index.root)}/{name}"
+        line = f"{name}: {decode.reason(error)}"
         if strict:
-            raise ValueError(f"data: with strict every image must decode, got {reason}") from None
-        skipped.append(reason)
+            raise ValueError(f"data: with strict every image must decode, got {line}") from None
+        skipped.append(line)
 
-    for item in todo:
-        try:
-            with Image.open(item[2]) as image:
-                modes.add(image.mode)
-                sizes.add(image.size)
-        except Exception as error:  # Pillow raises many types for a damaged file
-            skip(item[2], error)
-        else:
-            readable.append(item)
-    mode = "L" if modes <= {"1", "L", "LA", "I", "I;16", "F"} else "RGB"
+    todo: list[tuple[str, int]] = []
+    modes, sizes = set(), set()
+    for part, images in parts.items():
+        for position in range(len(images)):
+            try:
+                mode, size = images.header(position)
+            except Exception as error:  # Pillow raises many types for a damaged file
+                skip(images, position, error)
+            else:
+                modes.add(mode)
+                sizes.add(size)
+                todo.append((part, position))
+    if channels is None:
+        channels = 1 if all(map(decode.is_grey, modes)) else 3
     if image_size is None and (len(sizes) != 1 or max(next(iter(sizes))) > KEPT_SIZE):
         image_size = DEFAULT_SIZE
+    width, height = (image_size, image_size) if image_size is not None else next(iter(sizes))
+    need = len(todo) * channels * height * width / _GIB
+    if need > memory_limit:
+        raise ValueError(
+            f"data: {len(todo)} images of {channels} x {height} x {width} take {need:.1f} GiB in memory, more than the "
+            f"memory_limit of {memory_limit:g} GiB; a smaller image_size or fewer classes take less, and "
+            "csg_ext.data.image_loader streams them"
+        )
 
-    images: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    pixels: dict[str, list[np.ndarray]] = {"train": [], "test": []}
     labels: dict[str, list[int]] = {"train": [], "test": []}
-    for part, label, path in progress(readable):
+    for part, position in progress(todo):
+        images = parts[part]
         try:
-            array = _decode(path, mode, image_size)
+            image = images.image(position, channels)
         except Exception as error:
-            skip(path, error)
+            skip(images, position, error)
         else:
-            images[part].append(array)
-            labels[part].append(label)
-
-    train_images, train_labels = images["train"], np.asarray(labels["train"], np.int64)
-    for index, name in enumerate(classes):
-        if not np.any(train_labels == index):
-            raise ValueError(f"data: no image of class {name!r} in {root} decodes, the first failure is: {skipped[0]}")
-    test_images, test_labels = images["test"], np.asarray(labels["test"], np.int64)
-    if not (root / "train").is_dir():
-        held_out = _stratified(train_labels, seed)
-        test_images = [im for im, out in zip(train_images, held_out, strict=True) if out]
-        train_images = [im for im, out in zip(train_images, held_out, strict=True) if not out]
-        train_labels, test_labels = train_labels[~held_out], train_labels[held_out]
-    if not test_images:
-        raise ValueError(f"data: expected at least one readable test image in {test_folder or root}, got none")
+            pixels[part].append(decode.to_array(image if image_size is None else decode.fit(image, image_size)))
+            labels[part].append(int(images.labels[position]))
+    for part, images in parts.items():
+        for label in range(len(index.classes)):
+            if label not in labels[part]:
+                raise ValueError(
+                    f"data: no image of class {index.classes[label]!r} in {images.root} decodes, "
+                    f"the first failure is: {skipped[0]}"
+                )
     return ImageData(
-        root.name, np.stack(train_images), train_labels, np.stack(test_images), test_labels, classes, skipped
+        index.name,
+        np.stack(pixels["train"]),
+        np.asarray(labels["train"], np.int64),
+        np.stack(pixels["test"]),
+        np.asarray(labels["test"], np.int64),
+        index.classes,
+        skipped,
     )
-
-
-def _stratified(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A mask over the samples: a seeded fifth of every class (at least one, unless it has a single image)."""
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        mask[members[: min(len(members) - 1, max(1, round(TEST_SHARE * len(members))))]] = True
-    return mask

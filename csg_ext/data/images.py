@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from csg_ext.data import select
+
+if TYPE_CHECKING:
+    from csg_ext.data.index import ArrayList, ImageIndex, ImageList
 
 EMBEDDED = Path(__file__).with_name("fashion_mnist_14k.npz")
 
@@ -45,6 +50,12 @@ class ImageData:
                 raise ValueError(
                     f"{self.name}: {part}_labels must lie in [0, {len(self.classes)}), "
                     f"got {labels.min()} to {labels.max()}"
+                )
+            counts = np.bincount(labels, minlength=len(self.classes))
+            if counts.min() == 0:
+                raise ValueError(
+                    f"{self.name}: the {part} part must hold at least one image of every class, "
+                    f"got none of class {self.classes[int(counts.argmin())]!r}"
                 )
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             raise ValueError(
@@ -94,6 +105,24 @@ class ImageData:
             test_labels=self.train_labels[held],
         )
 
+    def index(self) -> ImageIndex[ArrayList]:
+        """The set as an index of its images, which are told apart by their positions."""
+        from csg_ext.data.index import ArrayList, ImageIndex
+
+        parts = {
+            "train": ArrayList("train", self.train_images, np.arange(len(self.train_labels)), self.train_labels),
+            "test": ArrayList("test", self.test_images, np.arange(len(self.test_labels)), self.test_labels),
+        }
+        return ImageIndex(self.name, Path(self.name), parts, self.classes)
+
+    def with_channels(self, channels: int) -> ImageData:
+        """The set in grey (1: ITU-R 601 luma, as in Pillow) or in colour (3: grey repeated)."""
+        return replace(
+            self,
+            train_images=_with_channels(self.train_images, channels),
+            test_images=_with_channels(self.test_images, channels),
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes an .npz that load_images reads back."""
         np.savez(
@@ -106,36 +135,118 @@ class ImageData:
         )
 
 
+def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] not in (1, 3):
+        raise ValueError(f"data: channels applies to images of 1 or 3 channels, got {images.shape[1]}")
+    if channels == 3:
+        return np.repeat(images, 3, axis=1)
+    grey = np.empty((len(images), 1, *images.shape[2:]), np.uint8)
+    for start in range(0, len(images), 1024):  # bounds the 32-bit intermediate
+        part = images[start : start + 1024].astype(np.uint32)
+        grey[start : start + 1024, 0] = (19595 * part[:, 0] + 38470 * part[:, 1] + 7471 * part[:, 2] + 0x8000) >> 16
+    return grey
+
+
 def load_images(
     path: str | Path | None = None,
     *,
+    classes: Sequence[str] | None = None,
+    imbalance: float | None = None,
+    channels: int | None = None,
     image_size: int | None = None,
+    test_share: float = select.TEST_SHARE,
     strict: bool = False,
     seed: int = 0,
+    memory_limit: float = 4.0,
     progress: Callable[[Any], Any] = iter,
 ) -> ImageData:
-    """Reads the embedded Fashion-MNIST subset (path None) or the images at `path`.
+    """Reads the embedded Fashion-MNIST subset (path None) or the images at `path` into memory.
 
     path may be torchvision's folder of CIFAR-10, CIFAR-100, MNIST, Fashion-MNIST or KMNIST, a folder of IDX files
-    (gzipped or not), a folder of images (train/ with val/ or test/, or one folder per class, of which a seeded fifth
-    is held out), or an .npz with the arrays of ImageData.
-    image_size: side in pixels that images of a folder are resized and cropped to; by default they keep their size when
-    they all share one of at most 64 x 64, and get 32 otherwise. Other layouts take no image_size.
-    strict: an image that does not decode is an error instead of being skipped and named in `skipped`.
-    progress: wraps the list of image files while they are decoded, e.g. tqdm.
+    (gzipped or not), a folder of images (train/ with val/ or test/, or one folder per class), WebDataset shards (a
+    folder of .tar files, one of them, or several as in "train-{000..009}.tar"), or an .npz with the arrays of
+    ImageData. docs/data.md has every layout.
+    classes: the classes to use, labelled in this order. imbalance: makes the train part long-tailed, its largest class
+    `imbalance` times its smallest (see select.long_tail). channels: 1 makes colour images grey, 3 grey ones colour;
+    None keeps the set's own.
+    image_size: side in pixels that images of folders and shards are resized and cropped to; by default they keep their
+    size when they all share one of at most 64 x 64, and get 32 otherwise. Other layouts take no image_size.
+    test_share: what is held out of every class where the set has no test part of its own. seed: of that split and of
+    the imbalance.
+    strict: an image or shard that is damaged is an error instead of being skipped and named in `skipped`.
+    memory_limit: GiB that images of folders and shards may take once decoded; csg_ext.data.image_loader has no limit.
+    progress: wraps the lists of shards and images while they are read, e.g. tqdm.
 
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path.
     """
-    from csg_ext.data import folder, formats
+    if isinstance(classes, str):
+        raise TypeError(f"data: classes must be a list of class names, got the text {classes!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
+    found = find_images(path, strict=strict, progress=progress)
+    if isinstance(found, ImageData):
+        if image_size is not None and found.train_images.shape[2:] != (image_size, image_size):
+            raise ValueError(
+                f"data: image_size applies to image folders and shards, got {image_size} for "
+                f"{found.train_images.shape[2]} x {found.train_images.shape[3]} images in {path}"
+            )
+        if classes is not None or imbalance is not None:
+            found = _chosen(found, classes, imbalance, seed)
+        return found if channels is None else found.with_channels(channels)
+
+    from csg_ext.data.folder import read_into_memory
+
+    index = found.subset(classes)
+    if len(index.parts) == 1:
+        index = index.split("test", test_share, seed)
+    return read_into_memory(
+        index.check().imbalanced(imbalance, seed),
+        image_size=image_size,
+        channels=channels,
+        strict=strict,
+        progress=progress,
+        memory_limit=memory_limit,
+    )
+
+
+def _chosen(data: ImageData, classes: Sequence[str] | None, imbalance: float | None, seed: int) -> ImageData:
+    index = data.index().subset(classes).imbalanced(imbalance, seed)
+    train, test = index.parts["train"], index.parts["test"]
+    return replace(
+        data,
+        train_images=data.train_images[train.positions],
+        train_labels=train.labels,
+        test_images=data.test_images[test.positions],
+        test_labels=test.labels,
+        classes=index.classes,
+    )
+
+
+def find_images(
+    path: str | Path | None, *, strict: bool = False, progress: Callable[[Any], Any] = iter
+) -> ImageData | ImageIndex[ImageList]:
+    """The set at path: in memory where its layout is packed, else an index. See load_images."""
+    from csg_ext.data import formats
 
     if path is None:
         return formats.read_npz(EMBEDDED, name="Fashion-MNIST, 14k subset")
+    shards = _named_shards(str(path))
+    if shards:
+        from csg_ext.data.shards import index_shards, parts_by_name
+
+        return index_shards(shards[0].parent, parts_by_name(shards), strict=strict, progress=progress)
     root = Path(path)
     if not root.exists():
-        raise FileNotFoundError(f"data: expected a folder or an .npz file, got {root}, which does not exist")
+        raise FileNotFoundError(
+            f"data: expected a folder, .tar shards or an .npz file, got {root}, which does not exist"
+        )
     if root.is_file():
         if root.suffix != ".npz":
-            raise ValueError(f"data: expected a folder or an .npz file, got the file {root}")
+            raise ValueError(f"data: expected a folder, .tar shards or an .npz file, got the file {root}")
         return formats.read_npz(root)
     try:
         entries = sorted(root.iterdir())
@@ -144,15 +255,43 @@ def load_images(
     for read in (formats.read_cifar, formats.read_idx_folder):
         data = read(root)
         if data is not None:
-            if image_size is not None and data.train_images.shape[2:] != (image_size, image_size):
-                raise ValueError(
-                    f"data: image_size applies to image folders, got {image_size} for "
-                    f"{data.train_images.shape[2]} x {data.train_images.shape[3]} images in {root}"
-                )
             return data
-    if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
-        return folder.read_image_folder(root, image_size=image_size, strict=strict, seed=seed, progress=progress)
+    return _index_directory(root, entries, strict, progress)
+
+
+def _named_shards(path: str) -> list[Path]:
+    """The shards that a path which ends in .tar names, braces as in "train-{000..009}.tar" expanded; else none."""
+    if not path.endswith(".tar") or Path(path).is_dir():
+        return []
+    if "://" in path or path.startswith("pipe:"):
+        raise ValueError(f"data: expected shards in the file system, got {path!r}")
+    names = [path]
+    if "{" in path:
+        from braceexpand import braceexpand
+
+        names = list(braceexpand(path))
+    for name in names:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"data: expected the shard {name}, which does not exist")
+    folders = sorted({str(Path(name).parent) for name in names})
+    if len(folders) > 1:
+        raise ValueError(f"data: shards must lie in one folder, got {folders[0]} and {folders[1]}")
+    return [Path(name) for name in names]
+
+
+def _index_directory(
+    root: Path, entries: list[Path], strict: bool, progress: Callable[[Any], Any]
+) -> ImageIndex[ImageList]:
+    from csg_ext.data.folder import index_folder
+    from csg_ext.data.shards import find_shards, index_shards
+
+    shards = find_shards(root)
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if shards:
+        return index_shards(root, shards, strict=strict, progress=progress)
+    if folders:
+        return index_folder(root)
     raise ValueError(
-        f"data: expected an image folder, torchvision's layout of CIFAR or MNIST, or IDX files, got {root}, "
+        f"data: expected an image folder, shards, torchvision's layout of CIFAR or MNIST, or IDX files, got {root}, "
         f"which holds {'none of them' if entries else 'nothing'}"
     )
