@@ -118,7 +118,7 @@ class ArrayList:
         return image.convert("RGB" if channels == 3 else "L")
 
 
-Images = TypeVar("Images", bound=ImageList | ArrayList)
+Images = TypeVar("Images", ImageList, ArrayList)
 
 
 @dataclass

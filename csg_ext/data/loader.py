@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from csg_ext.data import decode, select
 from csg_ext.data.batches import derive_seed, normalise
 from csg_ext.data.images import ImageData, find_images
-from csg_ext.data.index import ArrayList, ImageIndex, ImageList, Images
+from csg_ext.data.index import ArrayList, ImageIndex, ImageList
 
 SPLITS = ("train", "val", "test")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -247,8 +247,8 @@ def _imagenet(channels: int) -> tuple[list[float], list[float]]:
 
 
 def _parts(
-    index: ImageIndex[Images], split: str, test_share: float, val_share: float | None, seed: int
-) -> ImageIndex[Images]:
+    index: ImageIndex[Any], split: str, test_share: float, val_share: float | None, seed: int
+) -> ImageIndex[Any]:
     """The set with the part that is asked for, held out of the train part where that is wanted."""
     if len(index.parts) == 1:
         index = index.split("test", test_share, seed)
