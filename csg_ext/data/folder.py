@@ -69,6 +69,57 @@ def index_folder(root: Path) -> ImageIndex[ImageList]:
     return ImageIndex(root.name, root, parts, classes)
 
 
+class _Failures:
+    """Names what does not decode, or raises where that is an error."""
+
+    def __init__(self, index: ImageIndex[ImageList], strict: bool) -> None:
+        self.root, self.strict, self.lines = index.root, strict, list(index.skipped)
+
+    def add(self, images: ImageList, position: int, error: Exception) -> None:
+        name = images.name(position)
+        if images.root != self.root:
+            name = f"{os.path.relpath(images.root, self.root)}/{name}"
+        line = f"{name}: {decode.reason(error)}"
+        if self.strict:
+            raise ValueError(f"data: with strict every image must decode, got {line}") from None
+        self.lines.append(line)
+
+
+def _check_memory(count: int, channels: int, height: int, width: int, limit: float) -> None:
+    need = count * channels * height * width / _GIB
+    if need > limit:
+        raise ValueError(
+            f"data: {count} images of {channels} x {height} x {width} take {need:.1f} GiB in memory, more than the "
+            f"memory_limit of {limit:g} GiB; a smaller image_size or fewer classes take less, and "
+            "csg_ext.data.image_loader streams them"
+        )
+
+
+def _common_format(
+    parts: dict[str, ImageList], image_size: int | None, channels: int | None, failures: _Failures
+) -> tuple[int, int, int, bool, dict[str, list[int]]]:
+    """(channels, height, width, whether images are fitted to it, the positions to decode), from the images' headers."""
+    modes, sizes = set(), set()
+    positions: dict[str, list[int]] = {part: [] for part in parts}
+    for part, images in parts.items():
+        for position in range(len(images)):
+            try:
+                mode, size = images.header(position)
+            except Exception as error:  # Pillow raises many types for a damaged file
+                failures.add(images, position, error)
+            else:
+                modes.add(mode)
+                sizes.add(size)
+                positions[part].append(position)
+    if channels is None:
+        channels = 1 if all(map(decode.is_grey, modes)) else 3
+    if image_size is None and len(sizes) == 1 and max(next(iter(sizes))) <= KEPT_SIZE:
+        width, height = next(iter(sizes))
+        return channels, height, width, False, positions
+    side = image_size or DEFAULT_SIZE
+    return channels, side, side, True, positions
+
+
 def read_into_memory(
     index: ImageIndex[ImageList],
     *,
@@ -79,68 +130,41 @@ def read_into_memory(
     memory_limit: float,
 ) -> ImageData:
     """Decodes the train part and the part that is measured on; see load_images."""
-    test = "val" if "val" in index.parts else "test"
-    parts: dict[str, ImageList] = {"train": index.parts["train"], "test": index.parts[test]}
-    skipped = list(index.skipped)
+    parts: dict[str, ImageList] = {
+        "train": index.parts["train"],
+        "test": index.parts["val" if "val" in index.parts else "test"],
+    }
+    count = sum(map(len, parts.values()))
+    if image_size is not None:  # before the headers of a set that is far too large are read
+        _check_memory(count, channels or 1, image_size, image_size, memory_limit)
+    failures = _Failures(index, strict)
+    channels, height, width, fitted, positions = _common_format(parts, image_size, channels, failures)
+    _check_memory(sum(map(len, positions.values())), channels, height, width, memory_limit)
 
-    def skip(images: ImageList, position: int, error: Exception) -> None:
-        name = images.name(position)
-        if images.root != index.root:
-            name = f"{os.path.relpath(images.root, index.root)}/{name}"
-        line = f"{name}: {decode.reason(error)}"
-        if strict:
-            raise ValueError(f"data: with strict every image must decode, got {line}") from None
-        skipped.append(line)
-
-    todo: list[tuple[str, int]] = []
-    modes, sizes = set(), set()
-    for part, images in parts.items():
-        for position in range(len(images)):
-            try:
-                mode, size = images.header(position)
-            except Exception as error:  # Pillow raises many types for a damaged file
-                skip(images, position, error)
-            else:
-                modes.add(mode)
-                sizes.add(size)
-                todo.append((part, position))
-    if channels is None:
-        channels = 1 if all(map(decode.is_grey, modes)) else 3
-    if image_size is None and (len(sizes) != 1 or max(next(iter(sizes))) > KEPT_SIZE):
-        image_size = DEFAULT_SIZE
-    width, height = (image_size, image_size) if image_size is not None else next(iter(sizes))
-    need = len(todo) * channels * height * width / _GIB
-    if need > memory_limit:
-        raise ValueError(
-            f"data: {len(todo)} images of {channels} x {height} x {width} take {need:.1f} GiB in memory, more than the "
-            f"memory_limit of {memory_limit:g} GiB; a smaller image_size or fewer classes take less, and "
-            "csg_ext.data.image_loader streams them"
-        )
-
-    pixels: dict[str, list[np.ndarray]] = {"train": [], "test": []}
-    labels: dict[str, list[int]] = {"train": [], "test": []}
-    for part, position in progress(todo):
-        images = parts[part]
+    pixels = {part: np.empty((len(todo), channels, height, width), np.uint8) for part, todo in positions.items()}
+    kept: dict[str, list[int]] = {part: [] for part in parts}
+    for part, position in progress([(part, position) for part, todo in positions.items() for position in todo]):
         try:
-            image = images.image(position, channels)
+            image = parts[part].image(position, channels)
+            pixels[part][len(kept[part])] = decode.to_array(decode.fit(image, width) if fitted else image)
         except Exception as error:
-            skip(images, position, error)
+            failures.add(parts[part], position, error)
         else:
-            pixels[part].append(decode.to_array(image if image_size is None else decode.fit(image, image_size)))
-            labels[part].append(int(images.labels[position]))
+            kept[part].append(position)
+    labels = {part: images.labels[kept[part]] for part, images in parts.items()}
     for part, images in parts.items():
-        for label in range(len(index.classes)):
-            if label not in labels[part]:
-                raise ValueError(
-                    f"data: no image of class {index.classes[label]!r} in {images.root} decodes, "
-                    f"the first failure is: {skipped[0]}"
-                )
+        counts = np.bincount(labels[part], minlength=len(index.classes))
+        if counts.min() == 0:
+            raise ValueError(
+                f"data: no image of class {index.classes[int(counts.argmin())]!r} in {images.root} decodes, "
+                f"the first failure is: {failures.lines[0]}"
+            )
     return ImageData(
         index.name,
-        np.stack(pixels["train"]),
-        np.asarray(labels["train"], np.int64),
-        np.stack(pixels["test"]),
-        np.asarray(labels["test"], np.int64),
+        pixels["train"][: len(kept["train"])],
+        labels["train"],
+        pixels["test"][: len(kept["test"])],
+        labels["test"],
         index.classes,
-        skipped,
+        failures.lines,
     )

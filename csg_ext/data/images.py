@@ -181,8 +181,6 @@ def load_images(
 
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path.
     """
-    if isinstance(classes, str):
-        raise TypeError(f"data: classes must be a list of class names, got the text {classes!r}")
     if channels not in (None, 1, 3):
         raise ValueError(f"data: channels must be 1 or 3, got {channels}")
     if image_size is not None and image_size < 1:

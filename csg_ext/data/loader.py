@@ -229,9 +229,17 @@ def _check(split: str, channels: int | None, **counts: int | None) -> None:
     if channels not in (None, 1, 3):
         raise ValueError(f"data: channels must be 1 or 3, got {channels}")
     for name, count in counts.items():
-        low = 0 if name == "seed" else 1
+        low = 0 if name in ("seed", "num_workers") else 1
         if count is not None and count < low:
             raise ValueError(f"data: {name} must be at least {low}, got {count}")
+
+
+def _check_normalisation(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"data: {name} must have {channels} values, one per channel, got {len(values)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"data: std must be positive, got {list(std)}")
 
 
 def _cpus() -> int:
@@ -314,7 +322,16 @@ def image_loader(
     An image that does not decode makes its batch smaller, is warned of once and is listed in loader.skipped.
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path or the argument.
     """
-    _check(split, channels, batch_size=batch_size, image_size=image_size, seed=seed, shuffle_buffer=shuffle_buffer)
+    _check(
+        split,
+        channels,
+        batch_size=batch_size,
+        image_size=image_size,
+        seed=seed,
+        shuffle_buffer=shuffle_buffer,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+    )
     place, places = _ranks(rank, world_size)
     found = find_images(path, strict=strict, progress=progress)
     packed = isinstance(found, ImageData)
@@ -328,13 +345,15 @@ def image_loader(
         own_mean, own_std = _imagenet(channels)
         index = found
     index = _parts(index.subset(classes), split, test_share, val_share, split_seed).imbalanced(imbalance, split_seed)
+    mean, std = own_mean if mean is None else mean, own_std if std is None else std
+    _check_normalisation(channels, mean, std)
     training = split == "train"
     dataset = _Images(
         index.parts[split],
         size=image_size,
         channels=channels,
-        mean=own_mean if mean is None else mean,
-        std=own_std if std is None else std,
+        mean=mean,
+        std=std,
         augment=training and not packed if augment is None else augment,
         transform=transform,
         seed=seed,

@@ -54,6 +54,8 @@ def held_out(labels: Indices, order: NDArray[np.uint64], share: float) -> NDArra
 
 def class_subset(labels: Indices, classes: Sequence[str], wanted: Sequence[str]) -> tuple[Indices, Indices]:
     """(positions of the samples whose class is wanted, their labels: the position of their class in `wanted`)."""
+    if isinstance(wanted, str):
+        raise TypeError(f"data: classes must be a list of class names, got the text {wanted!r}")
     for name in wanted:
         if name not in classes:
             shown = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")

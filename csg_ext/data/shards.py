@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -42,9 +42,23 @@ def _check_member(shard: Path, member: tarfile.TarInfo) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{shard}: members must lie below the shard, got the path {member.name!r}")
+    if member.size < 0:
+        raise ValueError(f"{shard}: members must have a size of at least 0, got {member.size} for {member.name!r}")
     if not (member.isreg() or member.isdir()) or member.issparse():
         kind = _KINDS.get(member.type, f"of the type {member.type!r}")
         raise ValueError(f"{shard}: members must be regular files, got {member.name!r}, which is {kind}")
+
+
+def _label_content(shard: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes | None:
+    """What a member holds that may be a label; None for any other."""
+    if not member.name.lower().endswith(tuple(f".{suffix}" for suffix in _LABELS)):
+        return None
+    if member.size > _LABEL_BYTES:
+        raise ValueError(
+            f"{shard}: a label must take at most {_LABEL_BYTES} bytes, got {member.size} in {member.name!r}"
+        )
+    file.seek(member.offset_data)
+    return file.read(member.size)
 
 
 def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -52,7 +66,7 @@ def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[d
 
     "data" is (name, offset, size, content), the content None unless it may be a label.
     """
-    done = "its beginning"
+    done = ""
     with shard.open("rb") as file:
         end = os.fstat(file.fileno()).st_size
         try:
@@ -63,28 +77,18 @@ def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[d
                         skip(f"{below}: truncated in {member.name!r}")
                         return
                     if member.isreg():
-                        content = None
-                        if member.name.lower().endswith(tuple(f".{suffix}" for suffix in _LABELS)):
-                            if member.size > _LABEL_BYTES:
-                                raise ValueError(
-                                    f"{shard}: a label must take at most {_LABEL_BYTES} bytes, "
-                                    f"got {member.size} in {member.name!r}"
-                                )
-                            file.seek(member.offset_data)
-                            content = file.read(member.size)
-                        yield {
-                            "fname": member.name,
-                            "data": (member.name, member.offset_data, member.size, content),
-                            "__url__": below,
-                        }
+                        content = _label_content(shard, file, member)
+                        found = (member.name, member.offset_data, member.size, content)
+                        yield {"fname": member.name, "data": found, "__url__": below}
                     done = repr(member.name)
                 file.seek(archive.offset)
         except tarfile.TarError as error:
-            skip(f"{below}: no tar file, or damaged after {done}: {decode.reason(error)}")
+            what = f"truncated or damaged after {done}" if done else "no tar file"
+            skip(f"{below}: {what}: {decode.reason(error)}")
             return
         # tarfile takes a damaged or incomplete header for the end.
         if file.read(_BLOCK) != bytes(_BLOCK):
-            skip(f"{below}: truncated or damaged after {done}: there is no end-of-archive marker")
+            skip(f"{below}: truncated or damaged after {done or 'its beginning'}: there is no end-of-archive marker")
 
 
 def _label(sample: dict[str, Any]) -> Label:
@@ -103,7 +107,8 @@ def _label(sample: dict[str, Any]) -> Label:
             value = value.get("label")
     elif re.fullmatch(r"\d{1,9}", text):
         value = int(text)
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+    named = isinstance(value, str) and value != ""
+    if not named and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ValueError(f"expected a class number or name in {sample[suffix][0]!r}, got {text[:40]!r}")
     return value
 
@@ -195,7 +200,8 @@ def _numbered(images: ImageList, found: list[Label], classes: list[str], numbers
     """The images with their labels as positions among the classes."""
     for position, label in enumerate(found):
         if label not in numbers:
-            known = f"0 to {len(classes) - 1}" if isinstance(label, int) else ", ".join(classes[:10])
+            alike = [str(key) for key in numbers if isinstance(key, type(label))] or classes
+            known = ", ".join(alike[:10]) + (", ..." if len(alike) > 10 else "")
             raise ValueError(f"data: {images.name(position)}: expected a label among {known}, got {label!r}")
     return images.take(np.arange(len(images)), np.array([numbers[label] for label in found], np.int64))
 
