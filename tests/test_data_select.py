@@ -180,6 +180,21 @@ def test_train_val_and_test_are_disjoint_and_whole(tmp_path):
         image_loader(tmp_path, "val", batch_size=2)
 
 
+def test_a_held_out_part_leaves_the_sets_own_val_part_as_the_test_part(tmp_path):
+    _folder(tmp_path / "train")
+    _folder(tmp_path / "val", 5)
+    sizes = {}
+    for share in (None, 0.25):
+        for split in ("train", "val", "test"):
+            loader = image_loader(tmp_path, split, batch_size=1, val_share=share, num_workers=0)
+            sizes[share, split] = len(loader)
+    assert sizes == {(None, "train"): 60, (None, "val"): 15, (None, "test"): 15} | {
+        (0.25, "train"): 45, (0.25, "val"): 15, (0.25, "test"): 15,
+    }  # fmt: skip
+    own = [y.item() for _, y in image_loader(tmp_path, "test", batch_size=1, val_share=0.25, num_workers=0)]
+    assert own == [0] * 5 + [1] * 5 + [2] * 5
+
+
 def test_an_empty_class_of_a_packed_set_is_named(tmp_path):
     images = np.zeros((6, 1, 2, 2), np.uint8)
     with pytest.raises(

@@ -260,10 +260,10 @@ def _parts(
     """The set with the part that is asked for, held out of the train part where that is wanted."""
     if len(index.parts) == 1:
         index = index.split("test", test_share, seed)
-    if val_share is not None:
-        index = index.split("val", val_share, seed)
     elif "test" not in index.parts:  # train/ with val/ alone, as ImageNet has it
         index = replace(index, parts=index.parts | {"test": index.parts["val"]})
+    if val_share is not None:
+        index = index.split("val", val_share, seed)
     if split not in index.parts:
         raise ValueError(
             f"data: {index.root} has no {split} part: give val_share, the share of its train part to hold out"
