@@ -178,7 +178,7 @@ def _folder_of_images(root: Path) -> None:
     rng = np.random.default_rng(0)
     for name in "ab":
         (root / name).mkdir(parents=True)
-        for i in range(6):
+        for i in range(12):
             Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(root / name / f"{i}.png")
     (root / "a" / "broken.png").write_bytes(b"x")
 
