@@ -1,4 +1,4 @@
-"""The command line: `csg-ext train`, `csg-ext mis` and `csg-ext info`."""
+"""The command line: `csg-ext train`, `csg-ext mis`, `csg-ext evaluate` and `csg-ext info`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _HELP = {
     "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
 }
-_OUTPUT, _MIS_OUTPUT = "runs/train", "runs/mis"
+_OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
 
 
 def _names(text: str) -> list[str]:
@@ -198,6 +198,32 @@ def _parser() -> argparse.ArgumentParser:
     mis.add_argument(
         "--output", metavar="DIR", default=_MIS_OUTPUT, help=f"folder of the results (default {_MIS_OUTPUT})"
     )
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure one checkpoint, or two side by side",
+        description="Measures the accuracy, the class specificity and the calibration of a trained network on its "
+        "test images, or of two networks with the difference (second - first) and its 95 % confidence interval.",
+    )
+    evaluate.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="one or two of: a checkpoint file, the folder of an arm, or the folder of a run that csg-ext train wrote; "
+        "a run given alone is both its arms, beside another its CSG arm",
+    )
+    evaluate.add_argument(
+        "--data", metavar="PATH", help="images as for csg-ext train, its test part is measured (default: the run's own)"
+    )
+    evaluate.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    evaluate.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="seed of the intervals and the permutations (default 0)"
+    )
+    evaluate.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+    evaluate.add_argument(
+        "--output", metavar="DIR", default=_EVALUATE_OUTPUT, help=f"folder of the results (default {_EVALUATE_OUTPUT})"
+    )
     info = commands.add_parser("info", help="what was built and what runs here")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
@@ -283,7 +309,16 @@ def _train(arguments: dict[str, Any]) -> int:
         _clear(folder)
         write_text(
             run_file,
-            json.dumps({"config": config.as_dict(), "source": source, "sha256": data.fingerprint()}, indent=1) + "\n",
+            json.dumps(
+                {
+                    "config": config.as_dict(),
+                    "source": source,
+                    "sha256": data.fingerprint(),
+                    "statistics": data.statistics(),
+                },
+                indent=1,
+            )
+            + "\n",
         )
         if data.skipped:
             write_text(folder / "skipped.txt", "\n".join(data.skipped) + "\n")
@@ -352,6 +387,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from csg_ext import mis
 
         return _guarded("mis", lambda: mis.main(arguments), lambda: "; nothing is written")
+
+    if command == "evaluate":
+        from csg_ext import evaluate
+
+        return _guarded("evaluate", lambda: evaluate.main(arguments), lambda: "; nothing is written")
 
     output = arguments["output"]
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from csg_ext._extension import CUDA_ERROR
 from csg_ext.metrics import best_class, mutual_information_score
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info
-from csg_ext.training.files import ARRAYS, CHECKPOINT, SUMMARY, WEIGHTS, atomic_file, write_text
+from csg_ext.runs import read_safetensors
+from csg_ext.training.files import ARMS, ARRAYS, CHECKPOINT, SUMMARY, WEIGHTS, atomic_file, write_text
 
 MATRIX, PICTURE, NUMBERS = "mutual_information.npz", "mutual_information.png", "mis.json"
-_ARMS = ("std", "csg")
 _LISTED = 10  # classes that the report names
 
 
@@ -45,10 +45,10 @@ def read_features(path: str | Path, labels: str | Path | None = None) -> list[Fe
     Raises OSError or ValueError, each with one sentence.
     """
     file = Path(path)
-    if file.is_dir() and all((file / arm / ARRAYS).is_file() for arm in _ARMS):
+    if file.is_dir() and all((file / arm / ARRAYS).is_file() for arm in ARMS):
         if labels is not None:
             raise ValueError(f"--labels expects a file of features, got the run {file}, which has its labels")
-        return [_read_arm(file / arm) for arm in _ARMS]
+        return [_read_arm(file / arm) for arm in ARMS]
     if file.is_dir() or (file.name in (CHECKPOINT, WEIGHTS) and (file.parent / ARRAYS).is_file()):
         return [_read_arm(file if file.is_dir() else file.parent)]
     if file.suffix == ".npy":
@@ -58,7 +58,7 @@ def read_features(path: str | Path, labels: str | Path | None = None) -> list[Fe
     if file.suffix == ".npz":
         found = _load(file)
     elif file.suffix == ".safetensors":
-        found = _load_safetensors(file)
+        found = read_safetensors(file, only=("features", "labels"))
     else:
         raise ValueError(
             f"expected features as .npz, .npy or .safetensors, or what csg-ext train wrote, got {file}"
@@ -97,17 +97,6 @@ def _load(file: Path) -> Any:
             return {key: archive[key] for key in archive.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: expected a readable NumPy file, got one that fails with: {error}") from None
-
-
-def _load_safetensors(file: Path) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as archive:
-            keys = list(archive.keys())  # of the others, only the names are of interest
-            return {key: archive.get_tensor(key) if key in ("features", "labels") else None for key in keys}
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a readable .safetensors file, got one that fails with: {error}") from None
 
 
 def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int | None, **options: Any) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE = "#0072B2", "#D55E00"
 COLOURS = "cividis"
 _NAMED = 40  # classes that get a line of text each
+_WRITTEN = 20  # classes whose confusions are written as numbers
 
 
 def _figure(width: float, height: float, **grid: Any) -> tuple[Figure, Any]:
@@ -104,6 +105,66 @@ def plot_class_mutual_information(
     figure, axes = _figure(8, 1.5 + 0.25 * len(classes))
     figure.colorbar(_draw_matrix(axes, matrix, classes, (0, top)), ax=axes, label=unit, pad=0.01)
     axes.set_title(title, loc="left")
+    return figure, axes
+
+
+def plot_confusion(confusion: ArrayLike, classes: Sequence[str]) -> tuple[Figure, Axes]:
+    """The confusion matrix (C, C) of counts, true classes down: the share of every true class, which is also written
+    into the cells of up to 20 classes. A class without samples has an empty row."""
+    counts = np.asarray(confusion)
+    _check("plot_confusion", counts, classes)
+    if counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"plot_confusion: confusion must be (C, C), got shape {counts.shape}")
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
+    side = 2.5 + 0.35 * min(len(classes), _NAMED)
+    figure, axes = _figure(side + 0.8, side)
+    image = axes.imshow(shares, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
+    names = classes if len(classes) <= _NAMED else [""] * len(classes)
+    axes.set_xticks(range(len(classes)), names, rotation=90)
+    axes.set_yticks(range(len(classes)), names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if len(classes) <= _WRITTEN:
+        for (row, column), share in np.ndenumerate(shares):
+            if counts[row, column]:
+                colour = "black" if share > 0.5 else "white"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    figure.colorbar(image, ax=axes, label="share of the true class", pad=0.01)
+    axes.set_title(f"Accuracy {np.trace(counts) / max(1, counts.sum()):.2%}", loc="left")
+    return figure, axes
+
+
+def plot_filter_similarity(
+    similarity: ArrayLike, filter_classes: ArrayLike, classes: Sequence[str]
+) -> tuple[Figure, Axes]:
+    """The similarity matrix (K, K) of filters sorted by class, filter_classes (K,), a thin line between classes.
+
+    The diagonal, 1 by definition, is left blank, and the largest other value is the top of the colour scale.
+    """
+    s, owner = np.asarray(similarity, np.float64), np.asarray(filter_classes)
+    if owner.ndim != 1 or s.shape != (len(owner), len(owner)):
+        raise ValueError(
+            f"plot_filter_similarity: similarity and filter_classes must be (K, K) and (K,), got {s.shape} and "
+            f"{owner.shape}"
+        )
+    order = np.argsort(owner, kind="stable")
+    shown = s[order][:, order]
+    np.fill_diagonal(shown, np.nan)
+    top = float(np.nanmax(shown)) if len(owner) > 1 else 1.0
+    figure, axes = _figure(7, 6)
+    image = axes.imshow(shown, cmap=COLOURS, vmin=0, vmax=top, interpolation="nearest")
+    present, counts = np.unique(owner, return_counts=True)
+    edges = np.concatenate([[0], np.cumsum(counts)])
+    for edge in edges[1:-1]:
+        axes.axvline(edge - 0.5, color="white", linewidth=0.4)
+        axes.axhline(edge - 0.5, color="white", linewidth=0.4)
+    named = [classes[c] for c in present] if len(present) <= _NAMED else [""] * len(present)
+    axes.set_yticks((edges[:-1] + edges[1:] - 1) / 2, named)
+    axes.set_xticks([])
+    axes.set_xlabel(f"{len(owner)} filters, sorted by class")
+    figure.colorbar(image, ax=axes, label="|cosine| of the kernels", pad=0.01)
+    axes.set_title("Similarity of the filters' kernels", loc="left")
     return figure, axes
 
 

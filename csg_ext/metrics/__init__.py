@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from csg_ext.metrics.agreement import class_agreement, own_filter_accuracy
+from csg_ext.metrics.agreement import class_agreement, own_filter_accuracy, own_filter_predictions
 from csg_ext.metrics.approximate import approximate_class_mutual_info
+from csg_ext.metrics.bootstrap import Interval, paired_bootstrap, split_half_interval
+from csg_ext.metrics.cluster import (
+    cluster_accuracy,
+    cluster_predictions,
+    complement_accuracy,
+    predicted_class_accuracy,
+)
 from csg_ext.metrics.mutual_information import (
     best_class,
     class_entropy,
@@ -16,24 +23,37 @@ from csg_ext.metrics.mutual_information import (
     mutual_info_classif,
     mutual_information_score,
 )
+from csg_ext.metrics.similarity import BlockScore, block_score, filter_similarity, last_convolution
 from csg_ext.nn.gate import l1_density
 
 if TYPE_CHECKING:
     from csg_ext.metrics.metric import MutualInformationScore as MutualInformationScore
 
 __all__ = [
+    "BlockScore",
+    "Interval",
     "approximate_class_mutual_info",
     "best_class",
+    "block_score",
     "class_agreement",
     "class_entropy",
     "class_mutual_info",
+    "cluster_accuracy",
+    "cluster_predictions",
+    "complement_accuracy",
     "entropy_bound",
+    "filter_similarity",
     "gap_closed",
     "l1_density",
+    "last_convolution",
     "mis_ceiling",
     "mutual_info_classif",
     "mutual_information_score",
     "own_filter_accuracy",
+    "own_filter_predictions",
+    "paired_bootstrap",
+    "predicted_class_accuracy",
+    "split_half_interval",
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from csg_ext.metrics.mutual_information import best_class
 
@@ -21,21 +23,27 @@ def class_agreement(gate: ArrayLike, mi: ArrayLike) -> float:
     return float(np.mean(g.argmax(axis=0) == best_class(m)))
 
 
-def own_filter_accuracy(
-    features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike, labels: ArrayLike
-) -> float:
-    """Accuracy when every class is scored by its own filters alone, the gate rounded to one-hot columns.
+def own_filter_predictions(
+    features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike
+) -> NDArray[np.int64]:
+    """Predicted classes (N,) when every class is scored by its own filters alone, the gate rounded to one-hot columns.
 
     score[n, c] = bias[c] + sum of features[n, k] * weight[c, k] over the filters k whose largest gate entry is c. No
-    label enters the scores, unlike in the CSG path. Close to the STD path's accuracy: the network is ideally
-    class-specific. features (N, K), weight (C, K), bias (C,), gate (C, K), labels (N,).
+    label enters the scores, unlike in the CSG path. features (N, K), weight (C, K), bias (C,), gate (C, K).
     """
     a, w, g = np.asarray(features), np.asarray(weight), np.asarray(gate)
     if a.ndim != 2 or w.shape != g.shape or a.shape[1] != g.shape[1]:
         raise ValueError(
-            "own_filter_accuracy: features, weight and gate must be (N, K), (C, K) and (C, K), "
+            "own_filter_predictions: features, weight and gate must be (N, K), (C, K) and (C, K), "
             f"got {a.shape}, {w.shape} and {g.shape}"
         )
     owned = np.arange(g.shape[0])[:, None] == g.argmax(axis=0)
-    scores = a @ (w * owned).T + np.asarray(bias)
-    return float(np.mean(scores.argmax(axis=1) == np.asarray(labels)))
+    scores: NDArray[Any] = a @ (w * owned).T + np.asarray(bias)
+    return scores.argmax(axis=1)
+
+
+def own_filter_accuracy(
+    features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike, labels: ArrayLike
+) -> float:
+    """Accuracy of own_filter_predictions, labels (N,): near the STD path's where filters are ideally class-specific."""
+    return float(np.mean(own_filter_predictions(features, weight, bias, gate) == np.asarray(labels)))

@@ -102,10 +102,15 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
     write_text(folder / METRICS_JSON, json.dumps(history, indent=1) + "\n")
 
 
-def predict(model: GatedModel, images: NDArray[np.uint8], data: ImageData, batch_size: int = 250) -> tuple[Any, Any]:
-    """Pooled features (N, K) and logits (N, C) of the STD path as numpy arrays, in fp32 on the model's device."""
+def predict(
+    model: GatedModel, images: NDArray[np.uint8], statistics: tuple[list[float], list[float]], batch_size: int = 250
+) -> tuple[Any, Any]:
+    """Pooled features (N, K) and logits (N, C) of the STD path as numpy arrays, in fp32 on the model's device.
+
+    statistics: what ImageData.statistics() gives for the images that the model was trained on.
+    """
     device = model.gate.device
-    mean, std = data.statistics()
+    mean, std = statistics
     model.eval()
     features, logits = [], []
     with torch.inference_mode():
@@ -122,7 +127,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     numbers: accuracy, mis, mis_ceiling, mis_bound (nats) and, for the arm "csg", l1_density, class_agreement and
     one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C), features (N, K), labels.
     """
-    features, logits = predict(model, data.test_images, data)
+    features, logits = predict(model, data.test_images, data.statistics())
     labels, classes = data.test_labels, len(data.classes)
     mi = metrics.class_mutual_info(features, labels, num_classes=classes)
     gate = model.gate.detach().cpu().numpy()

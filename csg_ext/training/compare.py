@@ -24,10 +24,9 @@ import torch
 from csg_ext.data.images import ImageData
 from csg_ext.metrics import gap_closed
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARRAYS, LOG, RESULT, SUMMARY, TABLE, write_text
+from csg_ext.training.files import ARMS, ARRAYS, LOG, RESULT, SUMMARY, TABLE, write_text
 from csg_ext.training.worker import FAILED, INTERRUPTED
 
-ARMS = ("std", "csg")
 Display = Callable[[str, dict[str, Any]], None]
 _STOPPED = (INTERRUPTED, -signal.SIGINT)  # the second: before the worker could handle Ctrl-C
 _MAX_THREADS = 4  # per arm: batches of 64 small images keep no more busy

@@ -12,6 +12,7 @@ from typing import BinaryIO
 CHECKPOINT, WEIGHTS, RESULT, ARRAYS = "last.ckpt", "model.safetensors", "result.json", "arrays.npz"
 METRICS_CSV, METRICS_JSON, LOG = "metrics.csv", "metrics.json", "log.txt"
 # In the folder of the run.
+ARMS = ("std", "csg")
 RUN, SUMMARY, TABLE = "run.json", "summary.json", "table.txt"
 
 

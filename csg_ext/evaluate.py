@@ -1,0 +1,318 @@
+"""The command `csg-ext evaluate`: one checkpoint measured, or two side by side with their difference."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from csg_ext import metrics
+from csg_ext.data import ImageData, load_images
+from csg_ext.nn.gate import GatedModel
+from csg_ext.runs import StoredModel, checkpoint_files, read_checkpoint, restore
+from csg_ext.training.files import ARMS, atomic_file, write_text
+
+NUMBERS = "evaluation.json"
+CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
+_OWNERS = {"mi": "mutual information", "gate": "the gate"}
+_SPLIT_HALF = ("mis", "mis_normalized", "mis_ceiling")
+Statistics = tuple[list[float], list[float]]
+
+
+@dataclass
+class Evaluation:
+    """One network measured on N test samples.
+
+    numbers: every measure by its name, NaN where it has no value. hits: whether each sample is right, (N,) bool, for
+    every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters,
+    filter_classes (K,): by the gate where one was trained, else by mutual information.
+    """
+
+    numbers: dict[str, float]
+    hits: dict[str, NDArray[np.bool_]]
+    features: NDArray[np.float32]
+    logits: NDArray[np.float32]
+    confusion: NDArray[np.int64]
+    similarity: NDArray[np.float64]
+    filter_classes: NDArray[np.int64]
+
+
+def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, seed: int = 0) -> Evaluation:
+    """Measures a model on the test part through its STD path; docs/evaluation.md says what every number is.
+
+    statistics: mean and deviation of the channels that the model was trained with (ImageData.statistics). The filters'
+    classes by mutual information come from images of the train part, so that no test label chooses a filter. A gate
+    that is constant, as before training, counts as none.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+    from csg_ext.training.arm import predict
+
+    features, logits = predict(model, data.test_images, statistics)
+    labels, classes = data.test_labels, len(data.classes)
+    weight, bias, gate = (
+        p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias, model.gate)
+    )
+    scores, targets = torch.from_numpy(logits), torch.from_numpy(labels)
+    mi = metrics.class_mutual_info(features, labels, num_classes=classes)
+    calibration = multiclass_calibration_error(scores.softmax(1), targets, classes, n_bins=BINS, norm="l1")
+    numbers = _mutual_information(mi, logits, labels) | {
+        "mis_bound": float(metrics.class_entropy(labels, classes).max()),
+        "calibration_error": float(calibration),
+    }
+    hits = {"accuracy": logits.argmax(1) == labels}
+    owners = {"mi": _classes_on_train_part(model, data, statistics, seed)}
+    if (gate != gate[0, 0]).any():
+        owners["gate"] = gate.argmax(0)
+        hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
+        numbers["l1_density"] = model.csg.density()
+        numbers["class_agreement"] = metrics.class_agreement(gate, mi)
+    kernels = metrics.last_convolution(model.backbone, gate.shape[1]).weight
+    similarity = metrics.filter_similarity(kernels.detach().cpu().numpy())
+    for key, owner in owners.items():
+        for name, kept, complement in (
+            ("predicted_class_accuracy", logits.argmax(1), False),
+            ("cluster_accuracy", labels, False),
+            ("complement_accuracy", labels, True),
+        ):
+            found = metrics.cluster_predictions(features, weight, bias, owner, kept, complement=complement)
+            hits[f"{name}_{key}"] = found == labels
+        block = metrics.block_score(similarity, owner, permutations=PERMUTATIONS, seed=seed)
+        numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
+        numbers[f"classes_without_filter_{key}"] = classes - len(np.unique(owner))
+    numbers |= {name: float(hit.mean()) for name, hit in hits.items()}
+    confusion = multiclass_confusion_matrix(scores.argmax(1), targets, classes).numpy()
+    return Evaluation(numbers, hits, features, logits, confusion, similarity, owners.get("gate", owners["mi"]))
+
+
+def _mutual_information(mi: NDArray[Any], logits: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, float]:
+    """The measures named in _SPLIT_HALF, of mi (K, C)."""
+    bound = metrics.class_entropy(labels, mi.shape[1])
+    normalized = np.divide(mi, bound, out=np.zeros_like(mi), where=bound > 0)
+    return {
+        "mis": metrics.mutual_information_score(mi),
+        "mis_normalized": metrics.mutual_information_score(normalized),
+        "mis_ceiling": metrics.mis_ceiling(logits, labels),
+    }
+
+
+def _classes_on_train_part(model: GatedModel, data: ImageData, statistics: Statistics, seed: int) -> NDArray[np.int64]:
+    """The class that every filter tells most about on train images: as many as there are test images, at most."""
+    from csg_ext.training.arm import predict
+
+    rows = np.random.default_rng(seed).permutation(len(data.train_labels))[: len(data.test_labels)]
+    features, _ = predict(model, data.train_images[rows], statistics)
+    return metrics.best_class(
+        metrics.class_mutual_info(features, data.train_labels[rows], num_classes=len(data.classes))
+    )
+
+
+def differences(
+    first: Evaluation, second: Evaluation, labels: NDArray[np.int64], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """second - first of every measure that both have, with its interval and how that was made; see docs/evaluation.md.
+
+    Both must be measured on the same samples, in the same order. Measures without an interval have low and high None.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in second.numbers.items():
+        if name in first.numbers:
+            found[name] = {"difference": value - first.numbers[name], "low": None, "high": None, "method": None}
+    for name in first.hits.keys() & second.hits.keys():
+        interval = metrics.paired_bootstrap(
+            first.hits[name], second.hits[name], resamples=RESAMPLES, confidence=CONFIDENCE, seed=seed
+        )
+        found[name] = interval._asdict() | {"method": "paired bootstrap"}
+
+    def scores(e: Evaluation, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        mi = metrics.class_mutual_info(e.features[rows], labels[rows], num_classes=e.logits.shape[1])
+        measured = _mutual_information(mi, e.logits[rows], labels[rows])
+        return np.array([measured[name] for name in _SPLIT_HALF])
+
+    intervals = metrics.split_half_interval(
+        lambda rows: scores(second, rows) - scores(first, rows),
+        len(labels),
+        splits=SPLITS,
+        confidence=CONFIDENCE,
+        seed=seed,
+    )
+    for name, interval in zip(_SPLIT_HALF, intervals, strict=True):
+        found[name] = interval._asdict() | {"method": "split halves"}
+    return found
+
+
+_ROWS = (
+    ("accuracy", "accuracy (STD path: no label is used)", "%"),
+    ("one_hot_accuracy", "  each class scored by its own filters only (one-hot gate)", "%"),
+    ("predicted_class_accuracy_gate", "  filters of the predicted class only, by the gate", "%"),
+    ("predicted_class_accuracy_mi", "  filters of the predicted class only, by MI", "%"),
+    ("calibration_error", f"expected calibration error, {BINS} bins", "%"),
+    ("mis", "MIS: mutual information filter-class, nats", ".4f"),
+    ("mis_ceiling", "  its ceiling: the network's own class scores", ".4f"),
+    ("mis_bound", "  its bound: the largest entropy of a class", ".4f"),
+    ("mis_normalized", "  MIS, each class divided by its own entropy", ".4f"),
+    ("l1_density", "L1-density of the gate", ".4f"),
+    ("class_agreement", "filters whose gate class is their MI class", "%"),
+    ("cluster_accuracy_gate", "filters of the true class only (the label is used), by the gate", "%"),
+    ("complement_accuracy_gate", "  those filters removed", "%"),
+    ("cluster_accuracy_mi", "filters of the true class only (the label is used), by MI", "%"),
+    ("complement_accuracy_mi", "  those filters removed", "%"),
+    ("block_score_gate", "similarity of kernels, within less between classes, by the gate", ".4f"),
+    ("block_score_p_value_gate", "  p-value (permutation)", ".4f"),
+    ("classes_without_filter_gate", "  classes without a filter", "d"),
+    ("block_score_mi", "similarity of kernels, within less between classes, by MI", ".4f"),
+    ("block_score_p_value_mi", "  p-value (permutation)", ".4f"),
+    ("classes_without_filter_mi", "  classes without a filter", "d"),
+)
+
+
+def _show(value: float | None, kind: str, sign: str = "") -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:{sign}.2%}" if kind == "%" else f"{int(value):{sign}d}" if kind == "d" else f"{value:{sign}{kind}}"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as aligned text: a line for each measure that a checkpoint has."""
+    checkpoints, change = report["checkpoints"], report.get("difference")
+    lines = [["", *(c["name"] for c in checkpoints)]]
+    if change:
+        lines[0].append(f"{checkpoints[1]['name']} - {checkpoints[0]['name']} [{CONFIDENCE:.0%} interval]")
+    for key, text, kind in _ROWS:
+        values = [c["measures"].get(key) for c in checkpoints]
+        if all(value is None for value in values):
+            continue
+        cells = [text, *(_show(value, kind) for value in values)]
+        if change and key in change and "p_value" not in key:
+            d = change[key]
+            cells.append(_show(d["difference"], kind, "+"))
+            if d["low"] is not None:
+                cells[-1] += f" [{_show(d['low'], kind, '+')}, {_show(d['high'], kind, '+')}]"
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(checkpoints) + 1)]
+    text = ""
+    for line in lines:
+        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
+        text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
+    return text
+
+
+def _source(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
+    """The images to measure on: --data, or those of the run, checked to be the same."""
+    config = stored[0].config
+    if arguments["data"] is not None:
+        return load_images(arguments["data"], image_size=arguments["image_size"], seed=config.seed)
+    if arguments["image_size"] is not None:
+        raise ValueError("--image-size applies to --data, which is not given")
+    for s in stored:
+        if s.run is None:
+            raise ValueError(f"{s.file} has no run.json of its run beside it: give the images as --data PATH")
+    run = stored[0].run
+    assert run is not None
+    if any(s.run is not None and s.run["sha256"] != run["sha256"] for s in stored):
+        raise ValueError(
+            "both checkpoints must be measured on the same images, got runs on different ones: give --data"
+        )
+    source = run["source"]
+    data = load_images(source["data"], image_size=source["image_size"], strict=source["strict"], seed=config.seed)
+    if source["hold_out"]:
+        data = data.hold_out(source["hold_out"])
+    if data.fingerprint() != run["sha256"]:
+        raise ValueError(f"expected the images that the run saw, got others from {source['data'] or 'the package'}")
+    return data
+
+
+def _chosen(paths: list[str]) -> dict[str, Path]:
+    """The files to measure, by the names that the report gives them."""
+    if len(paths) > 2:
+        raise ValueError(f"expected one or two checkpoints, got {len(paths)}")
+    found = [checkpoint_files(path) for path in paths]
+    if len(found) == 2:
+        return {"first": found[0][-1], "second": found[1][-1]}  # of a run, the CSG arm
+    return dict(zip(ARMS, found[0], strict=True)) if len(found[0]) == 2 else {found[0][0].parent.name: found[0][0]}
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Runs `csg-ext evaluate` with the parsed arguments; returns the exit status."""
+    from csg_ext.training.compare import pick_device, versions
+
+    device, seed = pick_device(arguments["device"]), arguments["seed"]
+    files = _chosen(arguments["checkpoints"])
+    stored = [read_checkpoint(file) for file in files.values()]
+    data = _source(stored, arguments)
+    models = [restore(s, data).to(device) for s in stored]
+    print(f"Measuring on {data.name}: {len(data.test_labels)} test images, {len(data.classes)} classes.", flush=True)
+    for name, file in files.items():
+        print(f"  {name}: {file}", flush=True)
+    measured = []
+    for s, model in zip(stored, models, strict=True):
+        statistics = (s.run or {}).get("statistics") or data.statistics()
+        measured.append(evaluate_model(model, data, statistics, seed))
+    report = {
+        "checkpoints": [
+            {
+                "name": name,
+                "file": str(file),
+                "model": s.config.model,
+                "measures": m.numbers,
+                "confusion": m.confusion.tolist(),
+            }
+            for (name, file), s, m in zip(files.items(), stored, measured, strict=True)
+        ],
+        "data": {
+            "name": data.name,
+            "test": len(data.test_labels),
+            "shape": list(data.test_images.shape[1:]),
+            "classes": data.classes,
+            "sha256": data.fingerprint(),
+        },
+        "settings": {
+            "seed": seed,
+            "confidence": CONFIDENCE,
+            "resamples": RESAMPLES,
+            "splits": SPLITS,
+            "permutations": PERMUTATIONS,
+            "calibration_bins": BINS,
+            "device": device,
+        },
+        "versions": versions(),
+    }
+    if len(measured) == 2:
+        first, second = measured
+        report["difference"] = differences(first, second, data.test_labels, seed)
+    print("\n" + table(report))
+    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
+    print(f"Written to {arguments['output']}: {', '.join(written)}")
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    """The same with None in place of NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(folder: Path, report: dict[str, Any], measured: dict[str, Evaluation], classes: list[str]) -> list[str]:
+    from csg_ext import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / NUMBERS, json.dumps(_finite(report), indent=1) + "\n")
+    written = [NUMBERS]
+    for name, m in measured.items():
+        for stem, (figure, _) in {
+            "confusion": plots.plot_confusion(m.confusion, classes),
+            "filter_similarity": plots.plot_filter_similarity(m.similarity, m.filter_classes, classes),
+        }.items():
+            written.append(f"{stem}_{name}.png" if len(measured) > 1 else f"{stem}.png")
+            with atomic_file(folder / written[-1]) as file:
+                figure.savefig(file, format="png")
+    return written

@@ -1,0 +1,154 @@
+"""What `csg-ext train` left behind, read back safely: the checkpoints of a run, their settings and their weights.
+
+Nothing in a file is executed: torch files are read with weights_only=True, the others are safetensors and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from csg_ext.data.images import ImageData
+from csg_ext.nn.gate import GatedModel
+from csg_ext.training.config import TrainConfig
+from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS
+
+_PREFIX = "model."  # of the weights in a Lightning checkpoint
+
+
+@dataclass
+class StoredModel:
+    """The weights of one checkpoint, its settings, and what run.json says of its run (None where there is none)."""
+
+    file: Path
+    state: dict[str, Tensor]
+    config: TrainConfig
+    run: dict[str, Any] | None
+
+
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The weights at `path`: both arms' of a run's folder, one of an arm's folder, or the file itself.
+
+    In a folder the weights of a finished arm (model.safetensors) go before its last checkpoint (last.ckpt).
+    Raises FileNotFoundError with one sentence.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(
+            f"expected a checkpoint or a folder that csg-ext train wrote, got {place}: no such file"
+        )
+    if place.is_file():
+        return [place]
+    folders = [place / arm for arm in ARMS] if (place / RUN).is_file() else [place]
+    found = []
+    for folder in folders:
+        file = next((folder / name for name in (WEIGHTS, CHECKPOINT) if (folder / name).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"expected {WEIGHTS} or {CHECKPOINT} in {folder}, got neither")
+        found.append(file)
+    return found
+
+
+def read_checkpoint(file: Path) -> StoredModel:
+    """The weights in a file that csg-ext train wrote: .safetensors, or any name of a torch file.
+
+    The settings come from run.json beside the arm's folder or, where there is none, from the checkpoint itself.
+    Raises OSError or ValueError with one sentence.
+    """
+    run_file = file.absolute().parent.parent / RUN
+    run = _read_run(run_file) if run_file.is_file() else None
+    if file.suffix == ".safetensors":
+        state, config = read_safetensors(file), None
+    else:
+        state, config = _read_torch(file)
+    if run is not None:
+        config = run["config"]
+    if config is None:
+        raise ValueError(f"{file} holds weights alone: expected {RUN} of its run in {run_file.parent}, got none")
+    try:
+        return StoredModel(file, state, TrainConfig(**config), run)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected the settings of a run, got ones that fail with: {error}") from None
+
+
+def restore(stored: StoredModel, data: ImageData) -> GatedModel:
+    """The model of a checkpoint, for the channels and classes of `data`; ValueError if its weights do not fit."""
+    from csg_ext.training.arm import build_model
+
+    model = build_model(stored.config, data)
+    wanted = model.state_dict()
+    odd = sorted(wanted.keys() ^ stored.state.keys())
+    if odd:
+        state = "lacks" if odd[0] in wanted else "has beside it"
+        raise ValueError(
+            f"{stored.file}: expected the weights of {stored.config.model} with a gate, which it {state}: "
+            f"{odd[0]} (in all {len(odd)} names differ)"
+        )
+    for name, tensor in wanted.items():
+        got = stored.state[name]
+        if got.shape != tensor.shape or got.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"{stored.file}: {name} must be {_kind(tensor)} for {len(data.classes)} classes and {data.channels} "
+                f"channels, got {_kind(got)}"
+            )
+        if not bool(torch.isfinite(got).all()):
+            raise ValueError(f"{stored.file}: {name} must be finite, got NaN or infinite values")
+    model.load_state_dict(stored.state)
+    return model
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def read_safetensors(file: Path, only: Collection[str] | None = None) -> dict[str, Any]:
+    """The tensors of a file by name; of those that are not in `only`, None. ValueError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as archive:
+            return {key: archive.get_tensor(key) if only is None or key in only else None for key in archive.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a readable .safetensors file, got one that fails with: {error}") from None
+
+
+def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """(weights, settings or None) of a file that torch.save wrote."""
+    expected = f"{file}: expected a checkpoint of csg-ext"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{expected}, got a file that is none: {error}") from None
+    if packed:  # torch never compresses; a small file could unfold to any size
+        raise ValueError(f"{expected}, got a compressed archive")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged zip or pickle can raise almost anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{expected}, got one that fails with: {reason[0]}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{expected}, got a {type(content).__name__}")
+    extra = content.get("csg_ext")
+    config = extra.get("config") if isinstance(extra, dict) else None
+    state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{expected}, got {', '.join(sorted(map(str, content))[:5]) or 'an empty one'}")
+    return {str(name).removeprefix(_PREFIX): tensor for name, tensor in state.items()}, config
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected the settings of a run as JSON, got: {error}") from None
+    if not isinstance(run, dict) or not {"config", "source", "sha256"} <= run.keys():
+        raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
+    return run
