@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from csg_ext import metrics
 from csg_ext.data import ImageData, load_images
 from csg_ext.nn.gate import GatedModel
-from csg_ext.runs import StoredModel, checkpoint_files, read_checkpoint, restore
+from csg_ext.runs import StoredModel, checkpoint_files, read_checkpoint, restore, training_statistics
 from csg_ext.training.files import ARMS, atomic_file, write_text
 
 NUMBERS = "evaluation.json"
@@ -122,7 +123,7 @@ def differences(
     """
     found: dict[str, dict[str, Any]] = {}
     for name, value in second.numbers.items():
-        if name in first.numbers:
+        if name in first.numbers and "p_value" not in name:
             found[name] = {"difference": value - first.numbers[name], "low": None, "high": None, "method": None}
     for name in first.hits.keys() & second.hits.keys():
         interval = metrics.paired_bootstrap(
@@ -181,15 +182,16 @@ def _show(value: float | None, kind: str, sign: str = "") -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: a line for each measure that a checkpoint has."""
     checkpoints, change = report["checkpoints"], report.get("difference")
-    lines = [["", *(c["name"] for c in checkpoints)]]
+    names = [c["name"].upper() if c["name"] in ARMS else c["name"] for c in checkpoints]
+    lines = [["", *names]]
     if change:
-        lines[0].append(f"{checkpoints[1]['name']} - {checkpoints[0]['name']} [{CONFIDENCE:.0%} interval]")
+        lines[0].append(f"{names[1]} - {names[0]} [{CONFIDENCE:.0%} interval]")
     for key, text, kind in _ROWS:
         values = [c["measures"].get(key) for c in checkpoints]
         if all(value is None for value in values):
             continue
         cells = [text, *(_show(value, kind) for value in values)]
-        if change and key in change and "p_value" not in key:
+        if change and key in change:
             d = change[key]
             cells.append(_show(d["difference"], kind, "+"))
             if d["low"] is not None:
@@ -235,7 +237,10 @@ def _chosen(paths: list[str]) -> dict[str, Path]:
     found = [checkpoint_files(path) for path in paths]
     if len(found) == 2:
         return {"first": found[0][-1], "second": found[1][-1]}  # of a run, the CSG arm
-    return dict(zip(ARMS, found[0], strict=True)) if len(found[0]) == 2 else {found[0][0].parent.name: found[0][0]}
+    if len(found[0]) == 2:
+        return dict(zip(ARMS, found[0], strict=True))
+    file = found[0][0]
+    return {file.parent.name if file.parent.name in ARMS else file.name: file}
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -247,13 +252,19 @@ def main(arguments: dict[str, Any]) -> int:
     stored = [read_checkpoint(file) for file in files.values()]
     data = _source(stored, arguments)
     models = [restore(s, data).to(device) for s in stored]
-    print(f"Measuring on {data.name}: {len(data.test_labels)} test images, {len(data.classes)} classes.", flush=True)
+    if data.skipped:
+        print(f"{len(data.skipped)} images do not decode and are left out: {data.skipped[0]}, ...", file=sys.stderr)
+    height, width = data.test_images.shape[2:]
+    print(
+        f"Measuring on {data.name}: {len(data.test_labels)} test images, {height}x{width}, "
+        f"{len(data.classes)} classes.",
+        flush=True,
+    )
     for name, file in files.items():
         print(f"  {name}: {file}", flush=True)
     measured = []
     for s, model in zip(stored, models, strict=True):
-        statistics = (s.run or {}).get("statistics") or data.statistics()
-        measured.append(evaluate_model(model, data, statistics, seed))
+        measured.append(evaluate_model(model, data, training_statistics(s, data), seed))
     report = {
         "checkpoints": [
             {
@@ -304,13 +315,14 @@ def _finite(value: Any) -> Any:
 def _write(folder: Path, report: dict[str, Any], measured: dict[str, Evaluation], classes: list[str]) -> list[str]:
     from csg_ext import plots
 
+    top = max(float((m.similarity - np.eye(len(m.similarity))).max()) for m in measured.values())
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / NUMBERS, json.dumps(_finite(report), indent=1) + "\n")
     written = [NUMBERS]
     for name, m in measured.items():
         for stem, (figure, _) in {
             "confusion": plots.plot_confusion(m.confusion, classes),
-            "filter_similarity": plots.plot_filter_similarity(m.similarity, m.filter_classes, classes),
+            "filter_similarity": plots.plot_filter_similarity(m.similarity, m.filter_classes, classes, top),
         }.items():
             written.append(f"{stem}_{name}.png" if len(measured) > 1 else f"{stem}.png")
             with atomic_file(folder / written[-1]) as file:

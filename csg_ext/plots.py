@@ -136,11 +136,11 @@ def plot_confusion(confusion: ArrayLike, classes: Sequence[str]) -> tuple[Figure
 
 
 def plot_filter_similarity(
-    similarity: ArrayLike, filter_classes: ArrayLike, classes: Sequence[str]
+    similarity: ArrayLike, filter_classes: ArrayLike, classes: Sequence[str], top: float | None = None
 ) -> tuple[Figure, Axes]:
     """The similarity matrix (K, K) of filters sorted by class, filter_classes (K,), a thin line between classes.
 
-    The diagonal, 1 by definition, is left blank, and the largest other value is the top of the colour scale.
+    The diagonal, 1 by definition, is left blank. top of the colour scale: the largest other value when not given.
     """
     s, owner = np.asarray(similarity, np.float64), np.asarray(filter_classes)
     if owner.ndim != 1 or s.shape != (len(owner), len(owner)):
@@ -151,8 +151,9 @@ def plot_filter_similarity(
     order = np.argsort(owner, kind="stable")
     shown = s[order][:, order]
     np.fill_diagonal(shown, np.nan)
-    top = float(np.nanmax(shown)) if len(owner) > 1 else 1.0
-    figure, axes = _figure(7, 6)
+    if top is None:
+        top = float(np.nanmax(shown)) if len(owner) > 1 else 1.0
+    figure, axes = _figure(8, 6)
     image = axes.imshow(shown, cmap=COLOURS, vmin=0, vmax=top, interpolation="nearest")
     present, counts = np.unique(owner, return_counts=True)
     edges = np.concatenate([[0], np.cumsum(counts)])

@@ -6,6 +6,8 @@ Nothing in a file is executed: torch files are read with weights_only=True, the 
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -131,6 +133,8 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise ValueError(f"{expected}, got a compressed archive")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch's own message recommends to execute what the file holds
+        raise ValueError(f"{expected}, got one that holds more than tensors and plain values, or is damaged") from None
     except Exception as error:  # a damaged zip or pickle can raise almost anything
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{expected}, got one that fails with: {reason[0]}") from None
@@ -149,6 +153,24 @@ def _read_run(file: Path) -> dict[str, Any]:
         run = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: expected the settings of a run as JSON, got: {error}") from None
-    if not isinstance(run, dict) or not {"config", "source", "sha256"} <= run.keys():
+    if (
+        not isinstance(run, dict)
+        or not isinstance(run.get("config"), dict)
+        or not isinstance(source := run.get("source"), dict)
+        or not {"data", "image_size", "strict", "hold_out"} <= source.keys()
+        or not isinstance(run.get("sha256"), str)
+    ):
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
     return run
+
+
+def training_statistics(stored: StoredModel, data: ImageData) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the channels that a model was trained with: its run's or, where run.json of an earlier
+    version has none or there is no run, those of `data`. Raises ValueError if they do not fit."""
+    found = (stored.run or {}).get("statistics")
+    if found is None:
+        return data.statistics()
+    shaped = isinstance(found, list) and [len(v) if isinstance(v, list) else 0 for v in found] == [data.channels] * 2
+    if not shaped or not all(isinstance(v, float) and math.isfinite(v) for v in found[0] + found[1]):
+        raise ValueError(f"{stored.file}: run.json must hold the statistics of {data.channels} channels, got {found!r}")
+    return found[0], found[1]

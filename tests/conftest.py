@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
+from pathlib import Path
 
 # Idle OpenMP threads that spin take the other core from whatever runs beside the tests; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import pytest
 import torch
+from short_run import SHORT
 
 import csg_ext  # noqa: F401  (loads the operators)
 
@@ -51,3 +56,31 @@ def cpu_level(request: pytest.FixtureRequest):
     assert op(request.param) == request.param
     yield request.param
     op(now)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """Images of three digits, 8 x 8, as an .npz: 400 train and 137 test images."""
+    from sklearn.datasets import load_digits
+
+    from csg_ext.data import ImageData
+
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    data = load_digits()
+    keep = data.target < 3
+    images, labels = (data.images[keep] * 15.9).astype(np.uint8)[:, None], data.target[keep].astype(np.int64)
+    ImageData("digits", images[:400], labels[:400], images[400:], labels[400:], ["0", "1", "2"]).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(digits, tmp_path_factory):
+    """A finished run of csg-ext train, not to be changed: (folder, what it printed, its progress)."""
+    from csg_ext import cli
+
+    folder = tmp_path_factory.mktemp("run") / "out"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(["train", "--data", str(digits), "--output", str(folder), *SHORT])
+    assert status == 0, err.getvalue()
+    return folder, out.getvalue(), err.getvalue()

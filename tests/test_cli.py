@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -18,41 +17,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
+from short_run import SHORT
 
 import csg_ext
 from csg_ext import cli, mis
-from csg_ext.data import ImageData
 from csg_ext.training import compare
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.display import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = [
-    "--no-flip",
-    "--low-share",
-    "0",
-    "--precision",
-    "fp32",
-    "--epochs",
-    "6",
-    "--period",
-    "3",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-]
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "digits.npz"
-    data = load_digits()
-    keep = data.target < 3
-    images, labels = (data.images[keep] * 15.9).astype(np.uint8)[:, None], data.target[keep].astype(np.int64)
-    ImageData("digits", images[:400], labels[:400], images[400:], labels[400:], ["0", "1", "2"]).save(path)
-    return path
 
 
 def _start(*arguments: str) -> subprocess.Popen:
@@ -64,17 +37,6 @@ def _start(*arguments: str) -> subprocess.Popen:
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-
-
-@pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    """A finished run: (folder, what it printed, its progress)."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(["train", "--data", str(digits), "--output", str(folder), *SHORT])
-    assert status == 0, err.getvalue()
-    return folder, out.getvalue(), err.getvalue()
 
 
 def test_train_writes_and_prints_the_comparison(run):
