@@ -74,7 +74,7 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi)
-    kernels = metrics.last_convolution(model.backbone, gate.shape[1]).weight
+    kernels = metrics.last_convolution(model, gate.shape[1]).weight
     similarity = metrics.filter_similarity(kernels.detach().cpu().numpy())
     for key, owner in owners.items():
         for name, kept, complement in (
@@ -121,6 +121,8 @@ def differences(
 
     Both must be measured on the same samples, in the same order. Measures without an interval have low and high None.
     """
+    from tqdm import tqdm
+
     found: dict[str, dict[str, Any]] = {}
     for name, value in second.numbers.items():
         if name in first.numbers and "p_value" not in name:
@@ -136,13 +138,13 @@ def differences(
         measured = _mutual_information(mi, e.logits[rows], labels[rows])
         return np.array([measured[name] for name in _SPLIT_HALF])
 
-    intervals = metrics.split_half_interval(
-        lambda rows: scores(second, rows) - scores(first, rows),
-        len(labels),
-        splits=SPLITS,
-        confidence=CONFIDENCE,
-        seed=seed,
-    )
+    with tqdm(total=2 * SPLITS + 1, desc="interval of MIS", unit="", disable=None, leave=False) as bar:
+
+        def change(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+            bar.update()
+            return scores(second, rows) - scores(first, rows)
+
+        intervals = metrics.split_half_interval(change, len(labels), splits=SPLITS, confidence=CONFIDENCE, seed=seed)
     for name, interval in zip(_SPLIT_HALF, intervals, strict=True):
         found[name] = interval._asdict() | {"method": "split halves"}
     return found
@@ -179,6 +181,14 @@ def _show(value: float | None, kind: str, sign: str = "") -> str:
     return f"{value:{sign}.2%}" if kind == "%" else f"{int(value):{sign}d}" if kind == "d" else f"{value:{sign}{kind}}"
 
 
+def _show_difference(d: dict[str, Any], kind: str) -> str:
+    scale, kind, unit = (100, ".2f", " points") if kind == "%" else (1, kind, "")
+    low, middle, high = (
+        _show(None if d[key] is None else scale * d[key], kind, "+") for key in ("low", "difference", "high")
+    )
+    return middle + (f" [{low}, {high}]" if d["low"] is not None else "") + (unit if middle != "-" else "")
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: a line for each measure that a checkpoint has."""
     checkpoints, change = report["checkpoints"], report.get("difference")
@@ -192,10 +202,7 @@ def table(report: dict[str, Any]) -> str:
             continue
         cells = [text, *(_show(value, kind) for value in values)]
         if change and key in change:
-            d = change[key]
-            cells.append(_show(d["difference"], kind, "+"))
-            if d["low"] is not None:
-                cells[-1] += f" [{_show(d['low'], kind, '+')}, {_show(d['high'], kind, '+')}]"
+            cells.append(_show_difference(change[key], kind))
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(checkpoints) + 1)]
     text = ""
