@@ -215,9 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="PATH", help="images as for csg-ext train, its test part is measured (default: the run's own)"
     )
     evaluate.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
-    evaluate.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="seed of the intervals and the permutations (default 0)"
-    )
+    evaluate.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
     evaluate.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
     )

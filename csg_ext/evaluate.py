@@ -255,6 +255,8 @@ def main(arguments: dict[str, Any]) -> int:
     from csg_ext.training.compare import pick_device, versions
 
     device, seed = pick_device(arguments["device"]), arguments["seed"]
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     files = _chosen(arguments["checkpoints"])
     stored = [read_checkpoint(file) for file in files.values()]
     data = _source(stored, arguments)

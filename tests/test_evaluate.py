@@ -535,6 +535,7 @@ DATA = ["--data", "DIGITS"]
             r"classifier.bias must be float32 \(4,\) .*, got float32 \(3,\)|csg.gate must be",
         ),
         (["RUN", "--data", "colour.npz"], r"conv.weight must be float32 \(16, 3, 3, 3\) for 3 classes and 3 channels"),
+        (["RUN", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["RUN", "--image-size", "8"], "--image-size applies to --data, which is not given"),
         (["RUN", "RUN", "RUN"], "expected one or two checkpoints, got 3"),
         (["RUN", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
