@@ -247,20 +247,10 @@ def _train(arguments: dict[str, Any]) -> int:
     if "data" in arguments:
         arguments["data"] = str(Path(arguments["data"]).absolute())
 
+    from csg_ext.runs import SOURCE, load_source
     from csg_ext.training.config import TrainConfig
 
-    source: dict[str, Any] = {
-        "data": None,
-        "classes": None,
-        "imbalance": None,
-        "channels": None,
-        "image_size": None,
-        "test_share": 0.2,
-        "split_seed": 0,
-        "memory_limit": 4.0,
-        "strict": False,
-        "hold_out": None,
-    }
+    source = dict(SOURCE)
     run_file = folder / RUN
     if resume:
         if not run_file.is_file():
@@ -277,20 +267,12 @@ def _train(arguments: dict[str, Any]) -> int:
 
     from tqdm import tqdm
 
-    from csg_ext.data import load_images
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
     device = compare.pick_device(device)
     begun = time.monotonic()
-    data = load_images(
-        source["data"],
-        seed=source["split_seed"],
-        progress=lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False),
-        **{key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")},
-    )
-    if source["hold_out"]:
-        data = data.hold_out(source["hold_out"])
+    data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
     if data.skipped:
         print(f"{len(data.skipped)} damaged images or shards are left out:", file=sys.stderr)
         for line in data.skipped[:10]:

@@ -14,9 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
-from csg_ext.data import ImageData, load_images
+from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
-from csg_ext.runs import StoredModel, checkpoint_files, read_checkpoint, restore, training_statistics
+from csg_ext.runs import (
+    SOURCE,
+    StoredModel,
+    checkpoint_files,
+    load_source,
+    read_checkpoint,
+    restore,
+    training_statistics,
+)
 from csg_ext.training.files import ARMS, atomic_file, write_text
 
 NUMBERS = "evaluation.json"
@@ -214,26 +222,28 @@ def table(report: dict[str, Any]) -> str:
 
 def _source(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
     """The images to measure on: --data, or those of the run, checked to be the same."""
-    config = stored[0].config
+    run = stored[0].run
     if arguments["data"] is not None:
-        return load_images(arguments["data"], image_size=arguments["image_size"], seed=config.seed)
+        chosen = {key: arguments[key] for key in ("data", "image_size") if arguments[key] is not None}
+        return load_source((run["source"] if run else SOURCE) | chosen | {"imbalance": None, "hold_out": None})
     if arguments["image_size"] is not None:
         raise ValueError("--image-size applies to --data, which is not given")
     for s in stored:
         if s.run is None:
             raise ValueError(f"{s.file} has no run.json of its run beside it: give the images as --data PATH")
-    run = stored[0].run
     assert run is not None
     if any(s.run is not None and s.run["sha256"] != run["sha256"] for s in stored):
         raise ValueError(
             "both checkpoints must be measured on the same images, got runs on different ones: give --data"
         )
-    source = run["source"]
-    data = load_images(source["data"], image_size=source["image_size"], strict=source["strict"], seed=config.seed)
-    if source["hold_out"]:
-        data = data.hold_out(source["hold_out"])
+    try:
+        data = load_source(run["source"])
+    except TypeError as error:
+        raise ValueError(f"expected a run.json that names its images, got one that fails with: {error}") from None
     if data.fingerprint() != run["sha256"]:
-        raise ValueError(f"expected the images that the run saw, got others from {source['data'] or 'the package'}")
+        raise ValueError(
+            f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"
+        )
     return data
 
 

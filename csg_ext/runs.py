@@ -9,7 +9,7 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csg_ext.data.images import ImageData
+from csg_ext.data.images import ImageData, load_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS
 
+# Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
+SOURCE: dict[str, Any] = {
+    "data": None,
+    "classes": None,
+    "imbalance": None,
+    "channels": None,
+    "image_size": None,
+    "test_share": 0.2,
+    "split_seed": 0,
+    "memory_limit": 4.0,
+    "strict": False,
+    "hold_out": None,
+}
 _PREFIX = "model."  # of the weights in a Lightning checkpoint
 
 
@@ -157,11 +170,22 @@ def _read_run(file: Path) -> dict[str, Any]:
         not isinstance(run, dict)
         or not isinstance(run.get("config"), dict)
         or not isinstance(source := run.get("source"), dict)
-        or not {"data", "image_size", "strict", "hold_out"} <= source.keys()
+        or not source.keys() <= SOURCE.keys()
         or not isinstance(run.get("sha256"), str)
     ):
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
-    return run
+    return run | {"source": SOURCE | source}  # an older run knew fewer settings
+
+
+def load_source(source: dict[str, Any], progress: Callable[[Any], Any] = iter) -> ImageData:
+    """The images that a run's source names, with the keys of SOURCE; errors as load_images."""
+    data = load_images(
+        source["data"],
+        seed=source["split_seed"],
+        progress=progress,
+        **{key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")},
+    )
+    return data.hold_out(source["hold_out"]) if source["hold_out"] else data
 
 
 def training_statistics(stored: StoredModel, data: ImageData) -> tuple[list[float], list[float]]:

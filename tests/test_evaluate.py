@@ -478,20 +478,23 @@ def files(run, digits, tmp_path_factory) -> Path:
     with zipfile.ZipFile(last) as old, zipfile.ZipFile(folder / "packed.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
-    for run_name in ("run", "badrun", "oddrun", "otherrun"):
+    for run_name in ("run", "badrun", "oddrun", "typerun", "otherrun"):
         (folder / run_name / "csg").mkdir(parents=True)
         shutil.copy(run[0] / "run.json", folder / run_name)
         shutil.copy(weights, folder / run_name / "csg")
     (folder / "run" / "csg" / "model.safetensors").write_bytes(weights.read_bytes()[:-100])
     (folder / "badrun" / "run.json").write_text("{")
     (folder / "oddrun" / "run.json").write_text('{"config": {}, "source": 3, "sha256": ""}')
-    other = json.loads((run[0] / "run.json").read_text()) | {"sha256": "0" * 64}
+    stored = json.loads((run[0] / "run.json").read_text())
+    other = stored | {"sha256": "0" * 64}
+    (folder / "typerun" / "run.json").write_text(json.dumps(stored | {"source": {"data": 3}}))
     (folder / "otherrun" / "run.json").write_text(json.dumps(other))
     shutil.copy(weights, folder / "alone.safetensors")
     save_file({"conv1.weight": torch.zeros(3)}, folder / "other.safetensors")
     (folder / "hollow").mkdir()
     with np.load(digits) as arrays:
-        np.savez(folder / "four.npz", **(dict(arrays) | {"classes": np.array(list("abcd"))}))
+        fourth = {key: np.r_[np.full(3, 3), arrays[key][3:]] for key in ("train_labels", "test_labels")}
+        np.savez(folder / "four.npz", **(dict(arrays) | fourth | {"classes": np.array(list("abcd"))}))
         colour = {key: np.repeat(arrays[key], 3, 1) for key in ("train_images", "test_images")}
         np.savez(folder / "colour.npz", **(dict(arrays) | colour))
     return folder
@@ -523,6 +526,7 @@ DATA = ["--data", "DIGITS"]
         (["run/csg", *DATA], "model.safetensors: expected a readable .safetensors file, got one that fails with"),
         (["badrun/csg"], "run.json: expected the settings of a run as JSON, got: "),
         (["oddrun/csg"], "run.json: expected the settings of a run with config, source and sha256, got other JSON"),
+        (["typerun/csg"], "expected a run.json that names its images, got one that fails with: "),
         (["otherrun/csg"], "expected the images that the run saw, got others from "),
         (["otherrun/csg", "RUN"], "both checkpoints must be measured on the same images, got runs on different ones"),
         (["alone.safetensors", *DATA], "alone.safetensors holds weights alone: expected run.json of its run in "),
@@ -532,7 +536,7 @@ DATA = ["--data", "DIGITS"]
         (["missing"], "got .*missing: no such file"),
         (
             ["RUN", "--data", "four.npz"],
-            r"classifier.bias must be float32 \(4,\) .*, got float32 \(3,\)|csg.gate must be",
+            r"csg.gate must be float32 \(4, 64\) for 4 classes .*, got float32 \(3, 64\)",
         ),
         (["RUN", "--data", "colour.npz"], r"conv.weight must be float32 \(16, 3, 3, 3\) for 3 classes and 3 channels"),
         (["RUN", "--seed", "-1"], "seed must be at least 0, got -1"),
