@@ -11,7 +11,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest bench bench-quick lint format pins compile_commands clean
+.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format pins compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -19,6 +19,8 @@ help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
 	@echo "make bench         measure every operator beside its peers, write docs/performance*.md; make bench-quick: a few sizes"
+	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
+	@echo "                   make instruction-baseline writes a new baseline"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
@@ -48,6 +50,15 @@ bench: $(VENV)/.package-dev
 
 bench-quick: $(VENV)/.package-dev
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest benchmarks --benchmark-only
+
+instructions: $(VENV)/.requirements-dev
+	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCSG_EXTENSION=OFF --log-level=WARNING
+	@$(BIN)/cmake --build $(CMAKE_BUILD) --target instruction_counts
+	$(BIN)/python tools/instruction_counts.py $(COUNT_OPTIONS) $(CMAKE_BUILD)/tests/instruction_counts
+
+instruction-baseline:
+	@$(MAKE) --no-print-directory instructions COUNT_OPTIONS=--update
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "common/half.h"
+#include "array.h"
 #include "gate_step/gate_step_cpu.h"
 #include "gated_pool/gated_pool_cpu.h"
 
@@ -20,20 +20,6 @@ using namespace csg;
 std::mt19937_64 generator(20260);
 int failures = 0;
 long checked = 0;
-
-const char* name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float32:
-      return "fp32";
-    case ScalarType::Float64:
-      return "fp64";
-    case ScalarType::Float16:
-      return "fp16";
-    case ScalarType::BFloat16:
-      return "bf16";
-  }
-  return "?";
-}
 
 // Unit roundoff of a type: the error of one rounding.
 double roundoff(ScalarType type) {
@@ -52,38 +38,6 @@ double roundoff(ScalarType type) {
 
 // Relative error that an accumulator's sums of a few thousand terms of one size may have.
 double accumulation(ScalarType type) { return type == ScalarType::Float64 ? 1e-13 : 2e-6; }
-
-// An array of any of the types, filled with NaN so that what a kernel leaves out shows.
-struct Array {
-  ScalarType type;
-  std::vector<double> wide;  // holds the bytes; aligned for every type
-  int64_t size;
-
-  Array(ScalarType t, int64_t n) : type(t), wide(size_t(n) + 1), size(n) {
-    for (int64_t i = 0; i < n; ++i) set(i, std::numeric_limits<double>::quiet_NaN());
-  }
-  void* data() { return wide.data(); }
-  template <typename T>
-  T* as() {
-    return reinterpret_cast<T*>(wide.data());
-  }
-  void set(int64_t i, double v) {
-    if (type == ScalarType::Float64) as<double>()[i] = v;
-    if (type == ScalarType::Float32) as<float>()[i] = float(v);
-    if (type == ScalarType::Float16) as<Half>()[i] = to_half(float(v));
-    if (type == ScalarType::BFloat16) as<BFloat16>()[i] = to_bfloat16(float(v));
-  }
-  double get(int64_t i) {
-    if (type == ScalarType::Float64) return as<double>()[i];
-    if (type == ScalarType::Float32) return as<float>()[i];
-    if (type == ScalarType::Float16) return to_float(as<Half>()[i]);
-    return to_float(as<BFloat16>()[i]);
-  }
-  void fill_random(double low, double high) {
-    std::uniform_real_distribution<double> draw(low, high);
-    for (int64_t i = 0; i < size; ++i) set(i, draw(generator));
-  }
-};
 
 void expect(double got, double wanted, double tolerance, const std::string& what, int64_t at) {
   ++checked;
@@ -124,8 +78,8 @@ void test_gated_pool(const Case& c) {
   const auto at = [&](int64_t n, int64_t k, int64_t s) { return n * stride_n + k * stride_k + s * stride_s; };
 
   Array x(c.x_type, c.n * c.k * c.s), gate(c.type, c.rows * c.k), out(c.type, c.n * c.k), pooled(c.type, c.n * c.k);
-  x.fill_random(0, 2);  // one sign: the tolerances below are relative to the terms' size
-  gate.fill_random(-0.5, 1.5);
+  x.fill_random(generator, 0, 2);  // one sign: the tolerances below are relative to the terms' size
+  gate.fill_random(generator, -0.5, 1.5);
   std::vector<int64_t> labels(c.n), index(c.n * c.k, -1), col_arg(c.k);
   for (auto& label : labels) label = int64_t(generator() % c.rows);
   if (c.labelled && c.n > 2) labels[1] = c.rows;  // outside: NaN for that sample
@@ -180,8 +134,8 @@ void test_gated_pool(const Case& c) {
   if (c.labelled && c.n > 2) labels[1] = 0;  // the gradient of a sample that is NaN is of no interest
   Array grad_out(c.type, c.n * c.k), grad_pooled(c.type, c.n * c.k), grad_x(c.x_type, x.size);
   Array grad_gate(c.type, c.rows * c.k);
-  grad_out.fill_random(0.5, 1.5);
-  grad_pooled.fill_random(0.5, 1.5);
+  grad_out.fill_random(generator, 0.5, 1.5);
+  grad_pooled.fill_random(generator, 0.5, 1.5);
   gated_pool_backward_cpu(
       {grad_out.data(), grad_pooled.data(), pooled.data(), c.pool == Pool::Max ? index.data() : nullptr, c.pool, c.n,
        c.k, c.s, rows, grad_x.data(), c.x_type, stride_n, stride_k, stride_s, grad_gate.data()},
@@ -234,9 +188,9 @@ void test_gate_step(ScalarType type, Projection projection, bool nesterov, bool 
                            (projection == Projection::Scale ? ", scale" : ", euclidean") +
                            (nesterov ? ", nesterov" : "") + (first_step ? ", first step" : "");
   Array gate(type, c * k), grad(type, c * k), buffer(type, c * k);
-  gate.fill_random(-0.2, 1);
-  grad.fill_random(-1, 1);
-  buffer.fill_random(-1, 1);
+  gate.fill_random(generator, -0.2, 1);
+  grad.fill_random(generator, -1, 1);
+  buffer.fill_random(generator, -1, 1);
   const double lr = 0.125, momentum = 0.75, dampening = 0.25, decay = 0.0625;  // exact in every type
   std::vector<double> stepped(c * k), velocity(c * k);
   for (int64_t i = 0; i < c * k; ++i) {
