@@ -33,13 +33,17 @@ inline void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
+// Parts of a sentence, written only where a check fails: every call makes some twenty of them.
+struct ShapeOf {
+  const Tensor& t;
+};
+inline std::ostream& operator<<(std::ostream& text, ShapeOf shape) {
+  const Tensor& t = shape.t;
   text << "(";
   for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (t.dim() == 1 ? ",)" : ")");
 }
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
 
 inline const char* name_of(TorchType type) {
   switch (type) {
@@ -79,16 +83,18 @@ inline ScalarType floating_type(const Tensor& t, const char* op, const char* arg
   }
 }
 
-inline std::string device_of(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+struct DeviceOf {
+  const Tensor& t;
+};
+inline std::ostream& operator<<(std::ostream& text, DeviceOf device) {
+  if (device.t.is_cpu()) return text << "cpu";
+  return device.t.is_cuda() ? text << "cuda:" << device.t.get_device_index() : text << "another device";
 }
 
 inline void check_same_device(const Tensor& t, const Tensor& x, const char* op, const char* argument) {
   const bool same = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
                     (!t.is_cuda() || t.get_device_index() == x.get_device_index());
-  check(same, op, ": ", argument, " must be on the device of the other tensors, ", device_of(x), ", got ",
-        device_of(t));
+  check(same, op, ": ", argument, " must be on the device of the other tensors, ", DeviceOf{x}, ", got ", DeviceOf{t});
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
