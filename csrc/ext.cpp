@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(csg_ext, m) {
       " -> (Tensor out, Tensor pooled, Tensor index)");
   m.def(
       "gated_pool_backward(Tensor? grad_out, Tensor? grad_pooled, Tensor pooled, Tensor index, Tensor gate,"
-      " Tensor? labels, Tensor? col_max, Tensor? col_arg, SymInt[] x_size, bool channels_last, ScalarType x_type,"
+      " Tensor? labels, Tensor? col_max, Tensor? col_arg, SymInt[] spatial, bool channels_last, ScalarType x_type,"
       " int pool, bool need_x, bool need_gate) -> (Tensor grad_x, Tensor grad_gate)");
 
   m.def("column_max(Tensor gate) -> (Tensor col_max, Tensor col_arg)");

@@ -346,7 +346,7 @@ def test_opcheck(device):
         for last in (False, True):
             torch.library.opcheck(
                 ops.gated_pool_backward.default,
-                (out, None, pooled, index, gate, labels, top, where, shape, last, types[0], pool, True, True),
+                (out, None, pooled, index, gate, labels, top, where, shape[2:], last, types[0], pool, True, True),
             )
 
 

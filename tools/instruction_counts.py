@@ -72,7 +72,9 @@ def compare(counts: dict[str, int], baseline: dict[str, int]) -> int:
     for case in sorted(slower, key=lambda case: -ratio[case]):
         print(f"SLOWER {ratio[case]:.3f}  {case}")
     if faster or new or gone:
-        print(f"Update the baseline (make instruction-baseline): {len(faster)} faster, {len(new)} new, {len(gone)} gone.")
+        print(
+            f"Update the baseline (make instruction-baseline): {len(faster)} faster, {len(new)} new, {len(gone)} gone."
+        )
     return 1 if slower or new or gone else 0
 
 

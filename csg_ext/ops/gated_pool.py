@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -12,6 +13,8 @@ from csg_ext.ops._errors import explained
 
 _POOLS = {"avg": 0, "max": 1}
 _AVG = 0
+_forward_kernel = torch.ops.csg_ext._gated_pool.default
+_backward_kernel = torch.ops.csg_ext.gated_pool_backward.default
 
 
 @overload
@@ -113,9 +116,9 @@ def gated_pool(
         if project:
             top, where = torch.ops.csg_ext.column_max.default(gate.detach())
         if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
-            out, pooled = _GatedPool.apply(x, gate, rows, top, where, mode)
+            out, pooled = _apply_gated_pool(x, gate, rows, top, where, mode)
         else:
-            out, pooled, _ = torch.ops.csg_ext._gated_pool.default(x, gate, rows, top, where, mode)
+            out, pooled, _ = _forward_kernel(x, gate, rows, top, where, mode)
     except (RuntimeError, NotImplementedError) as error:
         raise explained(error, "gated_pool", x.device) from None
     return (out, pooled) if return_pooled else out
@@ -148,26 +151,35 @@ def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tenso
 # ---- autograd --------------------------------------------------------------------------------------------------------
 
 
+# Both kernels need no node of their own: without this the dispatcher looks for one in every call.
+_below_autograd = torch.library.Library("csg_ext", "IMPL")
+for _kernel in (_forward_kernel, _backward_kernel):
+    for _key in ("AutogradCPU", "AutogradCUDA"):
+        _below_autograd.impl(_kernel, torch.library.fallthrough_kernel, _key)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], pooled: Tensor, index: Tensor) -> None:
     x, gate, labels, top, where, pool = inputs
     ctx.save_for_backward(gate, labels, top, where, pooled, index)
-    ctx.x_shape, ctx.x_dtype, ctx.pool = x.shape, x.dtype, pool
-    ctx.channels_last = x.dim() > 2 and x.stride(1) == 1 and x.shape[1] > 1
+    _, k, *spatial = x.shape
+    # The kernel's options: a list, because torch.Size takes longer to hand over.
+    ctx.options = spatial, k > 1 and bool(spatial) and x.stride(1) == 1, x.dtype, pool
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None, _: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     gate, labels, top, where, pooled, index = ctx.saved_tensors
-    need_x, need_gate = ctx.needs_input_grad[:2]
+    need_x, need_gate, *_ = ctx.needs_input_grad
     if grad_out is None and grad_pooled is None:
         return None, None, None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True
         grad_x, grad_gate = _differentiable_gradients(ctx, grad_out, grad_pooled)
     else:
-        grad_x, grad_gate = torch.ops.csg_ext.gated_pool_backward.default(
-            grad_out, grad_pooled, pooled, index, gate, labels, top, where,
-            ctx.x_shape, ctx.channels_last, ctx.x_dtype, ctx.pool, need_x, need_gate,
-        )  # fmt: skip
+        grad_x, grad_gate = _backward_kernel(
+            grad_out, grad_pooled, pooled, index, gate, labels, top, where, *ctx.options, need_x, need_gate
+        )
     return grad_x if need_x else None, grad_gate if need_gate else None, None, None, None, None
 
 
@@ -177,7 +189,9 @@ def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Te
     ``pooled`` is an output of the node that saved it, so differentiating through it reaches x again.
     """
     gate, labels, top, where, pooled, index = ctx.saved_tensors
-    n, k = ctx.x_shape[:2]
+    spatial, _, x_dtype, pool = ctx.options
+    n, k = pooled.shape
+    positions = math.prod(spatial)
     if grad_out is None:
         grad_out = torch.zeros_like(pooled)
     one_hot = largest = projected = None
@@ -189,12 +203,12 @@ def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Te
     used = gate if projected is None else projected
     row = used if labels is None else used[labels]
     spread = grad_out * row if grad_pooled is None else grad_out * row + grad_pooled
-    if ctx.pool == _AVG:
-        positions = max(1, ctx.x_shape[2:].numel())
-        grad_x = (spread / positions).to(ctx.x_dtype).reshape(n, k, *[1] * (len(ctx.x_shape) - 2)).expand(ctx.x_shape)
+    if pool == _AVG:
+        mean = (spread / positions).to(x_dtype)
+        grad_x = mean.reshape(n, k, *[1] * len(spatial)).expand(n, k, *spatial)
     else:
-        flat = torch.zeros(n, k, ctx.x_shape[2:].numel(), dtype=ctx.x_dtype, device=gate.device)
-        grad_x = flat.scatter(2, index[..., None], spread.to(ctx.x_dtype)[..., None]).reshape(ctx.x_shape)
+        flat = torch.zeros(n, k, positions, dtype=x_dtype, device=gate.device)
+        grad_x = flat.scatter(2, index[..., None], spread.to(x_dtype)[..., None]).reshape(n, k, *spatial)
     grad_gate = grad_out * pooled
     if labels is not None:
         grad_gate = torch.zeros_like(gate).index_add(0, labels, grad_gate)
@@ -210,13 +224,15 @@ class _GatedPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, pooled, index = torch.ops.csg_ext._gated_pool.default(*inputs)
+        out, pooled, index = _forward_kernel(*inputs)
         _save(ctx, inputs, pooled, index)
         return out, pooled
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _gradients(ctx, grads[0], grads[1])
+    backward = staticmethod(_gradients)
+
+
+# Function.apply without its Python part, a tenth of a small call: that serves torch.func, which has its own path here.
+_apply_gated_pool = super(torch.autograd.Function, _GatedPool).apply
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -225,11 +241,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _save(ctx, inputs, pooled, index)
 
 
-def _op_backward(ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None, _: Tensor | None) -> Any:
-    return _gradients(ctx, grad_out, grad_pooled)
-
-
-torch.library.register_autograd("csg_ext::gated_pool", _op_backward, setup_context=_setup_context)
+torch.library.register_autograd("csg_ext::gated_pool", _gradients, setup_context=_setup_context)
 
 
 # ---- shapes for torch.compile and torch.export -----------------------------------------------------------------------
@@ -258,16 +270,16 @@ def _fake_gated_pool(
 @torch.library.register_fake("csg_ext::gated_pool_backward")
 def _fake_gated_pool_backward(
     grad_out: Tensor | None, grad_pooled: Tensor | None, pooled: Tensor, index: Tensor, gate: Tensor,
-    labels: Tensor | None, top: Tensor | None, where: Tensor | None, x_shape: list[int], channels_last: bool,
+    labels: Tensor | None, top: Tensor | None, where: Tensor | None, spatial: list[int], channels_last: bool,
     x_dtype: torch.dtype, pool: int, need_x: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    n, k = pooled.shape
     if not need_x:
         grad_x = gate.new_empty(0, dtype=x_dtype)
     elif channels_last:
-        n, k, *spatial = x_shape
         grad_x = gate.new_empty([n, *spatial, k], dtype=x_dtype).movedim(-1, 1)
     else:
-        grad_x = gate.new_empty(x_shape, dtype=x_dtype)
+        grad_x = gate.new_empty([n, k, *spatial], dtype=x_dtype)
     return grad_x, gate.new_empty(gate.shape if need_gate else 0)
 
 
@@ -303,8 +315,8 @@ class _TransformedGatedPool(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.csg_ext._gated_pool.default(*inputs)
+        return _forward_kernel(*inputs)
 
     setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_op_backward)
+    backward = staticmethod(_gradients)
     vmap = staticmethod(_vmap)

@@ -134,14 +134,13 @@ std::tuple<Tensor, Tensor, Tensor> gated_pool(Tensor x, Tensor gate, std::option
 std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, std::optional<Tensor> grad_pooled,
                                                Tensor pooled, Tensor index, Tensor gate, std::optional<Tensor> labels,
                                                std::optional<Tensor> col_max, std::optional<Tensor> col_arg,
-                                               std::vector<int64_t> x_size, bool channels_last, TorchType x_type,
+                                               std::vector<int64_t> spatial, bool channels_last, TorchType x_type,
                                                int64_t pool, bool need_x, bool need_gate) {
-  const int64_t dim = int64_t(x_size.size());
-  check(dim >= 2, kOp, ": x_size must hold N, K and the spatial sizes");
+  check(pooled.dim() == 2, kOp, ": pooled must have the shape (N, K), got ", shape_of(pooled));
   GatedPoolBackward p{};
   p.pool = pool_of(pool);
-  p.n = x_size[0], p.k = x_size[1], p.s = 1;
-  for (int64_t d = 2; d < dim; ++d) p.s *= x_size[d];
+  p.n = pooled.size(0), p.k = pooled.size(1), p.s = 1;
+  for (const int64_t size : spatial) p.s *= size;
   check(p.s > 0, kOp, ": x must have at least one spatial position to pool");
   gate = csg::dense(gate);
   labels = dense(labels);
@@ -166,13 +165,12 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
 #endif
   Tensor grad_x, grad_gate;
   if (need_x) {
-    std::vector<int64_t> stride(x_size.size(), 1);
+    std::vector<int64_t> size{p.n, p.k}, stride{p.s * p.k, channels_last ? 1 : p.s};
+    size.insert(size.end(), spatial.begin(), spatial.end());
+    stride.resize(size.size());
     int64_t step = channels_last ? p.k : 1;
-    for (int64_t d = dim - 1; d >= 2; --d)
-      stride[size_t(d)] = step, step *= x_size[size_t(d)] > 1 ? x_size[size_t(d)] : 1;
-    stride[1] = channels_last ? 1 : p.s;
-    stride[0] = p.s * p.k;
-    grad_x = empty_strided(x_size.data(), stride.data(), dim, x_type, pooled);
+    for (size_t d = size.size() - 1; d >= 2; --d) stride[d] = step, step *= size[d];
+    grad_x = empty_strided(size.data(), stride.data(), int64_t(size.size()), x_type, pooled);
     p.x_type = floating_type(grad_x, kOp, "x");
     check_types(p.x_type, gate);
     p.grad_x = grad_x.data_ptr();
