@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 CMAKE_BUILD := build/cmake
+CONFIGURE = $(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=WARNING
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
@@ -38,8 +40,7 @@ pytest: $(VENV)/.package-dev
 	$(BIN)/python -m pytest
 
 ctest: $(VENV)/.package-dev
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCSG_EXTENSION=OFF --log-level=WARNING
+	@$(CONFIGURE) -DCSG_EXTENSION=OFF
 	@$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --parallel 2 --output-on-failure
 
@@ -52,13 +53,12 @@ bench-quick: $(VENV)/.package-dev
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest benchmarks --benchmark-only
 
 instructions: $(VENV)/.requirements-dev
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCSG_EXTENSION=OFF --log-level=WARNING
+	@$(CONFIGURE) -DCSG_EXTENSION=OFF
 	@$(BIN)/cmake --build $(CMAKE_BUILD) --target instruction_counts
 	$(BIN)/python tools/instruction_counts.py $(COUNT_OPTIONS) $(CMAKE_BUILD)/tests/instruction_counts
 
-instruction-baseline:
-	@$(MAKE) --no-print-directory instructions COUNT_OPTIONS=--update
+instruction-baseline: COUNT_OPTIONS = --update
+instruction-baseline: instructions
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
@@ -77,8 +77,7 @@ pins: $(VENV)/.requirements-dev
 	PATH=$(CURDIR)/$(BIN):$$PATH requirements/pin.sh
 
 compile_commands: $(VENV)/.requirements-dev
-	@$(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCSG_EXTENSION=ON --log-level=WARNING
+	@$(CONFIGURE) -DCSG_EXTENSION=ON
 	@echo $(CMAKE_BUILD)/compile_commands.json
 
 clean:
