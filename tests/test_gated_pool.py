@@ -437,6 +437,30 @@ def test_functional_gradients(device):
     assert per_sample.shape == x.shape
 
 
+def test_tensors_kept_from_a_transform(device):
+    """What torch.func.grad has traced stays in use afterwards, behind wrappers whose level has ended."""
+    x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)
+    kept = []
+
+    def loss(x, gate):
+        kept.extend([x * 2, gate * 2])
+        return csg_ext.gated_pool(*kept, labels).sum()
+
+    torch.func.grad(loss, argnums=(0, 1))(x, gate)
+    x, gate = x.requires_grad_(), gate.requires_grad_()
+    for args, plain, wanted in [
+        ((kept[0], gate), (2 * x.detach(), gate), gate),
+        ((x, kept[1]), (x, 2 * gate.detach()), x),
+    ]:
+        for project in (False, True):
+            got = csg_ext.gated_pool(*args, labels, project=project)
+            want = reference.gated_pool(*plain, labels, project=project)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(
+                torch.autograd.grad(got.square().sum(), wanted), torch.autograd.grad(want.square().sum(), wanted)
+            )
+
+
 def test_deepcopy_and_repeated_backward(device):
     x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)
     gate = torch.nn.Parameter(gate)
