@@ -46,6 +46,14 @@ def test_gated_pool_sizes(cpu_level, types, layout, shapes):
 
 
 @pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_rows_of_one_position(cpu_level, types):
+    """Channels apart, so that a single position is a row: shorter than every vector, of fp64 in 16 bytes too."""
+    for pool in ("avg", "max"):
+        x, gate, labels = inputs((3, 10), types)
+        compare(x[:, ::2], gate[:, ::2], labels, pool=pool)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
 def test_rows_that_begin_off_a_vector(cpu_level, types):
     """7 x 7 and 8 x 8 rows from an odd element on, contiguous from there."""
     for shape in [(2, 70, 7, 7), (2, 70, 8, 8)]:
