@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import subprocess
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from stand_in import HERE, KERNELS, STAND_IN, TYPES, Bool, Double, Enum, Int64, Pointer, StandIn, build
+from stand_in import HERE, KERNELS, STAND_IN, build
+from stand_in_kernels import Kernels
 from torch import Tensor
 
 from csg_ext import reference
@@ -31,174 +31,6 @@ TOLERANCE = {
     torch.float16: (2.0**-11 * 1.01, 2e-6),
     torch.bfloat16: (2.0**-8 * 1.01, 2e-6),
 }
-
-
-# ---- Mirrors of the structs in csrc.
-
-
-class GateRows(ctypes.Structure):
-    _fields_ = [
-        ("gate", Pointer),
-        ("type", Enum),
-        ("rows", Int64),
-        ("labels", Pointer),
-        ("col_max", Pointer),
-        ("col_arg", Pointer),
-    ]
-
-
-class Forward(ctypes.Structure):
-    _fields_ = [
-        ("x", Pointer),
-        ("x_type", Enum),
-        ("pool", Enum),
-        *((name, Int64) for name in ("n", "k", "s", "stride_n", "stride_k", "stride_s")),
-        ("rows", GateRows),
-        ("out", Pointer),
-        ("pooled", Pointer),
-        ("index", Pointer),
-    ]
-
-
-class Backward(ctypes.Structure):
-    _fields_ = [
-        ("grad_out", Pointer),
-        ("grad_pooled", Pointer),
-        ("pooled", Pointer),
-        ("index", Pointer),
-        ("pool", Enum),
-        *((name, Int64) for name in ("n", "k", "s")),
-        ("rows", GateRows),
-        ("grad_x", Pointer),
-        ("x_type", Enum),
-        *((name, Int64) for name in ("stride_n", "stride_k", "stride_s")),
-        ("grad_gate", Pointer),
-    ]
-
-
-class Step(ctypes.Structure):
-    _fields_ = [
-        ("gate", Pointer),
-        ("grad", Pointer),
-        ("buffer", Pointer),
-        ("type", Enum),
-        ("c", Int64),
-        ("k", Int64),
-        *((name, Double) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        ("nesterov", Bool),
-        ("first_step", Bool),
-        ("projection", Enum),
-    ]
-
-
-class ColumnMax(ctypes.Structure):
-    _fields_ = [
-        ("gate", Pointer),
-        ("type", Enum),
-        ("c", Int64),
-        ("k", Int64),
-        ("col_max", Pointer),
-        ("col_arg", Pointer),
-    ]
-
-
-class Kernels(StandIn):
-    """The launchers on tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for index, struct in enumerate((Forward, Backward, Step, ColumnMax)):
-            self.check_size(index, struct)
-
-    def column_max(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        gate = self.guarded(gate)
-        top, where = self.empty(gate.shape[1], dtype=gate.dtype), self.empty(gate.shape[1], dtype=torch.int64)
-        p = self.pointer
-        self.call("csg_column_max", ColumnMax(p(gate), TYPES[gate.dtype], *gate.shape, p(top), p(where)))
-        return top, where
-
-    def rows(
-        self, gate: Tensor, labels: Tensor | None, project: bool, copy: bool = True
-    ) -> tuple[GateRows, list[Tensor | None]]:
-        top, where = self.column_max(gate) if project else (None, None)
-        keep = [self.guarded(gate) if copy else gate, self.guarded(labels), top, where]
-        p = self.pointer
-        rows = GateRows(p(keep[0]), TYPES[gate.dtype], gate.shape[0], p(keep[1]), p(top), p(where))
-        return rows, keep
-
-    def forward(
-        self,
-        x: Tensor,
-        gate: Tensor,
-        labels: Tensor | None,
-        pool: str = "avg",
-        project: bool = False,
-        copy: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (N, K, S) with any strides the kernels take."""
-        n, k, s = x.shape
-        x = self.guarded(x) if copy else x
-        rows, keep = self.rows(gate, labels, project, copy)
-        out, pooled = self.empty(n, k, dtype=gate.dtype), self.empty(n, k, dtype=gate.dtype)
-        index = self.empty(n, k, dtype=torch.int64) if pool == "max" else None
-        p = self.pointer
-        parameters = Forward(
-            p(x), TYPES[x.dtype], pool == "max", n, k, s, *x.stride(), rows, p(out), p(pooled), p(index)
-        )
-        self.call("csg_gated_pool_forward", parameters)
-        del keep
-        return out, pooled, index
-
-    def backward(
-        self,
-        x: Tensor,
-        gate: Tensor,
-        labels: Tensor | None,
-        grad_out: Tensor | None,
-        grad_pooled: Tensor | None,
-        pooled: Tensor,
-        index: Tensor | None,
-        project: bool = False,
-        want: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """x gives the shape, the type and the layout of grad_x."""
-        n, k, s = x.shape
-        rows, keep = self.rows(gate, labels, project)
-        keep += [self.guarded(t) for t in (grad_out, grad_pooled, pooled, index)]
-        grad_x = self.guarded(torch.empty_like(x).fill_(float("nan"))) if want[0] else None
-        grad_gate = self.empty(*gate.shape, dtype=gate.dtype) if want[1] else None
-        strides = grad_x.stride() if grad_x is not None else x.stride()
-        p = self.pointer
-        parameters = Backward(
-            *map(p, keep[4:]), index is not None, n, k, s, rows, p(grad_x), TYPES[x.dtype], *strides, p(grad_gate)
-        )
-        self.call("csg_gated_pool_backward", parameters)
-        return grad_x, grad_gate
-
-    def step(
-        self,
-        gate: Tensor,
-        grad: Tensor | None,
-        buffer: Tensor | None = None,
-        *,
-        lr: float = 0.0,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        first_step: bool = False,
-        method: str = "scale",
-    ) -> tuple[Tensor, Tensor | None]:
-        gate, grad, buffer = self.guarded(gate), self.guarded(grad), self.guarded(buffer)
-        p = self.pointer
-        parameters = Step(
-            *map(p, (gate, grad, buffer)),
-            TYPES[gate.dtype],
-            *gate.shape,
-            *(lr, momentum, dampening, weight_decay, nesterov, first_step, method == "euclidean"),
-        )
-        self.call("csg_gate_step", parameters)
-        return gate, buffer
 
 
 @pytest.fixture(scope="module")

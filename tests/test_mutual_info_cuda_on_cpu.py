@@ -2,85 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from mutual_info_inputs import FEATURES, LABELS, make_features, make_labels, psi_table
-from stand_in import TYPES, Bool, Enum, Int64, Pointer, StandIn
+from stand_in_kernels import Kernels
 from torch import Tensor
 
 LIMIT = 1e-12  # the sums are integers; what is left is the last division
-
-
-class MutualInfo(ctypes.Structure):
-    _fields_ = [
-        ("features", Pointer),
-        ("type", Enum),
-        *((name, Int64) for name in ("n", "k", "stride_n", "stride_k")),
-        ("labels", Pointer),
-        ("classes", Int64),
-        ("neighbors", Int64),
-        ("ties", Enum),
-        ("noise", Pointer),
-        ("noise_stride_n", Int64),
-        ("noise_stride_k", Int64),
-        ("multiclass", Bool),
-        ("psi", Pointer),
-        ("psi_bits", ctypes.c_int),
-        ("out", Pointer),
-    ]
-
-
-class Kernels(StandIn):
-    def __init__(self) -> None:
-        super().__init__()
-        self.check_size(4, MutualInfo)
-        self.outside = (-1, 0)  # of the last call: the first label outside, and the work memory
-        self.work = torch.empty(0, dtype=torch.uint8)
-
-    def mutual_info(
-        self,
-        features: Tensor,
-        labels: Tensor,
-        classes: int,
-        k: int,
-        noise: Tensor | None = None,
-        multiclass: bool = False,
-        features_at_once: int = 256,
-    ) -> Tensor:
-        """The result, and what is not written stays NaN; work memory for about so many features at once."""
-        n, width = features.shape
-        psi, bits = psi_table(n)
-        keep = [self.guarded(t) for t in (features, labels, noise, psi)]
-        out = self.empty(width, 1 if multiclass else classes, dtype=torch.float64)
-        p = self.pointer
-        parameters = MutualInfo(
-            p(keep[0]),
-            TYPES[features.dtype],
-            *features.shape,
-            *features.stride(),
-            p(keep[1]),
-            classes,
-            k,
-            noise is None,
-            p(keep[2]),
-            *((0, 0) if noise is None else noise.stride()),
-            multiclass,
-            p(keep[3]),
-            bits,
-            p(out),
-        )
-        needed = Int64()
-        parameters.k = min(width, features_at_once)
-        self.call("csg_mutual_info_bytes", parameters, ctypes.byref(needed))
-        parameters.k = width
-        self.work, outside = self.buffer(needed.value, torch.uint8).fill_(255), (Int64 * 2)()
-        self.call("csg_mutual_info", parameters, Pointer(self.work.data_ptr()), needed, outside)
-        self.outside = tuple(outside)
-        return out
 
 
 @pytest.fixture(scope="module")

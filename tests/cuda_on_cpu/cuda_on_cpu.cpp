@@ -35,6 +35,7 @@ struct Fiber {
   ucontext_t first;  // entered once; later switches use context
   bool started = false;
   State state = State::Done;
+  unsigned meetings = 0;  // barriers and exchanges of the whole warp that it has passed in this block
   Where where;  // of the barrier or exchange it waits at
   unsigned mask = 0;
   int source = 0;
@@ -79,6 +80,8 @@ unsigned char* shared_dynamic;
 unsigned char* shared_dynamic_end;
 size_t static_bytes, dynamic_bytes;
 int64_t launches;
+const void* kernel;                 // that runs
+std::vector<const void*> launched;  // every kernel so far, once
 std::vector<SharedArray> shared_arrays;
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...) {
@@ -206,7 +209,10 @@ void run_block() {
   std::memset(shared_dynamic - kZone, kCanary, shared_dynamic_end - shared_dynamic + kZone);
   std::memset(shared_dynamic, kPoison, dynamic_bytes);
   for (auto& threads : ready) threads.clear();
-  for (int t = 0; t < thread_count; ++t) make_ready(t);
+  for (int t = 0; t < thread_count; ++t) {
+    fibers[t].meetings = 0;
+    make_ready(t);
+  }
   warp_order.resize((thread_count + kWarp - 1) / kWarp);
   std::iota(warp_order.begin(), warp_order.end(), 0);
   std::shuffle(warp_order.begin(), warp_order.end(), random_engine);
@@ -260,7 +266,8 @@ class FaultGuard {
 
 }  // namespace
 
-int launch(int64_t blocks, int threads, size_t dynamic_shared_bytes, const std::function<void()>& thread_body) {
+int launch(const void* which, int64_t blocks, int threads, size_t dynamic_shared_bytes,
+           const std::function<void()>& thread_body) {
   if (blocks < 1 || blocks > 0x7fffffff || threads < 1 || threads > kMaxThreads ||
       dynamic_shared_bytes > kSharedBytes) {
     message = "launch of " + std::to_string(blocks) + " blocks, " + std::to_string(threads) + " threads, " +
@@ -278,6 +285,8 @@ int launch(int64_t blocks, int threads, size_t dynamic_shared_bytes, const std::
   thread_count = threads;
   body = &thread_body;
   ++launches;
+  kernel = which;
+  if (std::find(launched.begin(), launched.end(), which) == launched.end()) launched.push_back(which);
   failed = false;
   message.clear();
   blockDim = {static_cast<unsigned>(threads), 1, 1};
@@ -322,6 +331,7 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
 
 void sync_threads(Where where) {
   fibers[running].state = State::AtBarrier;
+  ++fibers[running].meetings;
   fibers[running].where = where;
   yield();
 }
@@ -329,6 +339,7 @@ void sync_threads(Where where) {
 uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Where where) {
   Fiber& fiber = fibers[running];
   fiber.state = State::InWarp;
+  fiber.meetings += mask == 0xffffffffu;
   fiber.where = where;
   fiber.mask = mask;
   fiber.value = value;
@@ -346,12 +357,18 @@ unsigned vote(unsigned mask, bool predicate, Where where) {
 
 int lane() { return running % kWarp; }
 
+Moment moment() { return {kernel, launches, blockIdx.x, running, fibers[running].meetings}; }
+
 }  // namespace cuda_on_cpu
 
 // What tests written in Python need beside the launchers.
 extern "C" {
 const char* cuda_on_cpu_error() { return cuda_on_cpu::error(); }
 int64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
+// The address of a kernel that has been launched, in the order of the first launches; nullptr beyond the last.
+const void* cuda_on_cpu_launched(size_t i) {
+  return i < cuda_on_cpu::launched.size() ? cuda_on_cpu::launched[i] : nullptr;
+}
 void cuda_on_cpu_set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 // A buffer of whole pages between two pages that may not be touched; nullptr when there is no memory.
 void* cuda_on_cpu_map(size_t bytes) { return cuda_on_cpu::map_guarded(bytes); }

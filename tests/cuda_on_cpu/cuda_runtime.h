@@ -19,9 +19,7 @@
 #define __host__
 #define __launch_bounds__(...)
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
+typedef unsigned uint4 __attribute__((vector_size(16)));  // so that it moves as one access
 struct uint3 {
   unsigned x, y, z;
 };
@@ -44,7 +42,8 @@ namespace cuda_on_cpu {
 using Where = std::source_location;
 
 // Runs `body` once per thread; returns cudaSuccess or an error that error() explains.
-int launch(int64_t blocks, int threads, size_t dynamic_shared_bytes, const std::function<void()>& body);
+int launch(const void* kernel, int64_t blocks, int threads, size_t dynamic_shared_bytes,
+           const std::function<void()>& body);
 const char* error();
 void set_seed(uint64_t seed);
 
@@ -57,6 +56,16 @@ void sync_threads(Where where);
 uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Where where);
 unsigned vote(unsigned mask, bool predicate, Where where);
 int lane();
+
+// Where the kernel that runs stands; `meetings`: barriers and exchanges of the whole warp behind the thread, in its block.
+struct Moment {
+  const void* kernel;
+  int64_t launch;
+  unsigned block;
+  int thread;
+  unsigned meetings;
+};
+Moment moment();
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source_lane, Where where) {
