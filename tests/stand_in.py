@@ -30,7 +30,10 @@ FLAGS = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-alias
 CHECKED = "-O1 -g -fsanitize=undefined -fno-sanitize-recover=all".split()
 # Accesses are counted as the optimiser leaves them: each value loaded once and kept in registers, as nvcc does, but
 # none made wider than the source says. The calls in front of them are those of traffic.cpp.
-COUNTED = "-O2 -fno-tree-vectorize -fsanitize=thread --param=tsan-instrument-func-entry-exit=0".split()
+# Blocks that fill a GPU are 8 instead of 512: small problems are cut up as problems 64 times larger are on a GPU.
+COUNTED = (
+    "-O2 -fno-tree-vectorize -fsanitize=thread --param=tsan-instrument-func-entry-exit=0 -DCSG_FILL_BLOCKS=8".split()
+)
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -206,10 +209,20 @@ class Moved:
     counts: dict[tuple[str, str, str], Counts]
 
     def of(self, buffer: str, way: str) -> Counts:
-        """Of one buffer, over all kernels that touch it (at most one each way, but for mutual_info)."""
-        found = [counts for (_, name, its_way), counts in self.counts.items() if (name, its_way) == (buffer, way)]
-        assert len(found) <= 1, self.counts.keys()
-        return found[0] if found else Counts()
+        """Of one buffer: what all kernels moved, and the most that one of them touched."""
+        total = Counts()
+        for (_, name, its_way), counts in self.counts.items():
+            if (name, its_way) != (buffer, way):
+                continue
+            for field in ("bytes", "wide_bytes", "sectors"):
+                setattr(total, field, getattr(total, field) + getattr(counts, field))
+            for field in ("touched_bytes", "touched_sectors"):
+                setattr(total, field, max(getattr(total, field), getattr(counts, field)))
+        return total
+
+    def all(self) -> dict[tuple[str, str], Counts]:
+        """By buffer and "load" or "store"."""
+        return {key: self.of(*key) for key in dict.fromkeys(key[1:] for key in self.counts)}
 
 
 class Traffic(StandIn):

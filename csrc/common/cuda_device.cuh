@@ -57,6 +57,7 @@ int dispatch(ScalarType type, Fn fn) {
 // ---- 16-byte accesses.
 
 constexpr int kVectorBytes = 16;
+constexpr int kSectorBytes = 32;  // the least that memory moves
 
 template <typename T>
 constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));

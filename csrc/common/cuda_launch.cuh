@@ -16,8 +16,11 @@ namespace csg {
 // Every kernel walks over its tiles with a grid-stride loop, so more tiles than this only take more rounds.
 constexpr int64_t kMaxBlocks = CSG_MAX_BLOCKS;
 
+#ifndef CSG_FILL_BLOCKS
+#define CSG_FILL_BLOCKS 512
+#endif
 // Blocks that keep a large GPU busy: below this, tiles are made smaller.
-constexpr int64_t kFillBlocks = 512;
+constexpr int64_t kFillBlocks = CSG_FILL_BLOCKS;
 
 #ifdef __CUDACC__
 

@@ -25,7 +25,6 @@ constexpr int kUnroll = 4;                                     // 16-byte loads 
 constexpr int kTileBytes = kThreads * kUnroll * kVectorBytes;  // 16 KiB
 constexpr int kMinTileBytes = 2048;                            // of a problem too small to fill the GPU
 constexpr int kMaxTileRows = 512;
-constexpr int kSectorBytes = 32;           // tiles begin at multiples of it where the rows allow
 constexpr int kLongRowBytes = 2048;        // from here on a warp per row
 constexpr int kBlockRowBytes = 16 * 1024;  // from here on a block per row
 
@@ -294,11 +293,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 }
 
 // Threads along K for channels last: 512-byte stretches where there are channels enough; narrower ones, and so more
-// lanes along S and more blocks, for few channels or few samples.
-int channel_columns(int64_t n, int64_t packs, int64_t s) {
+// lanes along S and more blocks, for few channels or few samples, but of two sectors at least where there are so many.
+int channel_columns(int64_t n, int64_t packs, int64_t s, int pack_bytes) {
+  const int least = std::max(4, 2 * kSectorBytes / pack_bytes);
   const int lanes = power_of_two(s, kThreads / kWarp);
   int columns = power_of_two(packs, kThreads / lanes);
-  while (columns > 4 && n * ceil_div(packs, columns) < kFillBlocks && kThreads / columns < s) columns /= 2;
+  while (columns > least && n * ceil_div(packs, columns) < kFillBlocks && kThreads / columns < s) columns /= 2;
   return std::max(columns, 4);
 }
 
@@ -313,7 +313,7 @@ template <typename T, Pool kPool, int kWidth>
 int launch_channels(const GatedPoolForward& p, void* stream) {
   const int64_t packs = ceil_div(p.k, kWidth);
   ChannelShape shape{};
-  shape.columns = channel_columns(p.n, packs, p.s);
+  shape.columns = channel_columns(p.n, packs, p.s, kWidth * sizeof(T));
   shape.channel_tiles = ceil_div(packs, shape.columns);
   shape.tiles = p.n * shape.channel_tiles;
   const int cells = kThreads / shape.columns * kWidth * (shape.columns + kPad<kWidth>);
@@ -331,7 +331,7 @@ int launch_tiles(const GatedPoolForward& p, void* stream) {
   shape.segment_stride = p.stride_n;
   int64_t rows = std::min<int64_t>(kMaxTileRows, kTileBytes / row_bytes);
   rows = std::max(std::min(rows, p.n * p.k / kFillBlocks), std::min(rows, kMinTileBytes / row_bytes));
-  const int64_t grain = kSectorBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t grain = kSectorBytes / static_cast<int64_t>(sizeof(T));  // tiles begin at sectors where they can
   if (rows > grain) rows -= rows % grain;
   rows = std::min(rows, shape.segment_rows);
   shape.rows = static_cast<int>(rows);
@@ -525,7 +525,7 @@ template <typename T, int kWidth>
 int launch_fill_channels(const GatedPoolBackward& p, void* stream) {
   const int64_t packs = ceil_div(p.k, kWidth);
   ChannelShape shape{};
-  shape.columns = channel_columns(p.n, packs, p.s);
+  shape.columns = channel_columns(p.n, packs, p.s, kWidth * sizeof(T));
   shape.channel_tiles = ceil_div(packs, shape.columns);
   shape.positions = kThreads / shape.columns * 2 * kUnroll;
   shape.position_tiles = ceil_div(p.s, shape.positions);

@@ -36,7 +36,7 @@ struct Fiber {
   bool started = false;
   State state = State::Done;
   unsigned meetings = 0;  // barriers and exchanges of the whole warp that it has passed in this block
-  Where where;  // of the barrier or exchange it waits at
+  Where where;            // of the barrier or exchange it waits at
   unsigned mask = 0;
   int source = 0;
   uint64_t value = 0, result = 0;

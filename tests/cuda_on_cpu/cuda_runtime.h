@@ -57,7 +57,8 @@ uint64_t exchange(unsigned mask, uint64_t value, int source_lane, Where where);
 unsigned vote(unsigned mask, bool predicate, Where where);
 int lane();
 
-// Where the kernel that runs stands; `meetings`: barriers and exchanges of the whole warp behind the thread, in its block.
+// Where the kernel that runs stands; `meetings`: barriers and exchanges of the whole warp behind the thread, in its
+// block.
 struct Moment {
   const void* kernel;
   int64_t launch;

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
-#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -34,7 +33,7 @@ struct Key {
 
 struct Tally {
   Counts counts;
-  std::vector<bool> touched;
+  std::vector<char> touched;  // by byte
 };
 
 // A lane's part in an access of its warp.
@@ -50,8 +49,8 @@ struct Part {
 
 std::vector<Buffer> buffers;
 std::map<Key, Tally> tallies;
-std::vector<Part> parts;  // of the block that runs
-std::map<std::tuple<const void*, int, unsigned>, unsigned> executions;
+std::vector<Part> parts;                            // of the block that runs
+std::unordered_map<uint64_t, unsigned> executions;  // by instruction, thread and meetings
 cuda_on_cpu::Moment now{};
 
 // The parts of a block become accesses of its warps.
@@ -65,8 +64,8 @@ void end_block() {
 
 void access(const void* p, size_t size, bool store, const void* instruction) {
   const auto begin = reinterpret_cast<uintptr_t>(p);
-  const auto found = std::find_if(buffers.begin(), buffers.end(),
-                                  [=](const Buffer& b) { return begin >= b.begin && begin < b.end; });
+  const auto found =
+      std::find_if(buffers.begin(), buffers.end(), [=](const Buffer& b) { return begin >= b.begin && begin < b.end; });
   if (found == buffers.end()) return;
   const cuda_on_cpu::Moment moment = cuda_on_cpu::moment();
   if (moment.launch != now.launch || moment.block != now.block) end_block();
@@ -76,8 +75,12 @@ void access(const void* p, size_t size, bool store, const void* instruction) {
   tally.counts.bytes += static_cast<int64_t>(size);
   if (size >= kWide) tally.counts.wide_bytes += static_cast<int64_t>(size);
   tally.touched.resize(found->end - found->begin);
-  for (uintptr_t i = begin; i < begin + size; ++i) tally.touched.at(i - found->begin) = true;
-  const unsigned execution = executions[{instruction, moment.thread, moment.meetings}]++;
+  const uintptr_t end = std::min(begin + size, found->end);
+  std::fill(tally.touched.begin() + (begin - found->begin), tally.touched.begin() + (end - found->begin), 1);
+  // Code lies within 2^30 bytes and a block has at most 1024 threads, so the key is unique.
+  const uint64_t place = (reinterpret_cast<uintptr_t>(instruction) & 0x3fffffff) << 34 |
+                         static_cast<uint64_t>(moment.meetings & 0xffffff) << 10 | static_cast<unsigned>(moment.thread);
+  const unsigned execution = executions[place]++;
   for (uintptr_t sector = begin / kSector; sector <= (begin + size - 1) / kSector; ++sector)
     parts.push_back({instruction, moment.thread / kWarp, moment.meetings, execution, buffer, store, sector});
 }
@@ -85,12 +88,12 @@ void access(const void* p, size_t size, bool store, const void* instruction) {
 }  // namespace
 
 extern "C" {
-#define CSG_ACCESS(size)                                                                                       \
-  void __tsan_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); }                     \
-  void __tsan_write##size(void* p) { access(p, size, true, __builtin_return_address(0)); }                     \
-  void __tsan_unaligned_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_write##size(void* p) { access(p, size, true, __builtin_return_address(0)); }           \
-  void __tsan_volatile_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); }            \
+#define CSG_ACCESS(size)                                                                             \
+  void __tsan_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); }           \
+  void __tsan_write##size(void* p) { access(p, size, true, __builtin_return_address(0)); }           \
+  void __tsan_unaligned_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##size(void* p) { access(p, size, true, __builtin_return_address(0)); } \
+  void __tsan_volatile_read##size(void* p) { access(p, size, false, __builtin_return_address(0)); }  \
   void __tsan_volatile_write##size(void* p) { access(p, size, true, __builtin_return_address(0)); }
 CSG_ACCESS(1)
 CSG_ACCESS(2)
@@ -130,7 +133,7 @@ bool traffic_row(size_t i, TrafficRow* row) {
   auto& [key, tally] = *it;
   const auto& touched = tally.touched;
   const uintptr_t begin = buffers[static_cast<size_t>(key.buffer)].begin;
-  tally.counts.touched_bytes = std::count(touched.begin(), touched.end(), true);
+  tally.counts.touched_bytes = std::count(touched.begin(), touched.end(), 1);
   tally.counts.touched_sectors = 0;
   uintptr_t last = 0;
   for (size_t b = 0; b < touched.size(); ++b) {
