@@ -555,8 +555,8 @@ constexpr int kGateLanes = kThreads / kGateColumns;  // each sums every kGateLan
 constexpr int kMaxClassTile = 8;
 
 struct GateShape {
-  int classes;  // of a tile
-  int64_t channel_tiles, tiles;
+  int classes;                                // of a tile
+  int64_t class_tiles, channel_tiles, tiles;  // behind the tiles of classes, with a projection, those of the maxima
 };
 
 struct Match {
@@ -586,13 +586,68 @@ __device__ inline int find_matches(const GatedPoolBackward& p, int64_t begin, in
   return total;
 }
 
+// The gradient of what project_scale() makes of an entry that is not its column's maximum; `sum`: D[c, k].
+template <typename A>
+__device__ inline A beside_maximum(A sum, A g, A top) {
+  if (top > A(0)) return g >= A(0) ? sum / top : A(0);
+  return top != top ? top : A(0);
+}
+
+// Columns k, ... beside each other: the gradient at each one's maximum, to which all samples contribute. `sums`,
+// `whole`: [lanes][columns].
+template <typename G, typename A>
+__device__ inline void maximum_gradient(const GatedPoolBackward& p, int64_t k, A* sums, A* whole) {
+  const int thread = threadIdx.x, column = thread % kGateColumns, lane = thread / kGateColumns;
+  const auto* const grad_out = static_cast<const G*>(p.grad_out);
+  const auto* const pooled = static_cast<const G*>(p.pooled);
+  const auto* const gate = static_cast<const G*>(p.rows.gate);
+  const bool active = k < p.k;
+  A top = A(0), own = A(0), all = A(0);
+  int64_t arg = 0;
+  if (active) {
+    top = to_acc(static_cast<const G*>(p.rows.col_max)[k]);
+    arg = p.rows.col_arg[k];
+  }
+  if (grad_out != nullptr && active && top > A(0)) {
+#pragma unroll 1
+    for (int64_t n = lane; n < p.n; n += kUnroll * kGateLanes) {
+      A d[kUnroll], g[kUnroll];
+      int64_t c[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int64_t sample = n + u * kGateLanes, i = sample * p.k + k;
+        c[u] = sample < p.n ? class_of(p.rows, sample) : -1;
+        const bool valid = in_range(p.rows, c[u]);
+        d[u] = valid ? to_acc(grad_out[i]) * to_acc(pooled[i]) : A(0);
+        g[u] = valid ? to_acc(gate[c[u] * p.k + k]) : A(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (c[u] == arg) own += d[u];
+        all += d[u] * project_scale(g[u], top, c[u] == arg);
+      }
+    }
+  }
+  sums[thread] = own;
+  whole[thread] = all;
+  __syncthreads();
+  if (lane == 0 && active) {
+    for (int l = 1; l < kGateLanes; ++l) {
+      own += sums[l * kGateColumns + column];
+      all += whole[l * kGateColumns + column];
+    }
+    static_cast<G*>(p.grad_gate)[arg * p.k + k] = from_acc<G>(beside_maximum(own - all, A(0), top));
+  }
+  __syncthreads();
+}
+
 template <typename G>
 __global__ void __launch_bounds__(kThreads, 3) gate_gradient(const GatedPoolBackward p, const GateShape shape) {
   using A = Acc<G>;
   CSG_DYNAMIC_SHARED(shared);
   CSG_SHARED(Match, matches, kThreads);
   CSG_SHARED(int, counts, kThreads / kWarp);
-  CSG_SHARED(A, whole, kThreads);                // [lanes][columns]: each lane's part of sum_n d P
+  CSG_SHARED(A, whole, kThreads);
   A* const sums = reinterpret_cast<A*>(shared);  // [lanes][classes][columns]
   const int thread = threadIdx.x, column = thread % kGateColumns, lane = thread / kGateColumns;
   const auto* const grad_out = static_cast<const G*>(p.grad_out);
@@ -602,8 +657,12 @@ __global__ void __launch_bounds__(kThreads, 3) gate_gradient(const GatedPoolBack
 
   for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
     const int64_t class_tile = tile / shape.channel_tiles;
-    const int64_t first = class_tile * shape.classes,
-                  k = (tile - class_tile * shape.channel_tiles) * kGateColumns + column;
+    const int64_t k = (tile - class_tile * shape.channel_tiles) * kGateColumns + column;
+    if (class_tile == shape.class_tiles) {
+      maximum_gradient<G>(p, k, sums, whole);
+      continue;
+    }
+    const int64_t first = class_tile * shape.classes;
     const int classes = static_cast<int>(min(static_cast<int64_t>(shape.classes), p.rows.rows - first));
     const bool active = k < p.k;
     const auto product = [&](int64_t n) { return to_acc(grad_out[n * p.k + k]) * to_acc(pooled[n * p.k + k]); };
@@ -648,41 +707,14 @@ __global__ void __launch_bounds__(kThreads, 3) gate_gradient(const GatedPoolBack
       top = to_acc(static_cast<const G*>(p.rows.col_max)[k]);
       arg = p.rows.col_arg[k];
     }
-    A part = A(0);
-    if (grad_out != nullptr && active && top > A(0) && arg >= first && arg < first + classes) {
-#pragma unroll 1
-      for (int64_t n = lane; n < p.n; n += kUnroll * kGateLanes) {
-        A d[kUnroll], g[kUnroll];
-        int64_t c[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          const int64_t sample = n + u * kGateLanes;
-          c[u] = sample < p.n ? class_of(p.rows, sample) : -1;
-          d[u] = in_range(p.rows, c[u]) ? product(sample) : A(0);
-          g[u] = in_range(p.rows, c[u]) ? to_acc(gate[c[u] * p.k + k]) : A(0);
-        }
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) part += d[u] * project_scale(g[u], top, c[u] == arg);
-      }
-    }
-    whole[thread] = part;
     __syncthreads();
 
 #pragma unroll 1
     for (int c = lane; c < classes && active; c += kGateLanes) {
+      if (first + c == arg) continue;  // maximum_gradient() writes it
       A sum = A(0);
       for (int l = 0; l < kGateLanes; ++l) sum += sums[(l * shape.classes + c) * kGateColumns + column];
-      if (project) {
-        if (top > A(0)) {
-          if (!(to_acc(gate[(first + c) * p.k + k]) >= A(0))) sum = A(0);
-          if (first + c == arg) {
-            for (int l = 0; l < kGateLanes; ++l) sum -= whole[l * kGateColumns + column];
-          }
-          sum /= top;
-        } else {
-          sum = top != top ? top : A(0);
-        }
-      }
+      if (project) sum = beside_maximum(sum, to_acc(gate[(first + c) * p.k + k]), top);
       static_cast<G*>(p.grad_gate)[(first + c) * p.k + k] = from_acc<G>(sum);
     }
     __syncthreads();
@@ -695,7 +727,8 @@ int backward_gate(const GatedPoolBackward& p, void* stream) {
   shape.channel_tiles = ceil_div(p.k, kGateColumns);
   const int64_t classes = ceil_div(p.rows.rows * shape.channel_tiles, 2 * kFillBlocks);
   shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile));
-  shape.tiles = ceil_div(p.rows.rows, shape.classes) * shape.channel_tiles;
+  shape.class_tiles = ceil_div(p.rows.rows, shape.classes);
+  shape.tiles = (shape.class_tiles + (p.rows.col_max != nullptr ? 1 : 0)) * shape.channel_tiles;
   const size_t bytes = sizeof(Acc<G>) * kThreads * shape.classes;
   return launch(gate_gradient<G>, shape.tiles, kThreads, bytes, stream, p, shape);
 }

@@ -80,7 +80,7 @@ unsigned char* shared_dynamic;
 unsigned char* shared_dynamic_end;
 size_t static_bytes, dynamic_bytes;
 int64_t launches;
-const void* kernel;                 // that runs
+const void* kernel;                 // that runs, or nullptr
 std::vector<const void*> launched;  // every kernel so far, once
 std::vector<SharedArray> shared_arrays;
 
@@ -302,6 +302,7 @@ int launch(const void* which, int64_t blocks, int threads, size_t dynamic_shared
       if (failed) break;
     }
   }
+  kernel = nullptr;
   if (!failed) return cudaSuccess;
   forget_fibers();
   return cudaErrorLaunchFailure;
