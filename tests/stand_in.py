@@ -78,7 +78,8 @@ def build(target: str, sources: list[Path], *options: str, counted: bool = False
     path = folder / target
     if not path.exists():
         flags = [COUNTED if counted and source in KERNELS else CHECKED for source in sources]
-        objects = [folder / f"{source.name}{'.counted' if of is COUNTED else ''}.o" for source, of in zip(sources, flags)]
+        ends = [".counted.o" if of is COUNTED else ".o" for of in flags]
+        objects = [folder / f"{source.name}{end}" for source, end in zip(sources, ends, strict=True)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources, objects, flags))
         linked = folder / f"{target}.{os.getpid()}"
@@ -131,7 +132,9 @@ class StandIn:
     def kernels(self) -> dict[int, str]:
         """Every instantiation of a kernel that the library contains: its name by its address."""
         names = kernel_names()
-        listing = subprocess.run(["nm", "--demangle", str(self.path)], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["nm", "--demangle", str(self.path)], capture_output=True, text=True, check=True
+        ).stdout
         symbol = rf"^(\w+) [tTwW] ((?:void )?csg::\(anonymous namespace\)::(?:{'|'.join(names)})(?:<.*>)?\(.*\))$"
         exported = re.search(r"^(\w+) T cuda_on_cpu_launches$", listing, re.MULTILINE)
         assert exported
@@ -143,9 +146,10 @@ class StandIn:
         }
 
     def launched(self) -> set[str]:
-        """The kernels that have been launched since the library was loaded."""
-        addresses = iter(self.library.cuda_on_cpu_launched(i) for i in itertools.count())
-        return {self.kernels[address] for address in itertools.takewhile(bool, addresses)}
+        """The kernels that have been launched since this was last asked."""
+        addresses = [*itertools.takewhile(bool, map(self.library.cuda_on_cpu_launched, itertools.count()))]
+        self.library.cuda_on_cpu_clear_launched()
+        return {self.kernels[address] for address in addresses}
 
     def check_size(self, index: int, struct: type[ctypes.Structure]) -> None:
         """The mirror of the struct with this index in library.cpp is as large as the struct."""
@@ -244,7 +248,9 @@ class Traffic(StandIn):
 
     def call(self, name: str, parameters: ctypes.Structure, *more: object) -> None:
         self.library.traffic_clear()
-        buffers = pointers(parameters) | {"work": p.value for p in more if isinstance(p, Pointer) and p.value}
+        buffers = pointers(parameters)
+        if name == "csg_mutual_info":
+            buffers["work"] = more[0].value
         for address in buffers.values():
             self.library.traffic_watch(Pointer(address), ctypes.c_size_t(self.sizes[address]))
         before = self.launches()

@@ -1,9 +1,10 @@
 """Prints, as Markdown, what the compiler made of every CUDA kernel: registers, spills, 16-byte accesses. Needs no GPU.
 
-    python tools/cuda_report.py [--arch 80 90 ...] > docs/cuda_resources.md
+    python tools/cuda_report.py [csg_ext/_cuda.so] > docs/cuda_resources.md
 
-Needs nvcc, and cuobjdump with nvdisasm: of the CUDA toolkit, or from `pip install nvidia-cuda-cuobjdump
-nvidia-cuda-nvdisasm`. Exits with 1 if a kernel spills registers.
+Reads the machine code of a built library (or of several files that nvcc made with -fatbin). Needs cuobjdump and
+nvdisasm: of the CUDA toolkit, or from `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`. Exits with 1 if a
+kernel spills registers, or if one of those that move the large tensors has no 16-byte access.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+# How these kernels move x or grad_x. Those with a last template argument of 1 are for rows that are not aligned.
+WIDE = {
+    "pool_tiles": "LDG",
+    "pool_rows": "LDG",
+    "pool_channels": "LDG",
+    "fill_rows": "STG",
+    "fill_channels": "STG",
+}
+Kernels = dict[str, collections.Counter[str]]  # by name: REG, STACK, LOCAL; LDG and STG of 16 bytes; any LDL and STL
 
 
 def find(tool: str) -> str:
@@ -38,34 +46,33 @@ def run(*command: str, **environment: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode != 0:
         sys.exit(f"cuda_report: {command[0]} failed: {done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    return done.stdout
 
 
-def resources(log: str) -> dict[str, dict[str, int]]:
-    """Per mangled kernel, what `ptxas -v` says."""
-    found: dict[str, dict[str, int]] = {}
-    for part in log.split("Function properties for ")[1:]:
-        numbers = {
-            "stack": r"(\d+) bytes stack frame",
-            "spill": r"(\d+) bytes spill stores",
-            "registers": r"Used (\d+) registers",
-        }
-        matches = {key: re.search(pattern, part) for key, pattern in numbers.items()}
-        if matches["registers"]:
-            found[part.split(None, 1)[0]] = {key: int(match[1]) for key, match in matches.items() if match}
+def by_architecture(text: str) -> dict[str, str]:
+    """What cuobjdump prints for each architecture, put together."""
+    found: dict[str, str] = collections.defaultdict(str)
+    for part in re.split(r"^arch = ", text, flags=re.MULTILINE)[1:]:
+        architecture, _, rest = part.partition("\n")
+        found[architecture] += rest
     return found
 
 
-def accesses(sass: str) -> dict[str, collections.Counter[str]]:
-    """Per mangled kernel, the 16-byte loads and stores of global memory, and all of local memory."""
-    found: dict[str, collections.Counter[str]] = {}
-    for part in re.split(r"Function : ", sass)[1:]:
-        counter = found[part.split(None, 1)[0]] = collections.Counter()
-        for operation in re.findall(r"\b((?:LDG|STG|LDL|STL)\.?[\w.]*)", part):
+def resources(text: str, into: dict[str, collections.Counter[str]]) -> None:
+    """Per mangled kernel, what `cuobjdump -res-usage` says."""
+    for name, numbers in re.findall(r"^ Function (\S+):\n\s+(.*)$", text, re.MULTILINE):
+        for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", numbers):
+            into[name][key] = int(number)
+
+
+def accesses(text: str, into: dict[str, collections.Counter[str]]) -> None:
+    """Per mangled kernel, from `cuobjdump -sass`: 16-byte loads and stores of global memory, all of local memory."""
+    for part in re.split(r"Function : ", text)[1:]:
+        name, _, code = part.partition("\n")
+        for operation in re.findall(r"\b((?:LDG|STG|LDL|STL)\.?[\w.]*)", code):
             kind = operation[:3]
             if kind in ("LDL", "STL") or operation.endswith(".128") or ".128." in operation:
-                counter[kind] += 1
-    return found
+                into[name.strip()][kind] += 1
 
 
 def readable(name: str) -> str:
@@ -76,49 +83,79 @@ def readable(name: str) -> str:
     return name.split("(")[0].replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
 
 
+def read(libraries: list[Path]) -> dict[str, Kernels]:
+    """The kernels of libraries by architecture, without CUB's."""
+    cuobjdump, demangle = find("cuobjdump"), find("cu++filt" if shutil.which("cu++filt") else "c++filt")
+    search = os.pathsep.join([str(Path(find("nvdisasm")).parent), os.environ.get("PATH", "")])
+    mangled: dict[str, dict[str, collections.Counter[str]]] = collections.defaultdict(
+        lambda: collections.defaultdict(collections.Counter)
+    )
+    for library in libraries:
+        for option, take in (("-res-usage", resources), ("-sass", accesses)):
+            for architecture, text in by_architecture(run(cuobjdump, option, str(library), PATH=search)).items():
+                take(text, mangled[architecture])
+    found: dict[str, Kernels] = {}
+    for architecture, kernels in mangled.items():
+        names = run(demangle, *kernels).splitlines()
+        found[architecture] = {
+            readable(name): counts for name, counts in zip(names, kernels.values(), strict=True) if "cub::" not in name
+        }
+    return found
+
+
+def faults(architectures: dict[str, Kernels]) -> list[str]:
+    """Kernels that spill, and those of WIDE without their 16-byte accesses."""
+    found = []
+    for architecture, kernels in architectures.items():
+        for name, m in sorted(kernels.items()):
+            if m["STACK"] or m["LOCAL"] or m["LDL"] or m["STL"]:
+                found.append(
+                    f"{name}, {architecture}: {m['STACK']} bytes of stack, {m['LDL'] + m['STL']} accesses to it"
+                )
+            wide = WIDE.get(name.partition("<")[0])
+            if wide and not name.endswith(", 1>") and not m[wide]:
+                found.append(f"{name}, {architecture}: no {wide} of 16 bytes")
+        missing = WIDE.keys() - {name.partition("<")[0] for name in kernels}
+        found += [f"{name}, {architecture}: not in the library" for name in sorted(missing)]
+    return found
+
+
+def report(architectures: dict[str, Kernels], compiler: str) -> str:
+    columns = sorted(architectures, key=lambda name: int(re.sub(r"\D", "", name)))
+    wrong = faults(architectures)
+    lines = [
+        "# What the compiler made of the CUDA kernels\n",
+        f"Written by `tools/cuda_report.py` from what {compiler} built; no GPU ran.",
+        "Each cell: registers per thread / 16-byte global loads / 16-byte global stores in the machine code. A last",
+        "template argument of 1 in a `_channels` kernel is the path for rows that are not 16-byte aligned. CUB's own",
+        "kernels, behind `radix_sort`, are left out.\n",
+        "Kernels that spill registers, and kernels that move x or grad_x without 16-byte accesses: "
+        + ("none.\n" if not wrong else "\n\n- " + "\n- ".join(wrong) + "\n"),
+        "| kernel | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in sorted({name for kernels in architectures.values() for name in kernels}):
+        cells = [architectures[column].get(name) for column in columns]
+        texts = ["-" if m is None else f"{m['REG']} / {m['LDG']} / {m['STG']}" for m in cells]
+        lines.append(f"| `{name}` | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Registers, spills and 16-byte accesses of every CUDA kernel.")
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities, such as 80 90")
-    architectures = parser.parse_args().arch
-    nvcc, cuobjdump, demangle = (
-        find("nvcc"),
-        find("cuobjdump"),
-        find("cu++filt" if shutil.which("cu++filt") else "c++filt"),
-    )
-    search = os.pathsep.join([str(Path(find("nvdisasm")).parent), os.environ.get("PATH", "")])
-    rows: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    spills: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc").glob("*/*.cu")):
-            for architecture in architectures:
-                cubin = Path(folder) / f"{source.stem}.{architecture}.cubin"
-                flags = ["-std=c++20", "-O3", f"-arch=sm_{architecture}", "-Werror", "all-warnings", "-Xptxas", "-v"]
-                used = resources(run(nvcc, *flags, "-cubin", "-o", str(cubin), str(source)))
-                moved = accesses(run(cuobjdump, "-sass", str(cubin), PATH=search))
-                names = run(demangle, *used).splitlines()
-                for name, mangled in zip(map(readable, names), used, strict=True):
-                    if "cub::" in name:  # NVIDIA's radix sort
-                        continue
-                    r, m = used[mangled], moved[mangled]
-                    rows[name][architecture] = f"{r['registers']} / {m['LDG']} / {m['STG']}"
-                    if r["stack"] or r["spill"] or m["LDL"] or m["STL"]:
-                        spills.append(f"{name}, sm_{architecture}: {r['stack']} bytes of stack, {r['spill']} spilled")
-    version = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
-    print("# What the compiler made of the CUDA kernels\n")
-    print(
-        f"Written by `tools/cuda_report.py` with nvcc {version[1] if version else 'of an unknown version'}; no GPU ran."
-    )
-    print("Each cell: registers per thread / 16-byte global loads / 16-byte global stores in the machine code. A last")
-    print("template argument of 1 in a `_channels` kernel is the path for rows that are not 16-byte aligned. CUB's own")
-    print("kernels, behind `radix_sort`, are left out.\n")
-    print(
-        "Kernels with a stack frame or spilled registers: " + ("none." if not spills else "\n- " + "\n- ".join(spills))
-    )
-    print("\n| kernel | " + " | ".join(f"sm_{a}" for a in architectures) + " |")
-    print("|---|" + "---|" * len(architectures))
-    for name in sorted(rows):
-        print(f"| `{name}` | " + " | ".join(rows[name].get(a, "-") for a in architectures) + " |")
-    return 1 if spills else 0
+    default = ROOT / "csg_ext" / "_cuda.so"
+    parser.add_argument("library", nargs="*", type=Path, default=[default], help="a built _cuda.so")
+    libraries = parser.parse_args().library
+    for library in libraries:
+        if not library.is_file():
+            parser.error(f"library must be a built _cuda.so, got {str(library)!r}, which does not exist")
+    version = re.search(r"release ([\d.]+)", run(find("nvcc"), "--version"))
+    architectures = read(libraries)
+    print(report(architectures, f"nvcc {version[1]}" if version else "nvcc"))
+    wrong = faults(architectures) if architectures else ["the library holds no machine code"]
+    for fault in wrong:
+        print(f"cuda_report: {fault}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ unsigned char* shared_dynamic_end;
 size_t static_bytes, dynamic_bytes;
 int64_t launches;
 const void* kernel;                 // that runs, or nullptr
-std::vector<const void*> launched;  // every kernel so far, once
+std::vector<const void*> launched;  // kernels, each once
 std::vector<SharedArray> shared_arrays;
 
 [[gnu::format(printf, 1, 2)]] void fail(const char* format, ...) {
@@ -366,10 +366,11 @@ Moment moment() { return {kernel, launches, blockIdx.x, running, fibers[running]
 extern "C" {
 const char* cuda_on_cpu_error() { return cuda_on_cpu::error(); }
 int64_t cuda_on_cpu_launches() { return cuda_on_cpu::launches; }
-// The address of a kernel that has been launched, in the order of the first launches; nullptr beyond the last.
+// The address of a kernel that has been launched since the list was cleared; nullptr beyond the last.
 const void* cuda_on_cpu_launched(size_t i) {
   return i < cuda_on_cpu::launched.size() ? cuda_on_cpu::launched[i] : nullptr;
 }
+void cuda_on_cpu_clear_launched() { cuda_on_cpu::launched.clear(); }
 void cuda_on_cpu_set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 // A buffer of whole pages between two pages that may not be touched; nullptr when there is no memory.
 void* cuda_on_cpu_map(size_t bytes) { return cuda_on_cpu::map_guarded(bytes); }
