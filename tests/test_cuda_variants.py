@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from stand_in import ROOT
 from stand_in_kernels import Kernels
 from test_cuda_on_cpu import check_backward, check_forward, close
 from test_mutual_info_cuda_on_cpu import check as check_information
@@ -136,6 +138,12 @@ def test_variant(built: Kernels, capfd: pytest.CaptureFixture[str], name: str, r
 
 def test_no_variant_is_left_out(built: Kernels) -> None:
     assert sorted(built.kernels.values()) == sorted({name for name, _ in VARIANTS})
+
+
+def test_the_report_lists_every_variant(built: Kernels) -> None:
+    """docs/cuda_resources.md, which nvcc's machine code was read for, has the same kernels."""
+    listed = re.findall(r"^\| `(.*)` \|", (ROOT / "docs" / "cuda_resources.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(built.kernels.values())
 
 
 # What kernels decide at run time: threads to a row, rows to a tile, whether tiles cross samples, columns to a block.

@@ -21,8 +21,8 @@ from traffic_cases import Information, pools, steps
 HEAD = f"""# What the CUDA kernels move
 
 Written by `tools/cuda_traffic.py`; no GPU ran. The kernels' sources are compiled by a C++ compiler with a call in front
-of every load and store ({", ".join(f"`{flag}`" for flag in COUNTED)}) and run by `tests/cuda_on_cpu`, which looks
-up which buffer each access touches.
+of every load and store, and run by `tests/cuda_on_cpu`, which looks up which buffer each access touches. Flags:
+`{" ".join(COUNTED)}`.
 
 - **bytes**: what the accesses move, over the bytes that the buffer has: 1 is each byte once.
 - **sectors**: 32-byte sectors that accesses of warps ask for, over the sectors that the buffer has. The lanes of a warp

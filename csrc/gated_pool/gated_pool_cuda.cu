@@ -2,7 +2,8 @@
 //
 // Bytes that must move, with e the size of an element of x, g of the gate:
 //   forward   e N K S read + 2 g N K written (max: + 8 N K for the index)
-//   backward  e N K S written + 2 g N K read (+ g C K written and 2 g N K read for the gate's gradient); x is not read
+//   backward  e N K S written + 2 g N K read (+ g C K written and 2 g N K read for the gate's gradient; projected,
+//             3 g N K more and g C K read); x is not read
 // Share of the memory bandwidth reached: not measured on a GPU.
 //
 // x is read once, in 16-byte pieces, by one of three kernels:
