@@ -19,9 +19,10 @@ class _GateHook:
     AttachedModel that sets it.
     """
 
-    def __init__(self, csg: ClassSpecificGate, channel_dim: int) -> None:
+    def __init__(self, csg: ClassSpecificGate, plan: Plan) -> None:
         self.csg = csg
-        self.channel_dim = channel_dim
+        self.pooled = plan.pooled
+        self.channel_dim = plan.channel_dim
         self.reset()
 
     def set(self, labels: Tensor, path: str) -> None:
@@ -50,7 +51,7 @@ class _GateHook:
     def gated(self, x: Tensor, labels: Tensor) -> Tensor:
         """G[labels] * x."""
         gate = self.csg.gate
-        if x[0].numel() == gate.shape[1]:  # pooled: (N, K), (N, K, 1, 1)
+        if self.pooled:  # (N, K), (N, K, 1, 1)
             return gated_pool(x.flatten(1), gate, labels).to(x.dtype).view(x.shape)
         ones = x.new_ones(len(x), gate.shape[1])
         rows = gated_pool(ones, gate, labels).to(x.dtype)
@@ -76,6 +77,9 @@ def _hook_onto(model: nn.Module, name: str, side: str, hook: Any) -> Any:
     return module.register_forward_pre_hook(hook) if side == "input" else module.register_forward_hook(hook)
 
 
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
+
+
 class AttachedModel(TwoPaths):
     """A model with a class-specific gate inside it: what `csg_ext.attach` returns.
 
@@ -89,11 +93,12 @@ class AttachedModel(TwoPaths):
 
     def __init__(self, model: nn.Module, plan: Plan, init: float) -> None:
         super().__init__()
+        self.training = model.training
         self.model = model
         self.plan = plan
         self.csg = ClassSpecificGate(plan.num_classes, plan.num_filters, init)
         self.one_pass = False
-        self._hook = _GateHook(self.csg, plan.channel_dim)
+        self._hook = _GateHook(self.csg, plan)
         self._handle = _hook_onto(model, plan.gate.name, plan.gate.side, self._hook)
 
     @property
@@ -140,8 +145,9 @@ class AttachedModel(TwoPaths):
     def forward_features(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The gated layer's feature map, (N, K, *spatial), or tokens (N, L, K); ungated."""
         place = self.plan.layer
-        # Where pooling is what the gate waits for, the map is the one that is pooled, in-place operations included.
-        return self._run(place.name, place.side, not self.plan.pooled, x, kwargs)
+        # A gate that waits for the pooling belongs to the map that is pooled, in-place operations on it included.
+        features = self._run(place.name, place.side, not self.plan.pooled, x, kwargs)
+        return features.movedim(self.plan.channel_dim, 1) if features.dim() > 3 else features
 
     def pooled_features(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The ungated features (N, K) that the gate multiplies; of a gated map, the means over its positions."""
@@ -162,16 +168,11 @@ class AttachedModel(TwoPaths):
             raise RuntimeError(f"AttachedModel: {name!r} did not run: was the model changed after attach?")
         return keep.kept
 
-    def detach(self) -> nn.Module:
-        """See `csg_ext.detach`."""
-        self._handle.remove()
-        return self.model
-
     def __enter__(self) -> AttachedModel:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.detach()
+        detach(self)
 
     def extra_repr(self) -> str:
         """What repr() shows."""
@@ -191,16 +192,28 @@ def attach(
     """Put a class-specific gate on a layer of any model, without changing its code, weights or results."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"attach: model must be the model itself, to be wrapped after attach, got {type(model).__name__}"
+        )
     if example is None:
         example = guess_example(model)
-    plan = locate(model, example, layer, classifier, num_classes, channel_dim)
+    if not isinstance(example, Tensor):
+        raise TypeError(f"attach: example must be a torch.Tensor, got {type(example).__name__}")
+    if not len(example):
+        raise ValueError(f"attach: example must have at least one sample, got the shape {tuple(example.shape)}")
+    if channel_dim not in (1, -1, None):
+        raise ValueError(f"attach: channel_dim must be 1, -1 or None, got {channel_dim}")
+    plan, x = locate(model, example, layer, classifier, num_classes, channel_dim)
     g = AttachedModel(model, plan, init)
-    parameter = next(model.parameters())
-    g.csg.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-    g.one_pass = _goes_in_one_pass(g, example)
-    g.train(model.training)
+    g.csg.to(x.device, torch.promote_types(x.dtype, torch.float32))
+    try:
+        g.one_pass = _goes_in_one_pass(g, example)
+    except BaseException:
+        detach(g)
+        raise
     if layer is None:
-        size = " x ".join(str(n) for i, n in enumerate(plan.map_shape) if i and i != plan.channel_dim % len(plan.map_shape))
+        size = " x ".join(str(n) for n in x.movedim(plan.channel_dim, 1).shape[2:])
         print(
             f"attach: gate ({plan.num_classes} classes x {plan.num_filters} filters) on the {plan.layer}, map {size}, "
             f"applied at the {plan.gate}"
@@ -214,11 +227,10 @@ def _goes_in_one_pass(g: AttachedModel, example: Tensor) -> bool:
     x = example if len(example) > 1 else torch.cat((example, example))
     rows = torch.zeros(len(x), g.csg.num_classes, dtype=g.gate.dtype, device=g.gate.device)
     with evaluating(g.model):
-        std = logits_of(g.model(x))
+        std, csg = logits_of(g.model(x)), g._gated(x, rows, "csg", {})
         try:
             both = g._gated(x, rows, "both", {})
-            csg = g._gated(x, rows, "csg", {})
-        except (RuntimeError, ValueError, IndexError):
+        except Exception:  # whatever a model raises that reshapes by its input's N, or adds a shortcut around the layer
             return False
     return both.shape == (2 * len(x), std.shape[1]) and torch.allclose(both, torch.cat((std, csg)), 1e-3, 1e-3)
 
@@ -227,4 +239,5 @@ def detach(g: AttachedModel) -> nn.Module:
     """Take the gate out again: the model as it was before `csg_ext.attach`, without hooks."""
     if not isinstance(g, AttachedModel):
         raise TypeError(f"detach: g must be what attach returned, got {type(g).__name__}")
-    return g.detach()
+    g._handle.remove()
+    return g.model

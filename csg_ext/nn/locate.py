@@ -38,7 +38,6 @@ class Plan:
 
     layer: Place
     channel_dim: int  # of the map: 1 or -1
-    map_shape: tuple[int, ...]
     gate: Place
     pooled: bool  # the gate is applied to N x K pooled values, not to the map
     batch_norms: tuple[str, ...]  # those that run after the gate: in training they mix the samples of a batch
@@ -88,15 +87,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def guess_example(model: nn.Module) -> Tensor:
-    """Two random images of the size that a module states (image_size, img_size), 224 x 224 where none does."""
-    first = next((m for m in model.modules() if next(m.parameters(recurse=False), None) is not None), None)
+    """Two random images, of the size that the model's config or a module states (image_size, img_size), else 224."""
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None:
         raise ValueError(
-            f"attach: example must be given, a batch (N, ...) that the model takes, when the model has no Conv2d that "
-            f"tells the number of channels, got a model that begins with {type(first).__name__}"
+            "attach: example must be given, a batch (N, ...) that the model takes: the model has no Conv2d that would "
+            "tell the channels of its images"
         )
-    sizes = (getattr(m, name, None) for m in model.modules() for name in ("image_size", "img_size"))
+    owners = (getattr(model, "config", None), *model.modules())
+    sizes = (getattr(owner, name, None) for owner in owners for name in ("image_size", "img_size"))
     size = next((s for s in sizes if isinstance(s, (int, tuple, list))), 224)
     height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])
     noise = torch.randn(2, conv.in_channels, height, width, generator=torch.Generator().manual_seed(0))
@@ -125,11 +124,18 @@ class _Trace:
                 handles.append(module.register_forward_pre_hook(self._before(name)))
                 handles.append(module.register_forward_hook(self._after(name)))
         try:
-            with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+            with evaluating(model):
                 x = example.detach().clone()
                 if x.is_floating_point():
                     x = x.requires_grad_().clone()
-                self.logits = logits_of(model(x))
+                try:
+                    output = model(x)
+                except Exception as error:
+                    raise ValueError(
+                        f"attach: example must be a batch (N, ...) that the model takes, got or guessed one of shape "
+                        f"{tuple(example.shape)}, with which it raised {type(error).__name__}: {error}"
+                    ) from error
+                self.logits = logits_of(output)
         finally:
             for handle in handles:
                 handle.remove()
@@ -204,7 +210,11 @@ class _Trace:
 
     def _is_read(self, index: int) -> bool:
         """Whether a module with parameters runs afterwards: else the events[index] are class scores, not features."""
-        return any(next(e.module.parameters(recurse=False), None) is not None for e in self.events[index + 1 :] if e.place.side == "output")
+        return any(
+            next(e.module.parameters(recurse=False), None) is not None
+            for e in self.events[index + 1 :]
+            if e.place.side == "output"
+        )
 
     def _commutes(self, x: Tensor, out: Tensor, channel_dim: int) -> bool:
         """Whether out is f(x) with f(g * x) = g * f(x) for g >= 0, and x reaches the logits through out alone."""
@@ -234,6 +244,8 @@ def _is_map(tensor: Tensor, samples: int) -> bool:
     return tensor.dim() in (3, 4, 5) and len(tensor) == samples and tensor.is_floating_point()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def locate(
     model: nn.Module,
     example: Tensor,
@@ -241,8 +253,8 @@ def locate(
     classifier: str | None,
     num_classes: int | None,
     channel_dim: int | None,
-) -> Plan:
-    """The plan of a gate on `layer`, or on the last feature map before global pooling when layer is None.
+) -> tuple[Plan, Tensor]:
+    """The plan of a gate on `layer`, or on the last feature map before global pooling when layer is None; the map.
 
     Raises ValueError, with one sentence, for what does not fit; see `csg_ext.attach`.
     """
@@ -267,17 +279,14 @@ def locate(
     if layer is None:
         index, dim, gate = _last_map(trace, width, channel_dim)
     else:
-        index, dim, gate = _named_map(trace, layer, width, channel_dim)
+        index, dim, gate = _named_map(trace, layer, channel_dim)
     event = trace.events[index]
     at = trace.events[gate] if gate is not None else event
     after = trace.events[(gate if gate is not None else index) + 1 :]
-    norms = dict.fromkeys(
-        e.place.name for e in after if isinstance(e.module, _BatchNorm) and e.place.side == "output"
-    )
-    return Plan(
+    norms = dict.fromkeys(e.place.name for e in after if isinstance(e.module, _BatchNorm) and e.place.side == "output")
+    plan = Plan(
         layer=_name(trace, event) if layer is None else event.place,
         channel_dim=dim,
-        map_shape=tuple(event.tensor.shape),
         gate=at.place,
         pooled=gate is not None,
         batch_norms=tuple(norms),
@@ -285,6 +294,7 @@ def locate(
         num_classes=classes,
         num_filters=event.tensor.shape[dim],
     )
+    return plan, event.tensor.detach()
 
 
 def _linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
@@ -297,8 +307,8 @@ def _linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
 def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tuple[int, int, int | None]:
     """The index of the last feature map before global pooling, its channel axis, the index of its gate.
 
-    It is the last one whose gate may be applied after pooling, unless one comes later that has as many channels as the
-    classifier has inputs: then the model pools by attention or reads several tokens, and the map itself is gated.
+    It is the last one whose gate may be applied after pooling, or tokens that come later and have as many channels as
+    the classifier has inputs: they are pooled by attention, or several of them are read, and are gated themselves.
     """
     for index in reversed(range(len(trace.events))):
         event = trace.events[index]
@@ -310,10 +320,12 @@ def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tupl
             gate = trace.gate_index(index, dim)
             if gate is not None:
                 return index, dim, gate
-        fitting = [d for d in dims if x.shape[d] == width]
-        if fitting and event.place.side == "output" and trace.gradient(trace.target, x) is not None:
-            return index, fitting[-1], None
-    maps = dict.fromkeys(e.place.name for e in trace.events if _is_map(e.tensor, trace.samples) and e.place.side == "output")
+        tokens = x.dim() == 3 and -1 in dims and x.shape[-1] == width and event.place.side == "output"
+        if tokens and trace.gradient(trace.target, x) is not None:
+            return index, -1, None
+    maps = dict.fromkeys(
+        e.place.name for e in trace.events if _is_map(e.tensor, trace.samples) and e.place.side == "output"
+    )
     names = [name for name in maps if name.count(".") == min(n.count(".") for n in maps)]
     raise ValueError(
         "attach: layer must be given for a model without global pooling of a feature map before its classifier"
@@ -321,9 +333,7 @@ def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tupl
     )
 
 
-def _named_map(
-    trace: _Trace, layer: str, width: int | None, channel_dim: int | None
-) -> tuple[int, int, int | None]:
+def _named_map(trace: _Trace, layer: str, channel_dim: int | None) -> tuple[int, int, int | None]:
     """The index of the map that `layer` gives, its channel axis, the index of its gate."""
     calls = trace.calls.get(layer, 0)
     if calls != 1:
@@ -332,7 +342,7 @@ def _named_map(
     index = next((i for i, e in enumerate(trace.events) if e.place == place), None)
     if index is None:
         raise ValueError(f"attach: layer must return one tensor, got {layer!r}, which returns another type")
-    x = trace.events[index].tensor
+    event, x = trace.events[index], trace.events[index].tensor
     if not _is_map(x, trace.samples):
         raise ValueError(
             f"attach: layer must give a feature map (N, K, *spatial) or tokens (N, L, K), got {layer!r}, which gives "
@@ -343,23 +353,21 @@ def _named_map(
         gate = trace.gate_index(index, dim)
         if gate is not None:
             return index, dim, gate
-    return index, _channels(trace, index, width) if channel_dim is None else channel_dim, None
+    return index, _channels(event) if channel_dim is None else channel_dim, None
 
 
-def _channels(trace: _Trace, index: int, width: int | None) -> int:
-    """The channel axis of a map, by the classifier's inputs or by what the layer's last parameters give."""
-    event = trace.events[index]
+def _channels(event: _Event) -> int:
+    """The channel axis of a layer's output, by the width of the last of its modules that states one."""
     x = event.tensor
-    sizes = [] if width is None else [width]
     for module in reversed(list(event.module.modules())):
         for attribute in ("out_channels", "num_features", "num_channels", "out_features", "normalized_shape"):
             size = getattr(module, attribute, None)
-            if size is not None:
-                sizes.append(size[-1] if isinstance(size, tuple) else size)
-    for size in sizes:
-        fitting = [d for d in (1, -1) if x.shape[d] == size]
-        if len(fitting) == 1:
-            return fitting[0]
+            size = size[-1] if isinstance(size, tuple) else size
+            if size in (x.shape[1], x.shape[-1]):
+                if x.shape[1] != x.shape[-1]:
+                    return 1 if size == x.shape[1] else -1
+                if attribute != "out_features" and attribute != "normalized_shape":
+                    return 1  # convolutions and BatchNorm
     raise ValueError(
         f"attach: channel_dim must be given, 1 or -1, for layer {event.place.name!r}, whose output {tuple(x.shape)} "
         "does not tell"
@@ -368,5 +376,9 @@ def _channels(trace: _Trace, index: int, width: int | None) -> int:
 
 def _name(trace: _Trace, event: _Event) -> Place:
     """The outermost module that gives the event's tensor, the first of those; the event's own place where none does."""
-    same = [e.place for e in trace.events if e.key == event.key and e.place.side == "output" and trace.calls[e.place.name] == 1]
+    same = [
+        e.place
+        for e in trace.events
+        if e.key == event.key and e.place.side == "output" and trace.calls[e.place.name] == 1
+    ]
     return min(same, key=lambda place: place.name.count("."), default=event.place)
