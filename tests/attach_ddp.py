@@ -40,7 +40,7 @@ def run(rank: int, folder: str) -> None:
     """Rank's half of the batch, on every path in turn; rank 0 writes the gradients."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=150)
     )
     x, labels = (t[2 * rank : 2 * rank + 2] for t in data())
     turns = DistributedDataParallel(gated_model(), find_unused_parameters=True)

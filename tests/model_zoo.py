@@ -18,7 +18,7 @@ import torch
 
 ZOO = Path(__file__).parents[1] / ".venv" / "zoo"
 
-if importlib.util.find_spec("torchvision") is None:
+if not all(importlib.util.find_spec(name) for name in ("torchvision", "timm", "foolbox")):
     if not ZOO.is_dir():
         raise ImportError(f"the tests need torchvision, timm and foolbox in {ZOO}: `make test` installs them")
     sys.path.append(str(ZOO))
@@ -41,6 +41,10 @@ from timm.models.swin_transformer import SwinTransformer  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 from torch import nn  # noqa: E402
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
+
+_FOOLBOX = importlib.util.find_spec("foolbox")
+if str(ZOO) in sys.path:
+    sys.path.remove(str(ZOO))  # not for the processes that tests spawn: lightning would find torchvision there
 
 __all__ = ["MODELS", "Known", "imagenet_images", "timm", "torchvision"]
 
@@ -99,9 +103,9 @@ MODELS = {
     ),
     "timm-convnext": Known(_timm("convnext_atto"), 64, "stages", "output", 1, 320, "output of stages"),
     "timm-efficientnet": Known(_timm("efficientnet_lite0"), 64, "bn2", "output", 1, 1280, "output of bn2"),
-    "timm-seresnet": Known(_timm("seresnet18"), 64, "layer4", "output", 1, 512, "output of layer4"),
-    "timm-resnet-maxpool": Known(
-        _timm("resnet18", global_pool="max"), 64, "layer4", "output", 1, 512, "output of layer4"
+    "timm-resnet-se-maxpool": Known(  # maximum pooling; pooling inside the blocks too
+        _timm("resnet10t", block_args={"attn_layer": "se"}, global_pool="max"),
+        64, "layer4", "output", 1, 512, "output of layer4",
     ),
     "timm-vit": Known(
         lambda: VisionTransformer(**_VIT, num_classes=CLASSES), 32, "norm", "output", -1, 24, "output of norm"
@@ -140,8 +144,7 @@ MODELS = {
 
 def imagenet_images() -> list[tuple[Path, int]]:
     """The 20 ImageNet images inside the foolbox package and their class indices; foolbox itself is not imported."""
-    spec = importlib.util.find_spec("foolbox")
-    assert spec is not None and spec.origin is not None, "the tests need the images of the package foolbox"
-    paths = sorted((Path(spec.origin).parent / "data").glob("imagenet_*.jpg"))
+    assert _FOOLBOX is not None and _FOOLBOX.origin is not None, "the tests need the images of the package foolbox"
+    paths = sorted((Path(_FOOLBOX.origin).parent / "data").glob("imagenet_*.jpg"))
     assert len(paths) == 20
     return [(path, int(path.stem.rsplit("_", 1)[1])) for path in paths]

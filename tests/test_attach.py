@@ -6,6 +6,10 @@ import contextlib
 import copy
 import gc
 import pickle
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import attach_ddp
 import numpy as np
@@ -18,6 +22,8 @@ from torch import Tensor, nn
 
 import csg_ext
 from csg_ext.nn import AttachedModel
+
+ROOT = Path(__file__).parents[1]
 
 
 def logits(output) -> Tensor:
@@ -96,7 +102,7 @@ def test_other_libraries_models(name, capsys):
     assert pooled.shape == (3, known.filters)
     if features.dim() > 3:
         assert features.shape[1] == known.filters
-        reduced = features.amax((2, 3)) if name == "timm-resnet-maxpool" else features.mean((2, 3))
+        reduced = features.amax((2, 3)) if "maxpool" in name else features.mean((2, 3))
         torch.testing.assert_close(pooled, reduced)
 
     csg_ext.detach(g)
@@ -124,12 +130,12 @@ def test_real_imagenet_weights():
         std, csg = g(x, labels, path="both")
         torch.testing.assert_close(std, before, rtol=1e-4, atol=1e-4)
         pooled = model.extract_features(x).mean((2, 3))
-        torch.testing.assert_close(g.pooled_features(x), pooled, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(g.pooled_features(x[:4]), pooled[:4], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
             csg, F.linear(pooled * g.gate[labels], *model._fc.parameters()), rtol=1e-3, atol=1e-3
         )
         g.gate.fill_(1)
-        torch.testing.assert_close(g(x, labels), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(g(x[:4], labels[:4]), before[:4], rtol=1e-4, atol=1e-4)
         assert csg_ext.detach(g) is model
         assert hook_count(model) == 0 and torch.equal(model(x), before)
 
@@ -194,10 +200,11 @@ def test_a_layer_followed_by_an_in_place_relu():
     torch.testing.assert_close(g(x, labels), model.head((model.inner(shortcut) + shortcut).relu().mean((2, 3))))
 
 
-def test_gradients_are_those_of_the_definition():
-    g = attach_small().double()
+def test_gradients_are_those_of_the_definition(device):
+    g = csg_ext.attach(Small().to(device, torch.float64), example=EXAMPLE.to(device, torch.float64))
+    nn.init.uniform_(g.gate)
     known = Known(Small, 6, "pool", "input", 1, 6, "input of pool")
-    x, labels = batch()
+    x, labels = (t.to(device) for t in batch())
     x = x.double().requires_grad_()
     parameters = [x, *g.parameters()]
     wanted = torch.autograd.grad(F.cross_entropy(gated_by_hand(g.model, known, g.gate[labels], x), labels), parameters)
@@ -356,10 +363,11 @@ def test_state_dict_round_trip():
     assert torch.equal(other(x, labels), g(x, labels))
 
 
-@pytest.mark.parametrize("layer", [None, "inner"])
-def test_compiled(layer):
+@pytest.mark.parametrize("case", ["one pass", "before a shortcut", "before BatchNorm"])
+def test_compiled(case):
     torch.compiler.reset()
-    g = attach_small(layer)
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)) if case == "before BatchNorm" else None
+    g = attach_small("inner" if case == "before a shortcut" else None, model=Small(head))
     plain = copy.deepcopy(g)
     compiled = torch.compile(g, fullgraph=True, backend="aot_eager")
     x, labels = batch()
@@ -377,7 +385,7 @@ def test_half_types_and_autocast():
         g = csg_ext.attach(Small().to(dtype).eval(), example=EXAMPLE.to(dtype))
         nn.init.uniform_(g.gate)
         x, labels = batch()
-        assert g.gate.dtype == torch.float32 and g(x.to(dtype), labels).dtype == dtype
+        assert g.one_pass and g.gate.dtype == torch.float32 and g(x.to(dtype), labels).dtype == dtype
         exact = copy.deepcopy(g).double()
         wanted = exact(x.to(dtype).double(), labels)
         tolerance = 32 * torch.finfo(dtype).eps
@@ -450,24 +458,29 @@ class Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3)
+        self.act = nn.Tanh()
         self.fc = nn.Linear(64, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.conv(x).flatten(1))
+        return self.fc(self.act(self.conv(x)).flatten(1))
 
 
 def test_a_model_without_pooling():
     model = Flat().double()
     example = EXAMPLE.double()
-    with pytest.raises(ValueError, match="layer must be given for a model without global pooling .* such as conv"):
+    with pytest.raises(ValueError, match="layer must be given for a model without global pooling .* such as conv, act"):
         csg_ext.attach(model, example=example)
     assert hook_count(model) == 0
     g = csg_ext.attach(model, "conv", example=example)
     nn.init.uniform_(g.gate)
     x, labels = torch.randn(3, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1])
-    wanted = model.fc((model.conv(x) * g.gate[labels][:, :, None, None]).flatten(1))
+    wanted = model.fc((model.conv(x) * g.gate[labels][:, :, None, None]).tanh().flatten(1))
     torch.testing.assert_close(g(x, labels), wanted)
-    assert g.gate.shape == (3, 4) and g.one_pass
+    assert g.gate.shape == (3, 4) and g.plan.channel_dim == 1 and g.one_pass
+    last = csg_ext.attach(model, "act", example=example, channel_dim=-1)
+    nn.init.uniform_(last.gate)
+    wanted = model.fc((model.conv(x).tanh() * last.gate[labels][:, None, None]).flatten(1))
+    torch.testing.assert_close(last(x, labels), wanted)
 
 
 class Twice(nn.Module):
@@ -482,10 +495,28 @@ class Twice(nn.Module):
         return self.fc(self.conv(self.conv(x)).mean((2, 3)))
 
 
+def test_channel_axis_of_a_named_layer():
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2), nn.Linear(4, 5), nn.Flatten(), nn.Linear(25, 4)
+    )
+    for layer, filters in (("0", 5), ("1", 5), ("2", 5)):
+        g = csg_ext.attach(model, layer, example=EXAMPLE)
+        assert g.plan.channel_dim == 1 and g.csg.num_filters == filters
+    with pytest.raises(
+        ValueError, match=r"channel_dim must be given, 1 or -1, for layer '4': both axes .* \(2, 5, 5\)"
+    ):
+        csg_ext.attach(model, "4", example=EXAMPLE)
+    tokens = MODELS["timm-swin"].build()  # (N, H, W, K) inside
+    g = csg_ext.attach(tokens, "layers.0", example=torch.randn(2, 3, 32, 32))
+    assert g.plan.channel_dim == -1 and g.csg.num_filters == 16
+    assert g.forward_features(torch.randn(2, 3, 32, 32)).shape == (2, 16, 8, 8)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
         ({"layer": "poool"}, ValueError, r"layer must be the name of .* got 'poool'; nearest: pool, "),
+        ({"layer": nn.ReLU()}, ValueError, r"layer must be the name of .* got ReLU\(\); nearest: "),
         ({"classifier": "haed"}, ValueError, r"classifier must be the name of .* got 'haed'; nearest: head, "),
         ({"classifier": "pool"}, ValueError, r"classifier must be an nn.Linear, got 'pool', a AdaptiveAvgPool2d"),
         ({"num_classes": 5}, ValueError, r"num_classes must be the model's number of logits, 4, got 5"),
@@ -512,6 +543,12 @@ def test_bad_input(options, error, message):
         assert hook_count(options["model"]) == 0
 
 
+def test_attach_refuses_what_it_returned():
+    g = attach_small()
+    with pytest.raises(TypeError, match="attach: model must be the model itself, .* got AttachedModel"):
+        csg_ext.attach(g, example=EXAMPLE)
+
+
 def test_detach_takes_what_attach_returned():
     with pytest.raises(TypeError, match="detach: g must be what attach returned, got Small"):
         csg_ext.detach(Small())
@@ -523,11 +560,11 @@ def test_distributed_data_parallel(tmp_path):
         attach_ddp.run, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
     )
     try:
-        for _ in range(100):
+        for _ in range(170):
             if context.join(timeout=1):
                 break
         else:
-            pytest.fail("two processes did not end within 100 s")
+            pytest.fail("two processes did not end within 170 s")
     finally:
         for process in context.processes:
             process.kill()
@@ -539,3 +576,23 @@ def test_distributed_data_parallel(tmp_path):
             assert (got[-1] is None) == (wanted[-1] is None) == (path == "std")
             for a, b in zip(got, wanted, strict=True):
                 torch.testing.assert_close(a, b)
+
+
+def test_the_documents_code_runs(monkeypatch, capsys):
+    """Every block of docs/attach.md, one after the other, and what it says is printed."""
+    text = (ROOT / "docs" / "attach.md").read_text()
+    space: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, space)
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^# (attach: .*)|  # (torch\.Size.*)", text, re.M):
+        assert "".join(said) in printed
+
+
+def test_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attach_torchvision.py", "2", "640"])
+    runpy.run_path(str(ROOT / "examples" / "attach_torchvision.py"), run_name="__main__")
+    attached, *steps, last = capsys.readouterr().out.splitlines()
+    assert attached.startswith("attach: gate (10 classes x 512 filters) on the output of layer4")
+    assert [line.split()[1] for line in steps] == ["0", "1"] and float(steps[-1].split()[-1]) > 0.1
+    assert last.startswith("accuracy on a batch")

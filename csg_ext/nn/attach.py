@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from csg_ext.nn.gate import ClassSpecificGate, TwoPaths, resolve_path
-from csg_ext.nn.locate import Plan, evaluating, guess_example, locate, logits_of
+from csg_ext.nn.locate import Plan, close, evaluating, guess_example, locate, logits_of
 from csg_ext.ops import gated_pool
 
 
@@ -189,10 +189,35 @@ def attach(
     channel_dim: int | None = None,
     init: float = 0.5,
 ) -> AttachedModel:
-    """Put a class-specific gate on a layer of any model, without changing its code, weights or results."""
+    """Put a class-specific gate on a layer of any model, without changing its code, weights or results.
+
+    The feature map is found from one forward pass in evaluation mode, and what was found is printed; so is the place
+    where multiplying by the gate's row costs least, usually the pooled (N, K). See docs/attach.md.
+    Source: Liang et al., ECCV 2020, figure 2.
+
+    Args:
+        model: maps a batch (N, ...) to logits (N, C), to an object with ``.logits`` or to a tuple that begins with
+            them. Wrap it (torch.compile, DistributedDataParallel) after attach.
+        layer: the name of the module whose output is gated, (N, K, *spatial) or tokens (N, L, K); None for the last
+            feature map before global pooling.
+        classifier: the name of the final nn.Linear; None for the last one that gives values of the logits' shape.
+        num_classes: C; checked against the model's logits.
+        example: a batch that the model takes, on its device; None for two random images of the size that the model
+            states, else 224 x 224.
+        channel_dim: the axis of the map's K channels, 1 or -1; None to find it.
+        init: the gate's first value.
+
+    Returns:
+        A module g: ``g(x)`` the model's logits, ``g(x, labels)`` the gated ones, ``g(x, labels, path="both")`` both.
+
+    Raises:
+        ValueError: a name that does not exist, a layer without a feature map, a model without global pooling, a class
+            count that does not fit, an example that the model does not take.
+        TypeError: a model that is wrapped already, or an argument of the wrong type.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"attach: model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+    if isinstance(model, (*_WRAPPERS, AttachedModel)) or hasattr(model, "_orig_mod"):
         raise TypeError(
             f"attach: model must be the model itself, to be wrapped after attach, got {type(model).__name__}"
         )
@@ -223,7 +248,7 @@ def attach(
 
 @torch.no_grad()
 def _goes_in_one_pass(g: AttachedModel, example: Tensor) -> bool:
-    """Whether what follows the gate takes a batch of twice the size: tried with a gate of ones."""
+    """Whether what follows the gate takes a batch of twice the size: tried with labels whose rows are zero."""
     x = example if len(example) > 1 else torch.cat((example, example))
     rows = torch.zeros(len(x), g.csg.num_classes, dtype=g.gate.dtype, device=g.gate.device)
     with evaluating(g.model):
@@ -232,7 +257,7 @@ def _goes_in_one_pass(g: AttachedModel, example: Tensor) -> bool:
             both = g._gated(x, rows, "both", {})
         except Exception:  # whatever a model raises that reshapes by its input's N, or adds a shortcut around the layer
             return False
-    return both.shape == (2 * len(x), std.shape[1]) and torch.allclose(both, torch.cat((std, csg)), 1e-3, 1e-3)
+    return both.shape == (2 * len(x), std.shape[1]) and close(both, torch.cat((std, csg)))
 
 
 def detach(g: AttachedModel) -> nn.Module:

@@ -21,6 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 _TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
 
 
+# What modules call the number of channels that they give. Linear layers and LayerNorm serve maps of both layouts.
+_CHANNELS_FIRST = ("out_channels", "num_features", "num_channels")
+_WIDTHS = (*_CHANNELS_FIRST, "out_features", "normalized_shape")
+
+
 @dataclass(frozen=True)
 class Place:
     """The input (its first argument) or the output of the module called `name`."""
@@ -102,11 +107,6 @@ def guess_example(model: nn.Module) -> Tensor:
     return noise.to(conv.weight.device, conv.weight.dtype)
 
 
-def nearest(name: str, names: list[str]) -> str:
-    """The names most like `name`, best first."""
-    return ", ".join(difflib.get_close_matches(name, names, 3, 0.0))
-
-
 class _Trace:
     """One forward pass in evaluation mode, with every tensor between modules and the graph of their gradients.
 
@@ -164,7 +164,7 @@ class _Trace:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             if not isinstance(output, Tensor):
                 return None
-            if isinstance(module, nn.Linear) and not module.weight.any():
+            if isinstance(module, nn.Linear) and args and not module.weight.any():
                 # A classifier that starts at zero would hide what its input depends on.
                 weights = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
                 output = nn.functional.linear(args[0], weights.to(module.weight))
@@ -222,7 +222,7 @@ class _Trace:
         if direct is None or to_out is None or not direct.any():
             return False
         through = self.gradient(out, x, to_out)
-        if through is None or not _close(through, direct):
+        if through is None or not close(through, direct):
             return False
         out = out.flatten(1)
         for k in out.detach().abs().sum(0).topk(min(3, out.shape[1])).indices.tolist():
@@ -230,12 +230,13 @@ class _Trace:
             assert slope is not None  # `through` exists
             own = torch.zeros_like(slope)
             own.select(channel_dim, k).copy_(slope.select(channel_dim, k))
-            if not (_close(own, slope) and _close((own * x.detach()).flatten(1).sum(1), out[:, k].detach())):
+            if not (close(own, slope) and close((own * x.detach()).flatten(1).sum(1), out[:, k].detach())):
                 return False
         return True
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
+def close(got: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same up to rounding, also in half precision."""
     return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 
 
@@ -263,7 +264,7 @@ def locate(
         if name is not None and name not in names:
             raise ValueError(
                 f"attach: {argument} must be the name of one of the model's modules, got {name!r}; "
-                f"nearest: {nearest(name, names)}"
+                f"nearest: {', '.join(difflib.get_close_matches(str(name), names, 3, 0.0))}"
             )
     trace = _Trace(model, example)
     linear = trace.last_linear() if classifier is None else _linear(model, classifier)
@@ -342,7 +343,7 @@ def _named_map(trace: _Trace, layer: str, channel_dim: int | None) -> tuple[int,
     index = next((i for i, e in enumerate(trace.events) if e.place == place), None)
     if index is None:
         raise ValueError(f"attach: layer must return one tensor, got {layer!r}, which returns another type")
-    event, x = trace.events[index], trace.events[index].tensor
+    x = trace.events[index].tensor
     if not _is_map(x, trace.samples):
         raise ValueError(
             f"attach: layer must give a feature map (N, K, *spatial) or tokens (N, L, K), got {layer!r}, which gives "
@@ -353,25 +354,28 @@ def _named_map(trace: _Trace, layer: str, channel_dim: int | None) -> tuple[int,
         gate = trace.gate_index(index, dim)
         if gate is not None:
             return index, dim, gate
-    return index, _channels(event) if channel_dim is None else channel_dim, None
+    return index, _channels(trace, index) if channel_dim is None else channel_dim, None
 
 
-def _channels(event: _Event) -> int:
-    """The channel axis of a layer's output, by the width of the last of its modules that states one."""
+def _channels(trace: _Trace, index: int) -> int:
+    """The channel axis of a layer's output, by the width that its last module states, else one that ran before it."""
+    event = trace.events[index]
     x = event.tensor
-    for module in reversed(list(event.module.modules())):
-        for attribute in ("out_channels", "num_features", "num_channels", "out_features", "normalized_shape"):
+    for module in (*reversed(list(event.module.modules())), *(e.module for e in reversed(trace.events[:index]))):
+        for attribute in _WIDTHS:
             size = getattr(module, attribute, None)
             size = size[-1] if isinstance(size, tuple) else size
-            if size in (x.shape[1], x.shape[-1]):
-                if x.shape[1] != x.shape[-1]:
-                    return 1 if size == x.shape[1] else -1
-                if attribute != "out_features" and attribute != "normalized_shape":
-                    return 1  # convolutions and BatchNorm
-    raise ValueError(
-        f"attach: channel_dim must be given, 1 or -1, for layer {event.place.name!r}, whose output {tuple(x.shape)} "
-        "does not tell"
-    )
+            fitting = [dim for dim in (1, -1) if x.shape[dim] == size]
+            if len(fitting) == 1:
+                return fitting[0]
+            if fitting and attribute in _CHANNELS_FIRST:
+                return 1
+            if fitting:
+                raise ValueError(
+                    f"attach: channel_dim must be given, 1 or -1, for layer {event.place.name!r}: both axes of its "
+                    f"output {tuple(x.shape)} have the size of the channels"
+                )
+    return 1
 
 
 def _name(trace: _Trace, event: _Event) -> Place:
