@@ -36,7 +36,7 @@ demo:
 
 test: ctest pytest
 
-pytest: $(VENV)/.package-dev
+pytest: $(VENV)/.package-dev $(VENV)/.zoo
 	$(BIN)/python -m pytest
 
 ctest: $(VENV)/.package-dev
@@ -98,6 +98,12 @@ $(VENV)/.made:
 $(VENV)/.requirements-%: requirements/%.txt | $(VENV)/.made
 	@echo "Installing requirements/$*.txt in $(VENV) ..."
 	@$(PIP) -r $<
+	@touch $@
+
+$(VENV)/.zoo: requirements/zoo.txt | $(VENV)/.made
+	@echo "Installing $< in $(VENV)/zoo, where only tests look ..."
+	@rm -rf $(VENV)/zoo
+	@$(PIP) --no-deps --target $(VENV)/zoo -r $<
 	@touch $@
 
 # One compile at a time, whichever set of packages is there: both stamps name the same editable install.

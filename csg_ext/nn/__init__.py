@@ -1,6 +1,17 @@
-"""Modules: the class-specific gate, a model that holds one, and the CIFAR ResNets."""
+"""Modules: the class-specific gate, a model that holds one, gates in other models, and the CIFAR ResNets."""
 
+from csg_ext.nn.attach import AttachedModel, attach, detach
 from csg_ext.nn.gate import ClassSpecificGate, GatedModel, gate_penalty, l1_density
 from csg_ext.nn.resnet import CifarResNet, build_backbone
 
-__all__ = ["CifarResNet", "ClassSpecificGate", "GatedModel", "build_backbone", "gate_penalty", "l1_density"]
+__all__ = [
+    "AttachedModel",
+    "CifarResNet",
+    "ClassSpecificGate",
+    "GatedModel",
+    "attach",
+    "build_backbone",
+    "detach",
+    "gate_penalty",
+    "l1_density",
+]

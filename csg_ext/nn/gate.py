@@ -102,7 +102,22 @@ class ClassSpecificGate(nn.Module):
         return f"num_classes={self.num_classes}, num_filters={self.num_filters}, l1_density={self.density():.4f}"
 
 
-class GatedModel(nn.Module):
+class TwoPaths(nn.Module):
+    """What every gated model has: the gate module `csg`, its parameter, and the other parameters."""
+
+    csg: ClassSpecificGate
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """The gate's parameter, (C, K)."""
+        return self.csg.gate
+
+    def weights(self) -> list[nn.Parameter]:
+        """Every parameter but the gate."""
+        return [p for p in self.parameters() if p is not self.csg.gate]
+
+
+class GatedModel(TwoPaths):
     """A backbone, a class-specific gate and a linear classifier: the two forward paths of the method.
 
     forward(x)                       STD path: classifier(avgpool(features)); evaluate with it (labels are unknown then)
@@ -130,11 +145,6 @@ class GatedModel(nn.Module):
         self.csg = ClassSpecificGate(num_classes, num_filters, init)
         self.classifier = nn.Linear(num_filters, num_classes)
 
-    @property
-    def gate(self) -> nn.Parameter:
-        """The gate's parameter, (C, K)."""
-        return self.csg.gate
-
     def forward_features(self, x: Tensor) -> Tensor:
         """The feature map of the last convolutional layer, (N, K, *spatial)."""
         return self.backbone(x)
@@ -159,7 +169,3 @@ class GatedModel(nn.Module):
             return self.classifier(self.csg(features, labels))
         gated, pooled = gated_pool(features, self.gate, labels, return_pooled=True)
         return self.classifier(pooled), self.classifier(gated)
-
-    def weights(self) -> list[nn.Parameter]:
-        """Every parameter but the gate."""
-        return [p for p in self.parameters() if p is not self.csg.gate]

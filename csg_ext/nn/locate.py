@@ -1,0 +1,388 @@
+"""Where a gate goes in a model that we did not write: found from one traced forward pass, by what the tensors do.
+
+The gate of the feature map x (N, K, *spatial) may be applied at any later tensor f(x) of N x K values for which
+f(g * x) = g * f(x) for every g >= 0: there it costs N x K products and no mask. That holds when f keeps channels apart
+and is positively homogeneous (average and maximum pooling, ReLU, dropout, picking a token: yes; LayerNorm or a linear
+layer: no). Both are properties of f's gradient, the second by Euler's theorem: <grad f_k, x> = f_k.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
+
+
+# What modules call the number of channels that they give. Linear layers and LayerNorm serve maps of both layouts.
+_CHANNELS_FIRST = ("out_channels", "num_features", "num_channels")
+_WIDTHS = (*_CHANNELS_FIRST, "out_features", "normalized_shape")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The input (its first argument) or the output of the module called `name`."""
+
+    name: str
+    side: str
+
+    def __str__(self) -> str:
+        return f"{self.side} of {self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the feature map is, where its gate is applied, and what follows."""
+
+    layer: Place
+    channel_dim: int  # of the map: 1 or -1
+    gate: Place
+    pooled: bool  # the gate is applied to N x K pooled values, not to the map
+    batch_norms: tuple[str, ...]  # those that run after the gate: in training they mix the samples of a batch
+    classifier: str | None
+    num_classes: int
+    num_filters: int
+
+
+@dataclass
+class _Event:
+    """One tensor that went into or came out of a module; `key` tells equal tensors."""
+
+    place: Place
+    module: nn.Module
+    tensor: Tensor
+    key: int
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (N, C) in what a model returned: a tensor, an object or dict with `logits`, or a tuple's first."""
+    if isinstance(output, dict):
+        found = output.get("logits")
+    else:
+        found = getattr(output, "logits", output)
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.dim() != 2:
+        shape = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(
+            f"attach: the model must return logits (N, C), an object with .logits or a tuple that begins with them, "
+            f"got {shape}"
+        )
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def guess_example(model: nn.Module) -> Tensor:
+    """Two random images, of the size that the model's config or a module states (image_size, img_size), else 224."""
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None:
+        raise ValueError(
+            "attach: example must be given, a batch (N, ...) that the model takes: the model has no Conv2d that would "
+            "tell the channels of its images"
+        )
+    owners = (getattr(model, "config", None), *model.modules())
+    sizes = (getattr(owner, name, None) for owner in owners for name in ("image_size", "img_size"))
+    size = next((s for s in sizes if isinstance(s, (int, tuple, list))), 224)
+    height, width = (size, size) if isinstance(size, int) else (size[-2], size[-1])
+    noise = torch.randn(2, conv.in_channels, height, width, generator=torch.Generator().manual_seed(0))
+    return noise.to(conv.weight.device, conv.weight.dtype)
+
+
+class _Trace:
+    """One forward pass in evaluation mode, with every tensor between modules and the graph of their gradients.
+
+    Modules get clones of what is recorded: in-place operations then change neither values nor gradients of the record.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self.events: list[_Event] = []
+        self.calls: dict[str, int] = {}
+        self._keys: dict[int, tuple[Tensor, int, int]] = {}  # of clones: itself, its version, its key
+        self.samples = len(example)
+        handles = []
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(self._before(name)))
+                handles.append(module.register_forward_hook(self._after(name)))
+        try:
+            with evaluating(model):
+                x = example.detach().clone()
+                if x.is_floating_point():
+                    x = x.requires_grad_().clone()
+                try:
+                    output = model(x)
+                except Exception as error:
+                    raise ValueError(
+                        f"attach: example must be a batch (N, ...) that the model takes, got or guessed one of shape "
+                        f"{tuple(example.shape)}, with which it raised {type(error).__name__}: {error}"
+                    ) from error
+                self.logits = logits_of(output)
+        finally:
+            for handle in handles:
+                handle.remove()
+        weights = torch.randn(self.logits.shape, generator=torch.Generator().manual_seed(0))
+        self.target = (self.logits * weights.to(self.logits)).sum()
+
+    def _record(self, name: str, side: str, module: nn.Module, tensor: Tensor) -> Tensor:
+        _, version, key = self._keys.get(id(tensor), (tensor, -1, id(tensor)))
+        if version != tensor._version:
+            key = id(tensor)
+        clone = tensor.clone()
+        self._keys[id(clone)] = clone, clone._version, key
+        self.events.append(_Event(Place(name, side), module, tensor, key))
+        return clone
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            if args and isinstance(args[0], Tensor):
+                return (self._record(name, "input", module, args[0]), *args[1:])
+            return None
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return None
+            if isinstance(module, nn.Linear) and args and not module.weight.any():
+                # A classifier that starts at zero would hide what its input depends on.
+                weights = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
+                output = nn.functional.linear(args[0], weights.to(module.weight))
+            return self._record(name, "output", module, output)
+
+        return hook
+
+    def gradient(self, of: Tensor, to: Tensor, seed: Tensor | None = None) -> Tensor | None:
+        """d of / d to, weighted by seed; None where `of` does not depend on `to`."""
+        if not (of.requires_grad and to.requires_grad):
+            return None
+        return torch.autograd.grad(of, to, seed, retain_graph=True, allow_unused=True)[0]
+
+    def last_linear(self) -> tuple[str, nn.Linear] | None:
+        """The last nn.Linear that gives values of the shape of the logits, and its name."""
+        for event in reversed(self.events):
+            if isinstance(event.module, nn.Linear) and event.tensor.shape == self.logits.shape:
+                if event.place.side == "output":
+                    return event.place.name, event.module
+        return None
+
+    def gate_index(self, index: int, channel_dim: int) -> int | None:
+        """The event where the gate of the map events[index] may be applied to N x K values; None where there is none.
+
+        The first that is (N, K), else the first of any shape: a model may reshape (N, K, 1, 1) by its input's N, which
+        a pass through both paths doubles.
+        """
+        x = self.events[index].tensor
+        filters = x.shape[channel_dim]
+        found = None
+        for later in range(index + 1, len(self.events)):
+            event, out = self.events[later], self.events[later].tensor
+            if isinstance(event.module, _BatchNorm) and event.place.side == "output":
+                break  # a fresh one looks like the identity, and is none
+            fits = out.dim() >= 2 and len(out) == len(x) and out.numel() == len(x) * filters
+            if not fits or self.calls[event.place.name] > 1 or (found is not None and out.dim() > 2):
+                continue
+            if self._is_read(later) and self._commutes(x, out, channel_dim):
+                if out.dim() == 2:
+                    return later
+                found = later
+        return found
+
+    def _is_read(self, index: int) -> bool:
+        """Whether a module with parameters runs afterwards: else the events[index] are class scores, not features."""
+        return any(
+            next(e.module.parameters(recurse=False), None) is not None
+            for e in self.events[index + 1 :]
+            if e.place.side == "output"
+        )
+
+    def _commutes(self, x: Tensor, out: Tensor, channel_dim: int) -> bool:
+        """Whether out is f(x) with f(g * x) = g * f(x) for g >= 0, and x reaches the logits through out alone."""
+        direct, to_out = self.gradient(self.target, x), self.gradient(self.target, out)
+        if direct is None or to_out is None or not direct.any():
+            return False
+        through = self.gradient(out, x, to_out)
+        if through is None or not close(through, direct):
+            return False
+        out = out.flatten(1)
+        for k in out.detach().abs().sum(0).topk(min(3, out.shape[1])).indices.tolist():
+            slope = self.gradient(out[:, k].sum(), x)
+            assert slope is not None  # `through` exists
+            own = torch.zeros_like(slope)
+            own.select(channel_dim, k).copy_(slope.select(channel_dim, k))
+            if not (close(own, slope) and close((own * x.detach()).flatten(1).sum(1), out[:, k].detach())):
+                return False
+        return True
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same up to rounding, also in half precision."""
+    return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _is_map(tensor: Tensor, samples: int) -> bool:
+    """Whether it can be (N, K, *spatial), (N, *spatial, K) or tokens (N, L, K)."""
+    return tensor.dim() in (3, 4, 5) and len(tensor) == samples and tensor.is_floating_point()
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def locate(
+    model: nn.Module,
+    example: Tensor,
+    layer: str | None,
+    classifier: str | None,
+    num_classes: int | None,
+    channel_dim: int | None,
+) -> tuple[Plan, Tensor]:
+    """The plan of a gate on `layer`, or on the last feature map before global pooling when layer is None; the map.
+
+    Raises ValueError, with one sentence, for what does not fit; see `csg_ext.attach`.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for argument, name in (("layer", layer), ("classifier", classifier)):
+        if name is not None and name not in names:
+            raise ValueError(
+                f"attach: {argument} must be the name of one of the model's modules, got {name!r}; "
+                f"nearest: {', '.join(difflib.get_close_matches(str(name), names, 3, 0.0))}"
+            )
+    trace = _Trace(model, example)
+    linear = trace.last_linear() if classifier is None else _linear(model, classifier)
+    classes = trace.logits.shape[1]
+    if linear is not None and linear[1].out_features != classes:
+        raise ValueError(
+            f"attach: classifier must be the nn.Linear that gives the model's {classes} logits, got {linear[0]!r} with "
+            f"{linear[1].out_features} outputs"
+        )
+    if num_classes is not None and num_classes != classes:
+        raise ValueError(f"attach: num_classes must be the model's number of logits, {classes}, got {num_classes}")
+    width = None if linear is None else linear[1].in_features
+    if layer is None:
+        index, dim, gate = _last_map(trace, width, channel_dim)
+    else:
+        index, dim, gate = _named_map(trace, layer, channel_dim)
+    event = trace.events[index]
+    at = trace.events[gate] if gate is not None else event
+    after = trace.events[(gate if gate is not None else index) + 1 :]
+    norms = dict.fromkeys(e.place.name for e in after if isinstance(e.module, _BatchNorm) and e.place.side == "output")
+    plan = Plan(
+        layer=_name(trace, event) if layer is None else event.place,
+        channel_dim=dim,
+        gate=at.place,
+        pooled=gate is not None,
+        batch_norms=tuple(norms),
+        classifier=None if linear is None else linear[0],
+        num_classes=classes,
+        num_filters=event.tensor.shape[dim],
+    )
+    return plan, event.tensor.detach()
+
+
+def _linear(model: nn.Module, name: str) -> tuple[str, nn.Linear]:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"attach: classifier must be an nn.Linear, got {name!r}, a {type(module).__name__}")
+    return name, module
+
+
+def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tuple[int, int, int | None]:
+    """The index of the last feature map before global pooling, its channel axis, the index of its gate.
+
+    It is the last one whose gate may be applied after pooling, or tokens that come later and have as many channels as
+    the classifier has inputs: they are pooled by attention, or several of them are read, and are gated themselves.
+    """
+    for index in reversed(range(len(trace.events))):
+        event = trace.events[index]
+        x = event.tensor
+        if not _is_map(x, trace.samples) or trace.calls[event.place.name] > 1:
+            continue
+        dims = [d for d in ((1, -1) if channel_dim is None else (channel_dim,)) if x.numel() > len(x) * x.shape[d]]
+        for dim in dims:
+            gate = trace.gate_index(index, dim)
+            if gate is not None:
+                return index, dim, gate
+        tokens = x.dim() == 3 and -1 in dims and x.shape[-1] == width and event.place.side == "output"
+        if tokens and trace.gradient(trace.target, x) is not None:
+            return index, -1, None
+    maps = dict.fromkeys(
+        e.place.name for e in trace.events if _is_map(e.tensor, trace.samples) and e.place.side == "output"
+    )
+    names = [name for name in maps if name.count(".") == min(n.count(".") for n in maps)]
+    raise ValueError(
+        "attach: layer must be given for a model without global pooling of a feature map before its classifier"
+        + (f", one of its modules such as {', '.join(names[-3:])}" if names else ", got a model without feature maps")
+    )
+
+
+def _named_map(trace: _Trace, layer: str, channel_dim: int | None) -> tuple[int, int, int | None]:
+    """The index of the map that `layer` gives, its channel axis, the index of its gate."""
+    calls = trace.calls.get(layer, 0)
+    if calls != 1:
+        raise ValueError(f"attach: layer must run once in a forward pass, got {layer!r}, which runs {calls} times")
+    place = Place(layer, "output")
+    index = next((i for i, e in enumerate(trace.events) if e.place == place), None)
+    if index is None:
+        raise ValueError(f"attach: layer must return one tensor, got {layer!r}, which returns another type")
+    x = trace.events[index].tensor
+    if not _is_map(x, trace.samples):
+        raise ValueError(
+            f"attach: layer must give a feature map (N, K, *spatial) or tokens (N, L, K), got {layer!r}, which gives "
+            f"{tuple(x.shape)}"
+        )
+    dims = (1, -1) if channel_dim is None else (channel_dim,)
+    for dim in dims:
+        gate = trace.gate_index(index, dim)
+        if gate is not None:
+            return index, dim, gate
+    return index, _channels(trace, index) if channel_dim is None else channel_dim, None
+
+
+def _channels(trace: _Trace, index: int) -> int:
+    """The channel axis of a layer's output, by the width that its last module states, else one that ran before it."""
+    event = trace.events[index]
+    x = event.tensor
+    for module in (*reversed(list(event.module.modules())), *(e.module for e in reversed(trace.events[:index]))):
+        for attribute in _WIDTHS:
+            size = getattr(module, attribute, None)
+            size = size[-1] if isinstance(size, tuple) else size
+            fitting = [dim for dim in (1, -1) if x.shape[dim] == size]
+            if len(fitting) == 1:
+                return fitting[0]
+            if fitting and attribute in _CHANNELS_FIRST:
+                return 1
+            if fitting:
+                raise ValueError(
+                    f"attach: channel_dim must be given, 1 or -1, for layer {event.place.name!r}: both axes of its "
+                    f"output {tuple(x.shape)} have the size of the channels"
+                )
+    return 1
+
+
+def _name(trace: _Trace, event: _Event) -> Place:
+    """The outermost module that gives the event's tensor, the first of those; the event's own place where none does."""
+    same = [
+        e.place
+        for e in trace.events
+        if e.key == event.key and e.place.side == "output" and trace.calls[e.place.name] == 1
+    ]
+    return min(same, key=lambda place: place.name.count("."), default=event.place)

@@ -1,0 +1,49 @@
+"""A class-specific gate in torchvision's ResNet-18: both paths in every step, then the model without the gate.
+
+python examples/attach_torchvision.py [steps] [images]
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import csg_ext
+from csg_ext.data import Batches, load_images
+
+steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+count = int(sys.argv[2]) if len(sys.argv) > 2 else 12000
+
+torch.manual_seed(0)
+data = load_images()  # the Fashion-MNIST subset inside the package
+mean, std = data.statistics()
+batches = Batches(data.train_images[:count], data.train_labels[:count], 32, mean=mean, std=std, shift=2, flip=True)
+model = torchvision.models.resnet18(num_classes=len(data.classes))
+g = csg_ext.attach(model)
+weights_optimizer = torch.optim.SGD(g.weights(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+gate_optimizer = csg_ext.optim.ProjectedSGD([g.gate], lr=2.0)
+
+
+def images(x: torch.Tensor) -> torch.Tensor:
+    """Grey 28 x 28 images as the network expects them."""
+    return F.interpolate(x, size=64, mode="bilinear").expand(-1, 3, -1, -1)
+
+
+for step in range(steps):
+    x, labels = batches[step]
+    std_logits, csg_logits = g(images(x), labels, path="both")
+    loss_std, loss_csg = F.cross_entropy(std_logits, labels), F.cross_entropy(csg_logits, labels)
+    weights_optimizer.zero_grad()
+    gate_optimizer.zero_grad()
+    (loss_std + loss_csg + 0.01 * g.csg.penalty()).backward()
+    weights_optimizer.step()
+    gate_optimizer.step()
+    if step % 20 == 0 or step == steps - 1:
+        print(f"step {step:4d}  STD loss {loss_std.item():.3f}  L1-density of the gate {g.csg.density():.3f}")
+
+x, labels = batches[steps]
+model = csg_ext.detach(g).eval()
+with torch.inference_mode():
+    accuracy = (model(images(x)).argmax(1) == labels).float().mean()
+print(f"accuracy on a batch, without labels and without the gate: {accuracy:.2f}")

