@@ -1,22 +1,22 @@
-"""Throughput of gated_pool beside its peers (pytest-benchmark): forward, and forward with backward."""
+"""Throughput of gated_pool beside its peers (pytest-benchmark): forward, backward, and both."""
 
 from __future__ import annotations
 
 import cases
+import measure
 import pytest
 
 PEERS = cases.peers()
+GRID = [(case, peer) for case in cases.grid() for peer in PEERS if cases.measured(case, peer)]
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", cases.grid(), ids=lambda case: case.id)
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize(("case", "peer"), GRID, ids=[f"{case.id}-{peer}" for case, peer in GRID])
+@pytest.mark.parametrize("direction", cases.DIRECTIONS)
 def bench_gated_pool(benchmark, direction, case, peer):
-    f = PEERS[peer]
-    cases.check(case, f)
-    make = cases.forward_of if direction == "forward" else cases.forward_backward_of
-    moved = case.bytes * (1 if direction == "forward" else 2)
+    cases.check(case, PEERS[peer])
+    run = getattr(cases, direction)(PEERS[peer], case.inputs())
+    moved = case.bytes * (2 if direction == "both" else 1)
     benchmark.group = f"{direction} {case.id}"
-    benchmark.extra_info.update(bytes=moved, device=cases.DEVICE, peer=peer)
-    benchmark(cases.synchronized(make(f, case.inputs())))
+    benchmark.extra_info.update(bytes=moved, device=measure.DEVICE, peer=peer)
+    benchmark(measure.synchronized(run))
     benchmark.extra_info["gigabytes_per_second"] = round(moved / benchmark.stats.stats.median / 1e9, 2)

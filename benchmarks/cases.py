@@ -1,33 +1,21 @@
-"""What the benchmarks measure: layer shapes, layouts, the operator and its peers. Every result is checked first."""
+"""What the benchmarks of gated_pool measure: layer shapes, the operator, its peers and limits. Results are checked."""
 
 from __future__ import annotations
 
-import ctypes
-import os
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from measure import DEVICE, QUICK, steady_memory, synchronized  # noqa: F401  (the other benchmarks have them from here)
 from torch import Tensor
 
 import csg_ext
 
-QUICK = os.environ.get("CSG_BENCH_QUICK") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def steady_memory() -> None:
-    """Keep freed memory in the process, as a caching allocator does.
-
-    glibc returns large blocks to the system at once; every later use then pays for page faults, which cost several
-    times the writing itself and hide what the operators do.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        for option, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            libc.mallopt(option, value)
-    except (OSError, AttributeError):
-        pass  # not glibc: nothing to do
+DIRECTIONS = ("forward", "backward", "both")
+HALF = [torch.bfloat16, torch.float16]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,17 +31,14 @@ class Case:
     @property
     def id(self) -> str:
         """A readable name."""
-        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}-{self.layout}"
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}-{self.layout}-C{self.classes}"
 
     @property
     def bytes(self) -> int:
         """Bytes of x: what forward must read and backward must write."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(self) -> Inputs:
         """x, gate, labels and a gradient of the result; fresh random values."""
         n, k = self.shape[:2]
         x = torch.randn(self.shape, device=DEVICE).to(self.dtype)
@@ -61,7 +46,7 @@ class Case:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         gate = torch.rand(self.classes, k, device=DEVICE).to(self.dtype)
         labels = torch.randint(0, self.classes, (n,), device=DEVICE)
-        return x, gate, labels, torch.randn(n, k, device=DEVICE).to(self.dtype)
+        return x.requires_grad_(), gate.requires_grad_(), labels, torch.randn(n, k, device=DEVICE).to(self.dtype)
 
 
 LAYERS = {
@@ -69,25 +54,32 @@ LAYERS = {
     "resnet20": (256, 64, 8, 8),
     "resnet18": (256, 512, 7, 7),
     "resnet50": (64, 2048, 7, 7),
-    "efficientnet": (64, 1280, 7, 7),
+    "resnet50_256": (256, 2048, 7, 7),
+    "resnet50_1024": (1024, 2048, 7, 7),
+    "efficientnet_lite0": (64, 1280, 7, 7),
     "map28": (64, 256, 28, 28),
     "map112": (8, 64, 112, 112),
-    "vit_tokens": (64, 768, 196),
+    "vit_b_tokens": (64, 768, 196),
     "volume": (8, 128, 8, 16, 16),
 }
+ALL_DTYPES = ("resnet18", "map28", "vit_b_tokens")  # fp16 too: elsewhere it behaves as bf16
+BATCHES = ("resnet50_256", "resnet50_1024")  # of the same layer: fewer layouts
+MORE_CLASSES = {"resnet18": (10, 1000), "resnet50": (1000,)}
 
 
 def grid() -> list[Case]:
     """All cases; with CSG_BENCH_QUICK=1 the ones that tell most."""
-    names = ["tiny", "resnet20", "resnet50"] if QUICK else list(LAYERS)
-    dtypes = [torch.float32, torch.bfloat16] if QUICK else [torch.float32, torch.bfloat16, torch.float16]
+    names = ["tiny", "resnet50"] if QUICK else list(LAYERS)
+    if DEVICE == "cpu" and not QUICK:
+        names.remove("resnet50_1024")  # 411 MB in fp32, and peers hold several times that
     cases = []
     for name in names:
-        for dtype in dtypes:
-            for layout in ("rows", "channels_last"):
-                if name == "vit_tokens" and layout == "rows":
-                    continue
+        types = [torch.float32, *HALF] if name in ALL_DTYPES and not QUICK else [torch.float32, torch.bfloat16]
+        layouts = ["channels_last"] if name == "vit_b_tokens" else ["rows", "channels_last"]
+        for dtype in types:
+            for layout in layouts[:1] if name in BATCHES else layouts:
                 cases.append(Case(name, LAYERS[name], dtype, layout))
+        cases += [Case(name, LAYERS[name], torch.float32, "rows", c) for c in MORE_CLASSES.get(name, ()) if not QUICK]
     return cases
 
 
@@ -107,30 +99,43 @@ def masked(x: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     return (x * row).mean(tuple(range(2, x.dim())))
 
 
-def peers() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Implementations by name, ours first."""
-    torch._dynamo.config.cache_size_limit = 512
-    return {"csg_ext": ours, "eager": eager, "compiled": torch.compile(eager, dynamic=False), "masked": masked}
+def peers() -> dict[str, Pool]:
+    """Implementations by name, ours first; the Triton kernel where there is a GPU."""
+    torch._dynamo.config.cache_size_limit = 1024
+    # Backward is timed alone on a graph that is kept, which buffers given away by it would forbid.
+    torch._functorch.config.donated_buffer = False
+    found: dict[str, Pool] = {"csg_ext": ours}
+    for name, f in (("eager", eager), ("masked", masked)):
+        found[name] = f
+        found[f"{name} compiled"] = torch.compile(f, dynamic=False)
+        found[f"{name} autotuned"] = torch.compile(f, dynamic=False, mode="max-autotune-no-cudagraphs")
+    if DEVICE == "cuda":
+        import triton_peer
+
+        found["triton"] = triton_peer.gated_pool
+    return found
 
 
-def check(case: Case, f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
-    """The result and its gradients agree with fp64 before anything is timed."""
+def measured(case: Case, peer: str) -> bool:
+    """Whether a peer takes part: compiling takes seconds per case, so the autotuned ones have a few cases only."""
+    few = case.name in ("tiny", "resnet50", "map28") and case.layout == "rows" and case.classes == 100
+    return few or not peer.endswith("autotuned")
+
+
+def check(case: Case, f: Pool) -> None:
+    """The result and its gradients agree with fp64 before anything is timed, by the norm of the error."""
     x, gate, labels, grad = case.inputs()
-    a, g = x.requires_grad_(), gate.requires_grad_()
-    a64, g64 = x.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
-    out, want = f(a, g, labels), csg_ext.reference.gated_pool(a64, g64, labels)
-    tolerance = 40 * torch.finfo(case.dtype).eps
-    torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(out, (a, g), grad)
-    wanted = torch.autograd.grad(want, (a64, g64), grad.double())
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance)
+    x64, gate64 = (t.detach().double().requires_grad_() for t in (x, gate))
+    out, want = f(x, gate, labels), csg_ext.reference.gated_pool(x64, gate64, labels)
+    got = (out, *torch.autograd.grad(out, (x, gate), grad))
+    wanted = (want, *torch.autograd.grad(want, (x64, gate64), grad.double()))
+    for name, one, other in zip(("result", "gradient of x", "gradient of gate"), got, wanted, strict=True):
+        error = ((one.double() - other).norm() / other.norm()).item()
+        if not error <= 8 * torch.finfo(case.dtype).eps:
+            raise AssertionError(f"{case.id}: the {name} differs from fp64's by {error:.2g} of its norm")
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def forward_of(f: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
+def forward(f: Pool, inputs: Inputs) -> Callable[[], object]:
     """A call of the forward pass without gradients. Peers share one x: where it lies in memory matters."""
     x, gate, labels, _ = inputs
 
@@ -141,26 +146,34 @@ def forward_of(f: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]
     return run
 
 
-def forward_backward_of(f: Callable[..., Tensor], inputs: Inputs) -> Callable[[], object]:
+def backward(f: Pool, inputs: Inputs) -> Callable[[], object]:
+    """A call of the backward pass alone, gradients to x and gate, through one graph that is kept."""
+    x, gate, labels, grad = inputs
+    out = f(x, gate, labels)
+    return lambda: torch.autograd.grad(out, (x, gate), grad, retain_graph=True)
+
+
+def both(f: Pool, inputs: Inputs) -> Callable[[], object]:
     """A call of forward and backward, gradients to x and gate."""
     x, gate, labels, grad = inputs
-    x.requires_grad_()
-    gate.requires_grad_()
-
-    def run() -> object:
-        return torch.autograd.grad(f(x, gate, labels), (x, gate), grad)
-
-    return run
+    return lambda: torch.autograd.grad(f(x, gate, labels), (x, gate), grad)
 
 
-def synchronized(f: Callable[[], object]) -> Callable[[], object]:
-    """f, waiting for the GPU where there is one."""
+def limit(direction: str, inputs: Inputs) -> Callable[[], object]:
+    """What no implementation can avoid: forward reads x, backward writes the gradients of x and gate.
+
+    x is read as fp32 whatever its type: adding half numbers would bound the sum, not the memory.
+    """
+    x, gate = (t.detach() for t in inputs[:2])
+    memory = torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage()).view(torch.float32)
+
+    def write() -> object:
+        return torch.empty_like(x).fill_(1), torch.empty_like(gate).fill_(1)
+
+    if direction == "forward":
+        return lambda: memory.sum()
+    if direction == "backward":
+        return write
     if DEVICE == "cpu":
-        return f
-
-    def run() -> object:
-        result = f()
-        torch.cuda.synchronize()
-        return result
-
-    return run
+        return lambda: (memory.sum(), write())
+    return lambda: (torch.empty_like(x).copy_(x), torch.empty_like(gate).fill_(1))

@@ -27,7 +27,7 @@ import cases
 import mutual_info_cases as mi
 import numpy as np
 import torch
-from report import machine
+from measure import machine
 from sklearn.feature_selection import mutual_info_classif
 
 import csg_ext

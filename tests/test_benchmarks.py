@@ -1,0 +1,89 @@
+"""The benchmarks' report on the smallest sizes, so that it cannot rot; what is measured is not judged here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of the benchmarks, made for a quick run on whatever machine."""
+    monkeypatch.setenv("CSG_BENCH_QUICK", "1")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    measure = importlib.import_module("measure")
+    monkeypatch.setattr(measure, "WAITED", float("inf"))  # no turn is repeated, however busy the machine
+    return importlib.import_module
+
+
+def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_path):
+    report, cases, gate_steps, end_to_end = map(bench, ("report", "cases", "gate_steps", "end_to_end"))
+    grid = [cases.Case("tiny", (4, 8, 3, 3), torch.float32, layout, 5) for layout in ("rows", "channels_last")]
+    network = end_to_end.Network("resnet20", lambda: end_to_end.build_backbone("resnet20"), 64, 10, 2, 8, turns=2)
+    monkeypatch.setattr(cases, "grid", lambda: grid)
+    monkeypatch.setattr(cases, "peers", lambda: {"csg_ext": cases.ours, "eager": cases.eager, "masked": cases.masked})
+    monkeypatch.setattr(gate_steps, "SIZES", [(5, 8)])
+    monkeypatch.setattr(gate_steps, "PEERS", ("csg_ext", "foreach"))
+    monkeypatch.setattr(end_to_end, "networks", lambda: [network])
+    page = tmp_path / "performance.md"
+    report.main(["--output", str(page), "--results", str(tmp_path)])
+    text = page.read_text()
+    for case in grid:
+        assert text.count(f"| {case.id} |") == 3  # forward, backward, both
+    assert "| 5 x 8 |" in text and "| released |" in text
+    picture = tmp_path / "images" / f"performance_{cases.DEVICE}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+    rows = json.loads((tmp_path / f"{cases.DEVICE}.json").read_text())["gated_pool"]["rows"]
+    masked = rows[0]["peak_bytes"]["both"]["masked"]
+    assert masked >= 2 * rows[0]["bytes"]  # a map of x's size, and its gradient
+    assert rows[0]["peak_bytes"]["both"]["csg_ext"] < masked
+    page.unlink()
+    report.main(["--from-json", "--output", str(page), "--results", str(tmp_path)])
+    assert page.read_text() == text
+
+
+def test_wrong_results_are_not_measured(bench):
+    cases = bench("cases")
+    case = cases.Case("tiny", (4, 8, 3, 3), torch.bfloat16, "rows", 5)
+    cases.check(case, cases.ours)
+    with pytest.raises(AssertionError, match="the result differs"):
+        cases.check(case, lambda x, gate, labels: 1.1 * cases.eager(x, gate, labels))
+    with pytest.raises(AssertionError, match="the gradient of gate differs"):
+        cases.check(case, lambda x, gate, labels: cases.eager(x, gate.detach() + 0 * gate, labels))
+
+
+def test_ratio_of_a_pair_and_its_interval(bench):
+    measure = bench("measure")
+    seconds = iter([1.0, 2.0, 2.4, 1.2, 1.0, 2.2])  # who comes first changes: ours, other; other, ours; ours, other
+    found = measure.compared(lambda: None, lambda: None, clock=lambda f: next(seconds), turns=3, few=None)
+    assert found["ratio"] == pytest.approx(2.0) and found["ours"] == 1.0 and found["seconds"] == 2.2
+    assert found["turns"] == 3 and not found["disturbed"]
+    assert found["interval"][0] == pytest.approx(2.0) and found["interval"][1] == pytest.approx(2.2)
+
+
+def test_clearly_slower_peers_get_few_turns(bench):
+    measure = bench("measure")
+    slow, fast = object(), object()
+    found = measure.compared(fast, slow, clock=lambda f: 2.0 if f is slow else 1.0, turns=9, few=4)
+    assert found["turns"] == 4
+    assert measure.compared(slow, fast, clock=lambda f: 2.0 if f is slow else 1.0, turns=9, few=4)["turns"] == 9
+
+
+def test_peak_memory_counts_what_is_held_at_a_time(bench):
+    measure = bench("measure")
+    x = torch.ones(1000, device=measure.DEVICE)
+
+    def run():
+        first = x + 1  # 4000 bytes
+        second = first * 2  # 8000 held
+        del first
+        return second.sum()  # a scalar
+
+    assert 8000 <= measure.peak_bytes(run) < 11000  # a GPU's allocator counts in blocks of 512 bytes
