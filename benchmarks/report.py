@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start otherwise; read when torch loads
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start otherwise; read when torch loads
 
 import cases
 import end_to_end
