@@ -13,7 +13,6 @@ from torch import Tensor
 import csg_ext
 
 DIRECTIONS = ("forward", "backward", "both")
-HALF = [torch.bfloat16, torch.float16]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,9 +28,14 @@ class Case:
     classes: int = 100
 
     @property
+    def kind(self) -> str:
+        """Everything but the layer, readable."""
+        return f"{str(self.dtype).removeprefix('torch.')} {self.layout} C{self.classes}"
+
+    @property
     def id(self) -> str:
         """A readable name."""
-        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}-{self.layout}-C{self.classes}"
+        return f"{self.name} {self.kind}".replace(" ", "-")
 
     @property
     def bytes(self) -> int:
@@ -62,24 +66,27 @@ LAYERS = {
     "vit_b_tokens": (64, 768, 196),
     "volume": (8, 128, 8, 16, 16),
 }
-ALL_DTYPES = ("resnet18", "map28", "vit_b_tokens")  # fp16 too: elsewhere it behaves as bf16
-BATCHES = ("resnet50_256", "resnet50_1024")  # of the same layer: fewer layouts
+ALL_TYPES = ("resnet18", "map28", "vit_b_tokens")  # fp16 too: elsewhere it behaves as bf16
+BATCHES = ("resnet50_256", "resnet50_1024")  # of the same layer: rows only
 MORE_CLASSES = {"resnet18": (10, 1000), "resnet50": (1000,)}
 
 
 def grid() -> list[Case]:
-    """All cases; with CSG_BENCH_QUICK=1 the ones that tell most."""
-    names = ["tiny", "resnet50"] if QUICK else list(LAYERS)
-    if DEVICE == "cpu" and not QUICK:
-        names.remove("resnet50_1024")  # 411 MB in fp32, and peers hold several times that
+    """All cases; with CSG_BENCH_QUICK=1 a few of two layers."""
+    if QUICK:
+        tiny = Case("tiny", LAYERS["tiny"], torch.float32, "rows")
+        kinds = (torch.float32, "rows"), (torch.float32, "channels_last"), (torch.bfloat16, "rows")
+        return [tiny, *(Case("resnet50", LAYERS["resnet50"], *kind) for kind in kinds)]
     cases = []
-    for name in names:
-        types = [torch.float32, *HALF] if name in ALL_DTYPES and not QUICK else [torch.float32, torch.bfloat16]
+    for name, shape in LAYERS.items():
+        if DEVICE == "cpu" and name == "resnet50_1024":
+            continue  # 411 MB in fp32, and peers hold several times that
+        types = [torch.float32, torch.bfloat16] + [torch.float16] * (name in ALL_TYPES)
         layouts = ["channels_last"] if name == "vit_b_tokens" else ["rows", "channels_last"]
         for dtype in types:
             for layout in layouts[:1] if name in BATCHES else layouts:
-                cases.append(Case(name, LAYERS[name], dtype, layout))
-        cases += [Case(name, LAYERS[name], torch.float32, "rows", c) for c in MORE_CLASSES.get(name, ()) if not QUICK]
+                cases.append(Case(name, shape, dtype, layout))
+        cases += [Case(name, shape, torch.float32, "rows", classes) for classes in MORE_CLASSES.get(name, ())]
     return cases
 
 
@@ -101,7 +108,8 @@ def masked(x: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
 
 def peers() -> dict[str, Pool]:
     """Implementations by name, ours first; the Triton kernel where there is a GPU."""
-    torch._dynamo.config.cache_size_limit = 1024
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else a peer would silently run uncompiled
     # Backward is timed alone on a graph that is kept, which buffers given away by it would forbid.
     torch._functorch.config.donated_buffer = False
     found: dict[str, Pool] = {"csg_ext": ours}

@@ -99,7 +99,7 @@ def _flush() -> torch.Tensor:
 def _timed_on_gpu(f: Call) -> float:
     f()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(GPU_CALLS)]
-    torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host queues the calls: its gaps are not the device's time
+    torch.cuda._sleep(8_000_000)  # some 5 ms, in which the host queues the calls: its gaps are not the device's time
     for start, end in events:
         _flush().zero_()
         start.record()

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DIRECTIONS = {"forward": "Forward", "backward": "Backward", "both": "Forward with backward"}
 # Okabe and Ito's colours, and a marker each: readable without colours, too.
@@ -131,36 +132,49 @@ def pool_summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _shares(row: dict, direction: str) -> dict[str, float]:
+    """Every candidate's share of the limit."""
+    pairs = row["pairs"][direction]
+    peers = {name: pairs["limit"]["ratio"] / pair["ratio"] for name, pair in pairs.items() if name != "limit"}
+    return {"csg_ext": pairs["limit"]["ratio"]} | peers
+
+
 def picture(rows: list[dict], path: Path) -> None:
-    """The share of the limit of every candidate, a row per case, grouped by layer, a panel per direction."""
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    heights, ticks, at = [], [], 0.0
-    for layer in layers:
-        for row in [row for row in rows if row["layer"] == layer]:
-            heights.append((row, at))
-            ticks.append((at, row["case"]))
+    """The share of the limit of every candidate, a row per case under its layer, a panel per direction."""
+    heights: dict[str, float] = {}
+    ticks, headings, at = [], [], 0.0
+    for row in rows:
+        heading = f"{row['layer']} ({', '.join(map(str, row['shape']))})"
+        if heading not in headings:
+            headings.append(heading)
+            at += 0.4
+            ticks.append((at, heading))
             at += 1
-        at += 0.7
-    figure, panels = plt.subplots(1, 3, figsize=(14, 1.6 + 0.2 * at), sharey=True, layout="constrained")
+        ticks.append((at, row["kind"]))
+        heights[row["case"]] = at
+        at += 1
+    figure, panels = plt.subplots(1, 3, figsize=(14, 1.6 + 0.19 * at), sharex=True, sharey=True, layout="constrained")
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
-        for name in reversed(["csg_ext", *_names(rows, direction)]):
-            shares = []
-            for row, y in heights:
-                pairs = row["pairs"][direction]
-                if name == "csg_ext" or name in pairs:
-                    own = 1.0 if name == "csg_ext" else pairs[name]["ratio"]
-                    shares.append((pairs["limit"]["ratio"] / own, y))
-            colour, marker = STYLES[name]
-            panel.scatter(*zip(*shares, strict=True), s=34, c=colour, marker=marker, edgecolors="black", linewidths=0.4,
-                          label=name, zorder=3)  # fmt: skip
+        for name, (colour, marker) in reversed(STYLES.items()):
+            shares = [(_shares(row, direction).get(name), heights[row["case"]]) for row in rows]
+            shares = [point for point in shares if point[0] is not None]
+            if shares:
+                size = 80 if marker == "*" else 34
+                style = {"c": colour, "marker": marker, "s": size, "edgecolors": "black", "linewidths": 0.4}
+                panel.scatter(*zip(*shares, strict=True), label=name, zorder=3, **style)
         panel.axvline(1, color="black", linewidth=1)
-        panel.set(xscale="log", title=title, xlabel="share of the limit (more is better)", xlim=(0.01, 2))
-        panel.set_xticks([0.01, 0.03, 0.1, 0.3, 1], ["0.01", "0.03", "0.1", "0.3", "1"])
-        panel.grid(axis="both", color="#dddddd", linewidth=0.6)
+        panel.set(xscale="log", title=title, xlabel="share of the limit (more is better)")
+        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+        panel.hlines(heights.values(), 0, 1, color="#eeeeee", linewidth=0.6, transform=panel.get_yaxis_transform())
         panel.tick_params(axis="both", which="both", length=0)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panels[0].set_yticks(*zip(*ticks, strict=True), fontsize=8)
-    panels[0].set_ylim(at - 0.5, -1)
-    handles, labels = panels[2].get_legend_handles_labels()
+    for label in panels[0].get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() in headings else "normal")
+    panels[0].set_ylim(at - 0.3, -0.5)
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=len(labels), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -209,6 +223,16 @@ def gate_section(part: dict) -> list[str]:
     return ["### gate_step", "", *machine_lines(part["machine"]), GATE, *table(head, lines)]
 
 
+def _overhead(row: dict) -> str:
+    """What the gate adds to a step, and how the released form compares."""
+    csg, released = row["forms"]["csg"], row["forms"]["released"]
+    more, low, high = (100 * (ratio - 1) for ratio in (csg["ratio"], *csg["interval"]))
+    return (
+        f"- {row['network']}: a csg step takes {more:+.1f} % of std's more ({low:+.1f} to {high:+.1f}); "
+        f"the released form's step takes {released['ratio'] / csg['ratio']:.2f} times csg's."
+    )
+
+
 def end_to_end_section(part: dict) -> list[str]:
     """Training steps: a row per network and form."""
     lines = []
@@ -226,7 +250,8 @@ def end_to_end_section(part: dict) -> list[str]:
                 ]
             )
     head = ["network", "step", "ms", "over std", "turns", "peak memory (MB)"]
-    return ["### End to end", "", *machine_lines(part["machine"]), END_TO_END, *table(head, lines)]
+    summary = [_overhead(row) for row in part["rows"]]
+    return ["### End to end", "", *machine_lines(part["machine"]), END_TO_END, *summary, "", *table(head, lines)]
 
 
 def write(results: dict[str, dict], output: Path) -> None:

@@ -49,6 +49,7 @@ def pool_row(case: cases.Case, peers: dict[str, cases.Pool]) -> dict:
     row: dict[str, Any] = {
         "case": case.id,
         "layer": case.name,
+        "kind": case.kind,
         "shape": list(case.shape),
         "bytes": case.bytes,
         "seconds": {},

@@ -25,7 +25,7 @@ def bench(monkeypatch):
 def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_path):
     report, cases, gate_steps, end_to_end = map(bench, ("report", "cases", "gate_steps", "end_to_end"))
     grid = [cases.Case("tiny", (4, 8, 3, 3), torch.float32, layout, 5) for layout in ("rows", "channels_last")]
-    network = end_to_end.Network("resnet20", lambda: end_to_end.build_backbone("resnet20"), 64, 10, 2, 8, turns=2)
+    network = end_to_end.Network("resnet20", lambda: end_to_end.build_backbone("resnet20"), 64, 10, 2, 8, turns=4)
     monkeypatch.setattr(cases, "grid", lambda: grid)
     monkeypatch.setattr(cases, "peers", lambda: {"csg_ext": cases.ours, "eager": cases.eager, "masked": cases.masked})
     monkeypatch.setattr(gate_steps, "SIZES", [(5, 8)])

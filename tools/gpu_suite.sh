@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # One command for a machine with a GPU, no network needed: builds csg_ext for that GPU, runs every test with CUDA,
-# compute-sanitizer and the benchmarks, and writes OUTDIR/summary.json and OUTDIR/summary.md.
+# compute-sanitizer and the benchmarks, and writes OUTDIR/summary.json, OUTDIR/summary.md and OUTDIR/performance.md.
 #
 #   tools/gpu_suite.sh OUTDIR [build tests sanitizer benchmarks]      (default: all four)
 #
-# Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve pytest-benchmark,
-# scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one runs;
-# the exit status is 0 only if all succeeded. OUTDIR/log.txt holds what the steps printed.
+# Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve matplotlib, torchvision,
+# Triton, scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one
+# runs; the exit status is 0 only if all succeeded. OUTDIR/log.txt holds what the steps printed.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 OUTDIR [build tests sanitizer benchmarks]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
@@ -20,7 +20,7 @@ mkdir -p "$work" || exit 2
 # The package is installed into a folder of its own; PYTHONSAFEPATH keeps the source tree from hiding it.
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PATH="$work/site/bin:$PATH"
 steps=$work/steps.tsv
-rm -f "$work"/*.log "$work/benchmarks.json"
+rm -f "$work"/*.log
 : >"$steps"
 rm -f "$out/tests.xml"
 : >"$out/log.txt"
@@ -66,8 +66,11 @@ fi
 if wanted benchmarks; then
   step mutual_info 300 "$python" tools/gpu_mutual_info.py
   cp "$work/step.log" "$work/mutual_info.log"
+  rm -rf "$out/benchmarks" "$out/performance.md"
+  for part in gate_step end_to_end gated_pool --from-json; do  # the last writes the page from what succeeded
+    PYTHONPATH=$PWD/benchmarks:$PYTHONPATH step "benchmarks ${part#--}" 590 "$python" benchmarks/report.py "$part" \
+      --results "$out/benchmarks" --output "$out/performance.md"
+  done
 fi
-wanted benchmarks && step benchmarks 590 "$python" -m pytest -q benchmarks --benchmark-only \
-  --benchmark-json="$work/benchmarks.json" -o cache_dir="$work/pytest"
 
 "$python" tools/gpu_summary.py "$work" "$out"

@@ -43,26 +43,6 @@ def read_sanitizer(path: Path, status: int) -> dict[str, Any]:
     return {"passed": status == 0 and bool(summary), "summary": summary[-1].strip() if summary else "no summary line"}
 
 
-def read_benchmarks(path: Path) -> list[dict[str, Any]]:
-    """One row per benchmark: group, name, median and quartile range in seconds, rounds, what it adds."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return []
-    rows = []
-    for entry in json.loads(path.read_text())["benchmarks"]:
-        stats = entry["stats"]
-        rows.append(
-            {
-                "group": entry["group"],
-                "name": entry["name"],
-                "median_s": stats["median"],
-                "iqr_s": stats["iqr"],
-                "rounds": stats["rounds"],
-                **entry.get("extra_info", {}),
-            }
-        )
-    return rows
-
-
 def read_text(path: Path) -> str:
     """What a step printed."""
     return path.read_text(errors="replace").strip() if path.is_file() else ""
@@ -125,20 +105,7 @@ def markdown(summary: dict[str, Any]) -> str:
             [[name, "yes" if r["passed"] else "no", r["summary"]] for name, r in summary["sanitizers"].items()],
         )
     if summary["benchmarks"]:
-        rows = sorted(summary["benchmarks"], key=lambda row: (row["group"] or "", row["median_s"]))
-        lines += table(
-            ["group", "benchmark", "median (us)", "IQR (us)", "GB/s"],
-            [
-                [
-                    row["group"],
-                    row["name"],
-                    f"{row['median_s'] * 1e6:.1f}",
-                    f"{row['iqr_s'] * 1e6:.1f}",
-                    row.get("gigabytes_per_second", ""),
-                ]
-                for row in rows
-            ],
-        )
+        lines += ["Benchmarks: [performance.md](performance.md), from benchmarks/cuda.json.", ""]
     if summary["mutual_info"]:
         lines += [summary["mutual_info"], ""]
     return "\n".join(lines)
@@ -154,7 +121,7 @@ def main() -> int:
         "steps": steps,
         "tests": read_tests(folder / "tests.xml"),
         "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
-        "benchmarks": read_benchmarks(work / "benchmarks.json"),
+        "benchmarks": (folder / "performance.md").is_file(),
         "mutual_info": read_text(work / "mutual_info.log") if status.get("mutual_info") == 0 else "",
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
