@@ -20,7 +20,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
-	@echo "make bench         measure every operator beside its peers, write docs/performance*.md; make bench-quick: a few sizes"
+	@echo "make bench         measure operators and training steps beside peers, write docs/performance*.md"
+	@echo "make bench-quick   a few sizes, less than 2 minutes; writes nothing"
 	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
 	@echo "                   make instruction-baseline writes a new baseline"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
