@@ -24,16 +24,40 @@ FORMS = ("std", "csg", "joint", "masked", "released")
 Batch = tuple[Tensor, Tensor]
 
 
-def resnet50() -> nn.Module:
-    """torchvision's ResNet-50 up to its last feature map, (N, 2048, H / 32, W / 32)."""
-    try:
-        import torchvision
-    except RuntimeError:  # built for CUDA, beside a CPU torch: it misses its operators, which its models do not need
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-    return nn.Sequential(*list(torchvision.models.resnet50().children())[:-2])
+def _convolution(channels_in: int, channels: int, size: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride) and 1x1 convolutions to 4 width channels, and a shortcut."""
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.reduce = _convolution(channels_in, width, 1)
+        self.middle = _convolution(width, width, 3, stride)
+        self.expand = _convolution(width, 4 * width, 1)
+        same = stride == 1 and channels_in == 4 * width
+        self.shortcut = nn.Identity() if same else _convolution(channels_in, 4 * width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) to (N, 4 width, H / stride, W / stride)."""
+        return F.relu(self.shortcut(x) + self.expand(F.relu(self.middle(F.relu(self.reduce(x))))))
+
+
+def resnet50() -> nn.Sequential:
+    """ResNet-50 up to its last feature map, (N, 2048, H / 32, W / 32).
+
+    Source: He et al., CVPR 2016, table 1; the stride in the 3x3 convolutions, as in torchvision, which has no build on
+    the package index for a CPU torch.
+    """
+    layers: list[nn.Module] = [_convolution(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width, stride if block == 0 else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers)
 
 
 @dataclass(frozen=True)

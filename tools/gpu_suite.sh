@@ -4,8 +4,8 @@
 #
 #   tools/gpu_suite.sh OUTDIR [build tests sanitizer benchmarks]      (default: all four)
 #
-# Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve matplotlib, torchvision,
-# Triton, scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one
+# Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve matplotlib, Triton,
+# scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one
 # runs; the exit status is 0 only if all succeeded. OUTDIR/log.txt holds what the steps printed.
 set -uo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 OUTDIR [build tests sanitizer benchmarks]" >&2; exit 2; }
