@@ -123,8 +123,6 @@ def step_of(form: str, model: GatedModel, batch: Batch) -> Callable[[], None]:
     gate = (torch.optim.SGD if plain else ProjectedSGD)([model.gate], lr=0.1, momentum=0.9)
 
     def run() -> None:
-        weights.zero_grad()
-        gate.zero_grad()
         loss_of(form, model, batch).backward()
         weights.step()
         if form != "std":
@@ -132,6 +130,8 @@ def step_of(form: str, model: GatedModel, batch: Batch) -> Callable[[], None]:
         if plain:
             with torch.no_grad():
                 model.gate.copy_(reference.project_gate(model.gate))
+        weights.zero_grad()  # at the end: a step's memory has its gradients
+        gate.zero_grad()
 
     return run
 

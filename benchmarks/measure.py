@@ -155,13 +155,13 @@ def compared(
 
     few: turns after which a peer that was clearly slower in each of them needs no more; None: always all turns.
     """
-    all_turns, quiet = [], []
+    all_turns, quiet, enough = [], [], False
     for turn in _pairs(ours, other, clock, turns):
         all_turns.append(turn)
         quiet += [turn] if turn[2] else []
-        if len(quiet) == turns or (len(quiet) == few and min(o / t for t, o, _ in quiet) > CLEAR):
+        enough = len(quiet) == turns or (len(quiet) == few and min(o / t for t, o, _ in quiet) > CLEAR)
+        if enough:
             break
-    disturbed = 2 * len(quiet) < min(turns, few or turns)
     counted = quiet or all_turns
     ratios = [o / t for t, o, _ in counted]
     return {
@@ -170,7 +170,7 @@ def compared(
         "ratio": statistics.median(ratios),
         "interval": interval(ratios),
         "turns": len(counted),
-        "disturbed": disturbed,
+        "disturbed": not enough and 2 * len(quiet) < turns,
     }
 
 

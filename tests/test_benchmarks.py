@@ -77,6 +77,20 @@ def test_clearly_slower_peers_get_few_turns(bench):
     assert measure.compared(slow, fast, clock=lambda f: 2.0 if f is slow else 1.0, turns=9, few=4)["turns"] == 9
 
 
+def test_disturbed_turns_are_measured_again_and_named(bench, monkeypatch):
+    measure = bench("measure")
+    monkeypatch.setattr(measure, "WAITED", 0.02)
+    waits = iter([0.0, 1e6, 1e6, 1e6])  # before and after each turn: the first one waited
+    monkeypatch.setattr(measure, "waited", lambda: next(waits))
+    seconds = iter([1.0, 50.0, 2.0, 1.0])  # ours, other; other, ours
+    found = measure.compared(lambda: None, lambda: None, clock=lambda f: next(seconds), turns=1, few=None)
+    assert found["turns"] == 1 and found["ratio"] == 2.0 and not found["disturbed"]
+    always = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(measure, "waited", lambda: float(next(always)))
+    found = measure.compared(lambda: None, lambda: None, clock=lambda f: 1.0, turns=2, few=None)
+    assert found["turns"] == 8 and found["disturbed"]
+
+
 def test_peak_memory_counts_what_is_held_at_a_time(bench):
     measure = bench("measure")
     x = torch.ones(1000, device=measure.DEVICE)
