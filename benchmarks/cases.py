@@ -131,7 +131,12 @@ def measured(case: Case, peer: str) -> bool:
 
 
 def check(case: Case, f: Pool) -> None:
-    """The result and its gradients agree with fp64 before anything is timed, by the norm of the error."""
+    """The result and its gradients agree with fp64 before anything is timed, by the norm of the error.
+
+    The tolerance: 8 roundings of x's type, and what an fp32 sum over space may collect, term after term.
+    """
+    length = math.prod(case.shape[2:])
+    tolerance = 8 * torch.finfo(case.dtype).eps + math.sqrt(length) * torch.finfo(torch.float32).eps
     x, gate, labels, grad = case.inputs()
     x64, gate64 = (t.detach().double().requires_grad_() for t in (x, gate))
     out, want = f(x, gate, labels), csg_ext.reference.gated_pool(x64, gate64, labels)
@@ -139,7 +144,7 @@ def check(case: Case, f: Pool) -> None:
     wanted = (want, *torch.autograd.grad(want, (x64, gate64), grad.double()))
     for name, one, other in zip(("result", "gradient of x", "gradient of gate"), got, wanted, strict=True):
         error = ((one.double() - other).norm() / other.norm()).item()
-        if not error <= 8 * torch.finfo(case.dtype).eps:
+        if not error <= tolerance:
             raise AssertionError(f"{case.id}: the {name} differs from fp64's by {error:.2g} of its norm")
 
 

@@ -47,8 +47,8 @@ in multiples of x's bytes. C is the number of classes. rows: contiguous; channel
 - eager: `x.mean(spatial) * gate[labels]`
 - masked: `(x * gate[labels][..., None, None]).mean(spatial)`, the method as it is written
 - compiled: the same under `torch.compile`; autotuned: under its mode max-autotune-no-cudagraphs ({few})
-{triton}- backward: `torch.autograd.grad` through one graph that is kept (`retain_graph`), gradients to x and gate; its memory
-  is what it allocates itself, without what the graph holds
+{triton}- backward: `torch.autograd.grad` through one graph that is kept (`retain_graph`), gradients to x and gate
+  (memory: what backward allocates itself, without what the graph holds)
 """
 GATE = """\
 A momentum step on a gate (C, K) with its projection. The limit is a copy that moves as many bytes as the step
