@@ -229,8 +229,8 @@ def _overhead(row: dict) -> str:
     csg, released = row["forms"]["csg"], row["forms"]["released"]
     more, low, high = (100 * (ratio - 1) for ratio in (csg["ratio"], *csg["interval"]))
     return (
-        f"- {row['network']}: a csg step takes {more:+.1f} % of std's more ({low:+.1f} to {high:+.1f}); "
-        f"the released form's step takes {released['ratio'] / csg['ratio']:.2f} times csg's."
+        f"- {row['network']}: csg's step against std's {more:+.1f} % ({low:+.1f} to {high:+.1f}); "
+        f"the released form's step against csg's {released['ratio'] / csg['ratio']:.2f} times."
     )
 
 
