@@ -52,6 +52,17 @@ _HELP = {
     "low_scale": "scale of the images during the first epochs, which saves time",
     "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
+    "csg_at": "positions in a period that take the CSG path, such as 1 or 0 2, instead of its last csg_share",
+    "gate_warmup": "share of the run, after --warmup, that trains the gate alone",
+    "lambda_1_ramp": "share of the run over which lambda_1 rises",
+    "lambda_2_ramp": "share of the run over which lambda_2 rises",
+    "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
+    "csg_lr": "peak learning rate of the weights on CSG steps; lr when not given",
+    "label_smoothing": "label smoothing of both paths",
+    "mixup": "alpha of mixup, 0 for none",
+    "cutmix": "alpha of cutmix, 0 for none",
+    "clip_norm": "largest norm of the weights' gradient; any when not given",
+    "gate_clip_norm": "largest norm of the gate's gradient; any when not given",
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
 
@@ -161,8 +172,16 @@ def _parser() -> argparse.ArgumentParser:
                 name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_HELP[field.name]
             )
         else:
-            kind = float if field.name == "budget" else type(field.default)
-            settings.add_argument(name, type=kind, metavar=kind.__name__.upper(), default=argparse.SUPPRESS, help=text)
+            several = field.name == "csg_at"
+            kind = int if several else float if field.default is None else type(field.default)
+            settings.add_argument(
+                name,
+                type=kind,
+                nargs="+" if several else None,
+                metavar=kind.__name__.upper(),
+                default=argparse.SUPPRESS,
+                help=text,
+            )
     mis = commands.add_parser(
         "mis",
         help="mutual information of stored features with their classes",

@@ -1,6 +1,48 @@
-"""Alternate training of a class-specific gate: settings, schedule, LightningModule, one arm, both arms."""
+"""Training with a class-specific gate: alternate or joint, as a LightningModule, as a callback, or in one's own loop.
+
+Schedule and Objective serve all of them; `csg-ext train` compares both arms. What needs lightning is imported when it
+is used.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from csg_ext.training.config import TrainConfig
+from csg_ext.training.freeze import fixed_statistics, freeze
+from csg_ext.training.mix import Mix
+from csg_ext.training.monitor import DensityWarning, DivergedError
+from csg_ext.training.objective import Losses, Objective
 from csg_ext.training.schedule import Schedule
 
-__all__ = ["Schedule", "TrainConfig"]
+_LAZY = {
+    "AtomicCheckpointIO": "checkpoint",
+    "AveragedGatedModel": "gated",
+    "ClassSpecificGateCallback": "callback",
+    "GatedTraining": "gated",
+    "GatedWeightAveraging": "gated",
+    "load_weights": "checkpoint",
+}
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "AveragedGatedModel",
+    "ClassSpecificGateCallback",
+    "DensityWarning",
+    "DivergedError",
+    "GatedTraining",
+    "GatedWeightAveraging",
+    "Losses",
+    "Mix",
+    "Objective",
+    "Schedule",
+    "TrainConfig",
+    "fixed_statistics",
+    "freeze",
+    "load_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -78,7 +78,7 @@ class _Keeper(Callback):
         if epoch_ended:
             pl_module.end_epoch()
         if epoch_ended or stop:
-            pl_module.check_finite()
+            pl_module.finite.check()
             trainer.save_checkpoint(self.folder / CHECKPOINT)
             write_history(self.folder, pl_module.history)
         if epoch_ended or stop or now - self._reported > _REPORT_SECONDS:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from csg_ext.nn.resnet import DEPTHS
+from csg_ext.training.objective import Objective
+from csg_ext.training.schedule import Schedule
 
-SCHEDULES = ("steps", "epochs", "joint")
-PENALTIES = ("l1", "l2", "smooth_l1")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
@@ -18,14 +18,16 @@ PRECISIONS = ("auto", "bf16", "fp32")
 class TrainConfig:
     """Settings of one run; both arms share them.
 
-    Schedule (see Schedule): schedule, period, csg_share, warmup, final_std.
-    Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K) and
-    penalty (psi).
+    Schedule (see Schedule): schedule, period, csg_share, csg_at, warmup, gate_warmup, final_std, lambda_1_ramp,
+    lambda_2_ramp.
+    Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
+    penalty (psi) and label_smoothing.
     Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the run
-    and falls to 0 along a cosine; gate_lr of the gate's projected SGD, which falls along a cosine. Both follow the
-    run's own clock, whatever path a step takes.
+    and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which falls
+    with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm: largest
+    norms of the weights' and of the gate's gradient (None: any).
     Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images scaled
-    by low_scale (to a multiple of 4 pixels), which costs less.
+    by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see Mix).
     precision: "bf16" (autocast), "fp32" or "auto": bf16 where the processor has instructions for it.
     """
 
@@ -52,27 +54,42 @@ class TrainConfig:
     low_scale: float = 0.7
     low_share: float = 2 / 3
     precision: str = "auto"
+    csg_at: tuple[int, ...] | None = None
+    gate_warmup: float = 0.0
+    lambda_1_ramp: float = 0.0
+    lambda_2_ramp: float = 0.0
+    lr_decay: str = "cosine"
+    csg_lr: float | None = None
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_norm: float | None = None
+    gate_clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("model", tuple(DEPTHS)),
-            ("schedule", SCHEDULES),
-            ("penalty", PENALTIES),
-            ("precision", PRECISIONS),
-        ):
+        if self.csg_at is not None:
+            object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
+        for name, choices in (("model", tuple(DEPTHS)), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, low in (("epochs", 1), ("batch_size", 2), ("period", 1), ("shift", 0), ("seed", 0)):
+        for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay", "gate_lr", "lambda_1", "lambda_2"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a non-negative number, got {getattr(self, name)}")
-        for name in ("csg_share", "warmup", "final_std", "lr_warmup", "low_scale", "low_share"):
+        for name in ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a non-negative number, got {value}")
+        for name in ("clip_norm", "gate_clip_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("low_scale", "low_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.budget is not None and not self.budget > 0:
-            raise ValueError(f"budget must be positive, got {self.budget}")
+        Schedule.of(self, 1), self.objective()  # their checks
+
+    def objective(self) -> Objective:
+        """The loss that the settings describe."""
+        return Objective(self.lambda_1, self.lambda_2, self.budget, self.penalty, self.label_smoothing)
 
     def sizes(self, native: int) -> list[int]:
         """The image side of every epoch."""
@@ -81,5 +98,5 @@ class TrainConfig:
         return [size] * low + [native] * (self.epochs - low)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, the same before and after JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

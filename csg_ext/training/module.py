@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import warnings
+import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from csg_ext.data.batches import Batches, derive_seed
 from csg_ext.nn.gate import GatedModel
 from csg_ext.optim import ProjectedSGD
+from csg_ext.training.checkpoint import check_state
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.schedule import CSG, STD, Schedule
+from csg_ext.training.freeze import fixed_statistics
+from csg_ext.training.mix import Mix
+from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
+from csg_ext.training.objective import Losses
+from csg_ext.training.schedule import CSG, GATE, STD, Schedule
 
 _STEP_STREAM = 3  # random stream of everything drawn inside a step, e.g. dropout
-_CHECK_EVERY = 20  # steps between checks of the loss: reading it waits for the device
 ROW = ("epoch", "step", "seconds", "lr", "gate_lr", "loss_std", "loss_csg", "train_accuracy", "l1_density")
-
-
-class DivergedError(RuntimeError):
-    """The loss is not a finite number any more."""
-
-
-class DensityWarning(UserWarning):
-    """The gate does not become sparse."""
 
 
 class _FromStep:
@@ -70,6 +65,12 @@ class AlternateTraining(pl.LightningModule):
             raise ValueError(f"AlternateTraining: arm must be 'std' or 'csg', got {arm!r}")
         self.model, self.batches, self.config, self.arm = model, batches, config, arm
         self.schedule = Schedule.of(config, len(batches))
+        self.objective = config.objective()
+        mixes = config.mixup > 0 or config.cutmix > 0
+        self.mix = Mix(model.csg.num_classes, config.mixup, config.cutmix) if mixes else None
+        self.finite = FiniteLoss(
+            f"the loss of arm {arm}", f"try a learning rate below lr={config.lr} or gate_lr={config.gate_lr}"
+        )
         self.automatic_optimization = False
         self.step_count = 0  # steps done: the run's clock
         self.seconds = 0.0
@@ -94,46 +95,40 @@ class AlternateTraining(pl.LightningModule):
         c, step = self.config, self.step_count
         path = STD if self.arm == STD else self.schedule.path(step)
         torch.manual_seed(derive_seed(c.seed, _STEP_STREAM, step))
+        if self.mix is not None:
+            x, labels = self.mix(x, labels)
         weights_optimizer, gate_optimizer = cast(list[LightningOptimizer], self.optimizers())
-        self._set_lr(weights_optimizer, c.lr * self.schedule.lr_factor(step))
+        lr = c.lr if c.csg_lr is None or path != CSG else c.csg_lr
+        self._set_lr(weights_optimizer, lr * self.schedule.lr_factor(step))
         self._set_lr(gate_optimizer, c.gate_lr * self.schedule.gate_lr_factor(step))
         weights_optimizer.zero_grad()
         gate_optimizer.zero_grad()
-
-        std_logits = csg_logits = None
-        if path == STD:
-            std_logits = self.model(x)
-        elif path == CSG:
-            csg_logits = self.model(x, labels)
-        else:
-            std_logits, csg_logits = self.model(x, labels, path="both")
-        loss, sums, n = torch.zeros((), device=x.device), self.sums, len(labels)
-        if std_logits is not None:
-            std_loss = F.cross_entropy(std_logits, labels)
-            loss = loss + std_loss
-            sums[0] += std_loss.detach() * n
-            sums[1] += n
-            sums[2] += (std_logits.detach().argmax(1) == labels).sum()
-        if csg_logits is not None:
-            csg_loss = F.cross_entropy(csg_logits, labels)
-            loss = loss + c.lambda_1 * csg_loss + c.lambda_2 * self.model.csg.penalty(c.budget, c.penalty)
-            sums[3] += csg_loss.detach() * n
-            sums[4] += n
-        self.manual_backward(loss)
-        weights_optimizer.step()
+        with fixed_statistics(self.model) if path == GATE else contextlib.nullcontext():
+            losses = self.objective(self.model, x, labels, path, self.schedule.lambda_factors(step))
+        self.finite.observe(losses.total, step, self.schedule.total_steps)
+        self._count(losses, labels)
+        self.manual_backward(losses.total)
+        if path != GATE:
+            if c.clip_norm is not None:
+                clip_grad_norm_(self.model.weights(), c.clip_norm)
+            weights_optimizer.step()
         if path != STD:
+            if c.gate_clip_norm is not None:
+                clip_grad_norm_(self.model.gate, c.gate_clip_norm)
             gate_optimizer.step()
         self.step_count = step + 1
-        if self.step_count % _CHECK_EVERY == 0 or self.step_count % len(self.batches) == 0:
-            self.check_finite()
 
-    def check_finite(self) -> None:
-        """Raises DivergedError, with one sentence, when a loss of this epoch was NaN or infinite."""
-        if not bool(torch.isfinite(self.sums).all()):
-            raise DivergedError(
-                f"the loss of arm {self.arm} is not finite by step {self.step_count} of {self.schedule.total_steps}: "
-                f"try a learning rate below lr={self.config.lr} or gate_lr={self.config.gate_lr}"
-            )
+    def _count(self, losses: Losses, labels: Tensor) -> None:
+        """Adds a step's losses and correct answers to the epoch's sums."""
+        sums, n = self.sums, len(labels)
+        if losses.std is not None and losses.std_logits is not None:
+            sums[0] += losses.std.detach() * n
+            sums[1] += n
+            classes = labels.argmax(1) if labels.is_floating_point() else labels
+            sums[2] += (losses.std_logits.detach().argmax(1) == classes).sum()
+        if losses.csg is not None:
+            sums[3] += losses.csg.detach() * n
+            sums[4] += n
 
     @staticmethod
     def _set_lr(optimizer: Any, lr: float) -> None:
@@ -159,23 +154,23 @@ class AlternateTraining(pl.LightningModule):
                 "l1_density": density if self.arm == CSG else None,
             }
         )
-        self._watch_density(density)
+        if csg_count:
+            self._watch_density(density)
 
     def _watch_density(self, density: float) -> None:
-        """Warns once when half of the run is over and the gate is still dense and hardly moves."""
-        if self.arm == STD or self._warned or self.step_count < self.schedule.total_steps / 2 or len(self.history) < 2:
+        """Warns once when the gate is still dense and hardly moves."""
+        before = self.history[-2]["l1_density"] if len(self.history) > 1 else None
+        if self._warned or not isinstance(before, float):
             return
-        floor = max(1.0, (self.config.budget or 0) / self.model.csg.num_filters) / self.model.csg.num_classes
-        before = self.history[-2]["l1_density"]
-        if density > 2 * floor and isinstance(before, float) and density > 0.95 * before:
-            self._warned = True
-            warnings.warn(
-                f"the gate's L1-density stalls at {density:.2f} after {self.step_count} of {self.schedule.total_steps} "
-                f"steps (its floor is {floor:.2f}): raise gate_lr ({self.config.gate_lr}) or lambda_2 "
-                f"({self.config.lambda_2})",
-                DensityWarning,
-                stacklevel=2,
-            )
+        c, csg = self.config, self.model.csg
+        self._warned = warn_if_stalled(
+            density,
+            before,
+            density_floor(csg.num_classes, csg.num_filters, c.budget),
+            self.step_count,
+            self.schedule.total_steps,
+            f"raise gate_lr ({c.gate_lr}) or lambda_2 ({c.lambda_2})",
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the run's clock, sums and history."""
@@ -194,9 +189,11 @@ class AlternateTraining(pl.LightningModule):
         state = checkpoint.get("csg_ext")
         if state is None or state["arm"] != self.arm:
             raise ValueError(f"expected a checkpoint of csg-ext's arm {self.arm!r}, got {state and state['arm']!r}")
-        if state["config"] != self.config.as_dict():
-            changed = [k for k, v in self.config.as_dict().items() if state["config"].get(k, math.nan) != v]
+        known = TrainConfig().as_dict() | state["config"]  # settings younger than the run had their default
+        if known != self.config.as_dict():
+            changed = [k for k, v in self.config.as_dict().items() if known[k] != v]
             raise ValueError(f"a run resumes with the settings that it began with, got another {', '.join(changed)}")
         self.step_count, self.seconds, self.history = state["step_count"], state["seconds"], state["history"]
+        check_state(self, checkpoint["state_dict"])
         self._warned = state["warned"]
         self.sums.copy_(state["sums"])

@@ -31,7 +31,7 @@ def main() -> int:
         from csg_ext.training.checkpoint import TrainingInterrupted
         from csg_ext.training.config import TrainConfig
         from csg_ext.training.files import sentence
-        from csg_ext.training.module import DensityWarning, DivergedError
+        from csg_ext.training.monitor import DensityWarning, DivergedError
 
         torch.set_num_threads(job["threads"])
 

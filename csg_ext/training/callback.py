@@ -1,0 +1,352 @@
+"""A Lightning callback that makes a module around a gated network train both paths, alternately or jointly."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from csg_ext.nn.gate import ClassSpecificGate, l1_density
+from csg_ext.optim import ProjectedSGD
+from csg_ext.training.freeze import fixed_statistics
+from csg_ext.training.logs import gate_image
+from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
+from csg_ext.training.objective import Objective, explain_small_batches
+from csg_ext.training.schedule import CSG, GATE, JOINT, STD, Schedule
+
+Parameters = Iterable[nn.Parameter]
+_LOOKS = 20  # at the density, during a run
+
+
+def find_gated(module: nn.Module, name: str | None = None) -> Any:
+    """The gated module inside `module` (the one called `name`, or the only one)."""
+    found = {n: m for n, m in module.named_modules() if isinstance(getattr(m, "csg", None), ClassSpecificGate)}
+    if name is not None:
+        if name not in found:
+            raise ValueError(f"model must name a gated module, one of {', '.join(found) or 'none'}, got {name!r}")
+        return found[name]
+    if len(found) != 1:
+        raise ValueError(f"expected one gated module in {type(module).__name__}, got {', '.join(found) or 'none'}")
+    return next(iter(found.values()))
+
+
+def _second(batch: Any) -> Tensor:
+    return batch[1]
+
+
+class ClassSpecificGateCallback(Callback):
+    """Trains the gated network of any LightningModule with the class-specific gate.
+
+    The module stays an ordinary one: automatic optimization, one optimizer, and a training_step that calls the gated
+    network once, with x alone, and returns the loss of its logits. On every optimizer step the callback
+
+    - takes the path that the schedule names, for all micro-batches of an accumulation: it hands the labels to the
+      network, so that the loss is the CSG path's, or computes the second path's loss beside it ("joint"),
+    - weighs the losses with the lambdas and adds the gate's penalty,
+    - steps and projects the gate when, and only when, the module's optimizer has stepped (fp16: the GradScaler may skip
+      it), with a learning rate that follows the run's own clock, and a gradient clipped apart from the weights',
+    - logs loss_std, loss_csg, gate_penalty and l1_density, and the gate as an image to TensorBoard,
+    - stops at a loss that is no number (DivergedError, before a checkpoint is written), and warns when the density
+      stalls (DensityWarning).
+
+    Under DDP no parameter stays unused. Under FSDP the gate must stay whole (fully_shard(..., ignored_params={gate}) or
+    FSDPStrategy(ignored_states=[gate])); the callback averages its gradient.
+
+    Args:
+        schedule: which path a step takes; its total_steps and steps_per_epoch come from the trainer.
+        objective: lambdas, budget, penalty; its label_smoothing serves the second loss of "joint" alone, the first is
+            the module's own.
+        gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does.
+        csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own; None: the
+            module's optimizer takes them too.
+        labels: gives the labels of a batch: int64 (N,) or float (N, C); default: its second entry.
+        mix: makes a batch (x, labels) into (x, soft labels), such as csg_ext.training.Mix.
+        gate_clip_norm: largest norm of the gate's gradient.
+        model: the gated module's name inside the LightningModule; needed when there are several.
+
+    Raises ValueError when fitting begins: manual optimization or several optimizers, no gated module, a sharded gate,
+    a run of unknown length, an optimizer that unscales gradients by itself under fp16.
+    Source: Liang et al., ECCV 2020, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | None = None,
+        objective: Objective | None = None,
+        *,
+        gate_optimizer: Callable[[list[nn.Parameter]], Optimizer] = functools.partial(ProjectedSGD, lr=2.0),
+        csg_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+        labels: Callable[[Any], Tensor] = _second,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        gate_clip_norm: float | None = None,
+        model: str | None = None,
+    ) -> None:
+        self.schedule, self.objective = schedule or Schedule(), objective or Objective()
+        self.make_gate_optimizer, self.make_csg_optimizer = gate_optimizer, csg_optimizer
+        self.labels, self.mix, self.gate_clip_norm, self.model = labels, mix, gate_clip_norm, model
+        self.gate_optimizer: Optimizer | None = None
+        self.csg_optimizer: Optimizer | None = None
+        self.finite = FiniteLoss("the loss", "try a lower learning rate of the weights or the gate")
+        self._path = STD
+        self._pass: _Pass | None = None  # the training step in progress
+        self._held: dict[str, dict[nn.Parameter, Tensor]] = {}  # gradients kept for the gate's and the CSG optimizer
+        self._undo: list[Callable[[], None]] = []
+        self._restored: dict[str, Any] = {}
+        self._density: float | None = None  # at the last look
+        self._moved = self._warned = False
+
+    # ---- beginning and end
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the gated module and puts the callback around it and around training_step."""
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError("ClassSpecificGateCallback: expected automatic optimization, got a module with manual one")
+        self.gated = find_gated(pl_module, self.model)
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(batch: Any, *args: Any) -> Any:
+            return self._training_step(trainer, pl_module, original, batch, args)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return None if self._pass is None else self._pass.inputs(args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return output if self._pass is None else self._pass.output(output)
+
+        pl_module.training_step = training_step  # type: ignore[method-assign]
+        self._undo = [
+            lambda: pl_module.__dict__.pop("training_step", None) and None,
+            self.gated.register_forward_pre_hook(before, with_kwargs=True).remove,
+            self.gated.register_forward_hook(after).remove,
+        ]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the optimizers, or restores them, and measures the run."""
+        gate = self.gated.gate
+        if isinstance(gate, DTensor) or gate.dim() != 2:
+            raise ValueError(
+                "ClassSpecificGateCallback: the gate must stay whole on every rank, because the projection needs whole "
+                "columns, got a sharded one: leave it out with ignored_params or ignored_states"
+            )
+        if len(trainer.optimizers) != 1:
+            raise ValueError(f"ClassSpecificGateCallback: expected one optimizer, got {len(trainer.optimizers)}")
+        optimizer = trainer.optimizers[0]
+        if self._scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                "ClassSpecificGateCallback: under fp16 the optimizer must not unscale gradients by itself, "
+                f"got {type(optimizer).__name__} with fused=True"
+            )
+        total = trainer.estimated_stepping_batches
+        if not math.isfinite(total):
+            raise ValueError("ClassSpecificGateCallback: max_epochs or max_steps must be given, got a run without end")
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        self.schedule = self.schedule.for_run(int(total), steps_per_epoch)
+        self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
+        if self.make_csg_optimizer is not None:
+            weights = [p for p in self.gated.weights() if p.requires_grad]
+            self.csg_optimizer = self._make(self.make_csg_optimizer, weights, "csg_optimizer")
+        hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer))
+        self._undo.append(hook.remove)
+
+    def _make(
+        self, make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter], name: str
+    ) -> Optimizer:
+        optimizer = make(parameters)
+        if name in self._restored:
+            optimizer.load_state_dict(self._restored.pop(name))
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the module as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    # ---- one step
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Chooses the path."""
+        self._path = self.schedule.path(trainer.global_step)
+
+    def _training_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, original: Any, batch: Any, args: tuple[Any, ...]
+    ) -> Any:
+        path, gate, step = self._path, self.gated.gate, trainer.global_step
+        if self.mix is not None:
+            batch = self.mix(*batch)
+        labels = self.labels(batch)
+        self._pass = _Pass(path, labels)
+        try:
+            with (
+                explain_small_batches(len(labels)),
+                fixed_statistics(self.gated) if path == GATE else contextlib.nullcontext(),
+            ):
+                output = original(batch, *args)
+            second = self._pass.second()
+        finally:
+            self._pass = None
+        if output is None:  # the module skips this batch
+            return None
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        std, csg = (loss, None) if path in (STD, JOINT) else (None, loss)
+        if second is not None:
+            csg = self.objective.cross_entropy(second, labels)
+        factors = self.schedule.lambda_factors(step)
+        total, penalty = self.objective.total(std, csg, gate, factors, touch_gate=trainer.world_size > 1)
+        self.finite.observe(total, step, self.schedule.total_steps)
+        logs = {"loss_std": std, "loss_csg": csg, "gate_penalty": penalty, "l1_density": l1_density(gate)}
+        pl_module.log_dict(
+            {name: value.detach() for name, value in logs.items() if value is not None}, batch_size=len(labels)
+        )
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Takes away the gradients that are not the module's optimizer's; clipping comes after it."""
+        gate, weights = self.gated.gate, [p for p in self.gated.weights() if p.grad is not None]
+        self._held = {"gate": {gate: gate.grad} if self._path != STD and gate.grad is not None else {}, "csg": {}}
+        if self._path == CSG and self.csg_optimizer is not None:
+            self._held["csg"] = {p: cast(Tensor, p.grad) for p in weights}
+        gate.grad = None
+        if self._path == GATE or self._held["csg"]:
+            for parameter in weights:
+                parameter.grad = None
+        scaler = self._scaler(trainer)
+        managed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if scaler is not None and id(gate) not in managed:  # nobody else has unscaled it
+            for gradient in self._held["gate"].values():
+                gradient.div_(scaler.get_scale())
+            if not all(bool(torch.isfinite(g).all()) for g in self._held["gate"].values()):
+                self._held["gate"] = {}
+
+    def _after_step(self, trainer: pl.Trainer) -> None:
+        """The module's optimizer has stepped: now the gate, and the weights if CSG steps have their own optimizer."""
+        step = trainer.global_step
+        if self._held["gate"]:
+            gate = self.gated.gate
+            gradient = self._held["gate"][gate]
+            if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1:
+                dist.all_reduce(gradient)
+                gradient.div_(trainer.world_size)
+            gate.grad = gradient
+            if self.gate_clip_norm is not None:
+                clip_grad_norm_([gate], self.gate_clip_norm)
+            self._step(self.gate_optimizer, self.schedule.gate_lr_factor(step))
+            self._moved = True
+        if self._held["csg"]:
+            for parameter, gradient in self._held["csg"].items():
+                parameter.grad = gradient
+            trainer.lightning_module.clip_gradients(cast(Optimizer, self.csg_optimizer))
+            self._step(self.csg_optimizer, self.schedule.lr_factor(step))
+        self._held = {}
+
+    @staticmethod
+    def _step(optimizer: Optimizer | None, factor: float) -> None:
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @staticmethod
+    def _scaler(trainer: pl.Trainer) -> Any:
+        return getattr(trainer.precision_plugin, "scaler", None)
+
+    # ---- what a run must notice, logs, checkpoints
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks at the density now and then."""
+        step, total = trainer.global_step, self.schedule.total_steps
+        if not self._moved or self._warned or step % max(1, total // _LOOKS):
+            return
+        density, self._moved = float(l1_density(self.gated.gate.detach())), False
+        if self._density is not None:
+            csg = self.gated.csg
+            floor = density_floor(csg.num_classes, csg.num_filters, self.objective.budget)
+            advice = "raise the gate's learning rate or lambda_2"
+            self._warned = warn_if_stalled(density, self._density, floor, step, total, advice)
+        self._density = density
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the losses and draws the gate."""
+        self.finite.check()
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_image("gate", gate_image(self.gated.gate), trainer.global_step)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keeps the last good checkpoint: a run whose loss is no number writes no other."""
+        self.finite.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizers that the callback owns, and what it has seen of the density."""
+        optimizers = {"gate_optimizer": self.gate_optimizer, "csg_optimizer": self.csg_optimizer}
+        states = {name: o.state_dict() for name, o in optimizers.items() if o is not None}
+        return states | {"density": self._density, "moved": self._moved, "warned": self._warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores state_dict()'s; the optimizers when training starts, as their parameters may still move."""
+        self._density, self._moved, self._warned = (state_dict[k] for k in ("density", "moved", "warned"))
+        self._restored = {k: v for k, v in state_dict.items() if k.endswith("optimizer")}
+
+
+class _Pass:
+    """What the gated module gets and gives during one training_step."""
+
+    def __init__(self, path: str, labels: Tensor) -> None:
+        self.path, self.labels = path, labels
+        self.calls = 0
+        self.csg_logits: Tensor | None = None
+
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """x, and the labels where the path needs them."""
+        if len(args) + len(kwargs) != 1:
+            raise ValueError(
+                "training_step must call the gated module with x alone, as ClassSpecificGateCallback adds the labels, "
+                f"got {len(args) + len(kwargs)} arguments"
+            )
+        self.calls += 1
+        if self.path == STD:
+            return args, kwargs
+        return args, {**kwargs, "labels": self.labels, "path": "both" if self.path == JOINT else "csg"}
+
+    def output(self, output: Any) -> Any:
+        """The logits that training_step is to see."""
+        if self.path != JOINT:
+            return output
+        std_logits, self.csg_logits = output
+        return std_logits
+
+    def second(self) -> Tensor | None:
+        """The logits of the second path, when there are two."""
+        if self.calls != 1:
+            raise ValueError(f"training_step must call the gated module once, got {self.calls} calls")
+        return self.csg_logits

@@ -1,0 +1,57 @@
+"""Frozen stages: parameters without gradient, and BatchNorm layers that use and keep their running statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def _batch_norms(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm)]
+
+
+class _KeepStatistics:
+    """A pre-forward hook of the model: it outlives train() and the conversion to SyncBatchNorm, and can be copied."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        for name in self.names:
+            for norm in _batch_norms(model.get_submodule(name)):
+                norm.eval()
+
+
+def freeze(model: nn.Module, stages: Iterable[str]) -> None:
+    """Freezes the submodules of `model` with the given names, such as ["backbone.conv", "backbone.bn"].
+
+    Their parameters need no gradient any more, and their BatchNorm layers normalise with the running statistics, which
+    they keep, whatever train() says. Do it before the optimizers and DistributedDataParallel are made.
+    Raises ValueError for a name that the model does not have.
+    """
+    known = [name for name, _ in model.named_modules() if name]
+    names = list(stages)
+    for name in names:
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(known[:5])
+            raise ValueError(f"freeze: stages must be submodules of the model, got {name!r}; nearest: {near}")
+        model.get_submodule(name).requires_grad_(False)
+    model.register_forward_pre_hook(_KeepStatistics(names))
+
+
+@contextlib.contextmanager
+def fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers use and keep their running statistics inside the block."""
+    training = [norm for norm in _batch_norms(model) if norm.training]
+    for norm in training:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.train()

@@ -1,0 +1,64 @@
+"""What a run must notice: a loss that is no number, a gate that does not become sparse."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+_CHECK_EVERY = 20  # steps between looks at the losses of a GPU: reading one waits for it
+
+
+class DivergedError(RuntimeError):
+    """The loss is not a finite number any more."""
+
+
+class DensityWarning(UserWarning):
+    """The gate does not become sparse."""
+
+
+class FiniteLoss:
+    """Stops a run whose loss is NaN or infinite, and says at which step: at once on a CPU, soon on a GPU."""
+
+    def __init__(self, name: str, advice: str) -> None:
+        self.name, self.advice = name, advice
+        self._first: Tensor | None = None  # the first bad step, counted from 1; 0 while there is none
+        self._total = 0
+
+    def observe(self, loss: Tensor, step: int, total_steps: int) -> None:
+        """Looks at the loss of step 0, 1, ...; raises DivergedError with one sentence."""
+        loss = loss.detach()
+        if self._first is None:
+            self._first = torch.zeros((), dtype=torch.int64, device=loss.device)
+        self._first = torch.where((self._first == 0) & ~torch.isfinite(loss), step + 1, self._first)
+        self._total = total_steps
+        if loss.device.type == "cpu" or (step + 1) % _CHECK_EVERY == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raises DivergedError when a loss was NaN or infinite; to be called before a checkpoint is written."""
+        first = 0 if self._first is None else int(self._first)
+        if first:
+            raise DivergedError(f"{self.name} is not finite at step {first} of {self._total}: {self.advice}")
+
+
+def density_floor(num_classes: int, num_filters: int, budget: float | None) -> float:
+    """The L1-density that the penalty leaves in peace: budget / (K C), and at least 1/C, the least in V_G."""
+    return max(1.0, (budget or 0) / num_filters) / num_classes
+
+
+def warn_if_stalled(density: float, before: float, floor: float, step: int, total_steps: int, advice: str) -> bool:
+    """Warns, and returns True, when a quarter of the run is over and the gate is still dense and hardly moves.
+
+    density, before: the L1-density now and at the look before it, with steps of the gate in between.
+    """
+    if step < total_steps / 4 or density <= 2 * floor or density <= 0.95 * before:
+        return False
+    warnings.warn(
+        f"the gate's L1-density stalls at {density:.2f} after {step} of {total_steps} steps (its floor is "
+        f"{floor:.2f}): {advice}",
+        DensityWarning,
+        stacklevel=3,
+    )
+    return True
