@@ -1,4 +1,4 @@
-"""Tests of ClassSpecificGateCallback and GatedTraining against plain loops: paths, optimizers, AMP, checkpoints, logs."""
+"""Tests of ClassSpecificGateCallback and GatedTraining against plain loops; AMP, checkpoints, logs."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import Any
 
 from csg_ext.training.config import TrainConfig
+from csg_ext.training.distributed import average_gradient
 from csg_ext.training.freeze import fixed_statistics, freeze
 from csg_ext.training.mix import Mix
 from csg_ext.training.monitor import DensityWarning, DivergedError
 from csg_ext.training.objective import Losses, Objective
 from csg_ext.training.schedule import Schedule
+from csg_ext.training.weights import load_checkpoint, load_weights, save_checkpoint
 
 _LAZY = {
     "AtomicCheckpointIO": "checkpoint",
@@ -20,7 +22,6 @@ _LAZY = {
     "ClassSpecificGateCallback": "callback",
     "GatedTraining": "gated",
     "GatedWeightAveraging": "gated",
-    "load_weights": "checkpoint",
 }
 
 __all__ = [
@@ -36,9 +37,12 @@ __all__ = [
     "Objective",
     "Schedule",
     "TrainConfig",
+    "average_gradient",
     "fixed_statistics",
     "freeze",
+    "load_checkpoint",
     "load_weights",
+    "save_checkpoint",
 ]
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -21,14 +20,15 @@ from torch.optim import Optimizer
 
 from csg_ext.nn.gate import ClassSpecificGate, l1_density
 from csg_ext.optim import ProjectedSGD
+from csg_ext.training.distributed import average_gradient
 from csg_ext.training.freeze import fixed_statistics
 from csg_ext.training.logs import gate_image
 from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
 from csg_ext.training.objective import Objective, explain_small_batches
 from csg_ext.training.schedule import CSG, GATE, JOINT, STD, Schedule
 
-Parameters = Iterable[nn.Parameter]
 _LOOKS = 20  # at the density, during a run
+_GATE_SGD = functools.partial(ProjectedSGD, lr=2.0)
 
 
 def find_gated(module: nn.Module, name: str | None = None) -> Any:
@@ -87,7 +87,7 @@ class ClassSpecificGateCallback(Callback):
         schedule: Schedule | None = None,
         objective: Objective | None = None,
         *,
-        gate_optimizer: Callable[[list[nn.Parameter]], Optimizer] = functools.partial(ProjectedSGD, lr=2.0),
+        gate_optimizer: Callable[[list[nn.Parameter]], Optimizer] = _GATE_SGD,
         csg_optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
         labels: Callable[[Any], Tensor] = _second,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -250,8 +250,7 @@ class ClassSpecificGateCallback(Callback):
             gate = self.gated.gate
             gradient = self._held["gate"][gate]
             if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)) and trainer.world_size > 1:
-                dist.all_reduce(gradient)
-                gradient.div_(trainer.world_size)
+                average_gradient(gradient)
             gate.grad = gradient
             if self.gate_clip_norm is not None:
                 clip_grad_norm_([gate], self.gate_clip_norm)

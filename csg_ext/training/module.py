@@ -15,13 +15,13 @@ from torch.nn.utils import clip_grad_norm_
 from csg_ext.data.batches import Batches, derive_seed
 from csg_ext.nn.gate import GatedModel
 from csg_ext.optim import ProjectedSGD
-from csg_ext.training.checkpoint import check_state
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.freeze import fixed_statistics
 from csg_ext.training.mix import Mix
 from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
 from csg_ext.training.objective import Losses
 from csg_ext.training.schedule import CSG, GATE, STD, Schedule
+from csg_ext.training.weights import check_state
 
 _STEP_STREAM = 3  # random stream of everything drawn inside a step, e.g. dropout
 ROW = ("epoch", "step", "seconds", "lr", "gate_lr", "loss_std", "loss_csg", "train_accuracy", "l1_density")

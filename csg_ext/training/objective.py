@@ -81,7 +81,8 @@ class Objective:
         csg = None if csg_logits is None else self.cross_entropy(csg_logits, labels)
         wrapped = isinstance(model, DistributedDataParallel)
         gate = cast(Any, model.module if wrapped else model).gate
-        total, penalty = self.total(std, csg, gate, factors, touch_gate=wrapped)
+        touch = wrapped and not cast(Any, model).find_unused_parameters
+        total, penalty = self.total(std, csg, gate, factors, touch_gate=touch)
         return Losses(total, std, csg, penalty, std_logits)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Objective:
         """(the sum to differentiate, the penalty or None) from the cross-entropies of the paths that a step takes.
 
         touch_gate gives the gate a gradient of zeros where the step has no use for it: DistributedDataParallel waits
-        for every parameter's gradient.
+        for every parameter's gradient (unless it has find_unused_parameters=True).
         """
         total = torch.zeros((), device=gate.device)
         if std is not None:

@@ -1,0 +1,86 @@
+"""Checkpoints and weights on disk: written atomically, read without running code, refused when they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from csg_ext.training.files import atomic_file
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """torch.save, atomically: raises OSError with one sentence and keeps the old file when the writing fails."""
+    with atomic_file(path) as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's zip writer hides the OSError of a full disk
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
+    """torch.load with weights_only=True: raises ValueError with one sentence when the file is damaged or hostile."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged zip or pickle can raise almost anything
+        raise ValueError(f"{path}: expected a checkpoint of csg-ext, got one that fails with: {error}") from None
+
+
+def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises ValueError, with one sentence, when a state dict is not of this module: names or shapes differ."""
+    own = module.state_dict()
+    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)]
+    if missing or unknown:
+        raise ValueError(
+            f"expected the weights of this {type(module).__name__}, got others: {len(missing)} are missing "
+            f"{_some(missing)}, {len(unknown)} are unknown {_some(unknown)}"
+        )
+    if shapes:
+        name = shapes[0]
+        raise ValueError(
+            f"expected the weights of this {type(module).__name__}, got {name} with shape "
+            f"{tuple(getattr(state[name], 'shape', ()))} instead of {tuple(own[name].shape)}"
+            + (f", and {len(shapes) - 1} more" if len(shapes) > 1 else "")
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads the weights of `model` from model.safetensors, or from a checkpoint of torch or Lightning.
+
+    A Lightning checkpoint gives the part of its state dict that begins with "model.". Nothing in the file is executed.
+    Raises ValueError, with one sentence, for a damaged file or the weights of another model; the model stays as it was.
+    """
+    state: Any
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(path)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path}: expected a safetensors file, got one that fails with: {error}") from None
+    else:
+        state = load_checkpoint(path)
+        if isinstance(state, Mapping) and "state_dict" in state:
+            state = {k.removeprefix("model."): v for k, v in state["state_dict"].items() if k.startswith("model.")}
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
+    try:
+        check_state(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model.load_state_dict(state)
