@@ -22,6 +22,7 @@ from csg_ext.training.files import (
     RUN,
     SUMMARY,
     TABLE,
+    TENSORBOARD,
     WEIGHTS,
     atomic_file,
     sentence,
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads per arm (default: half of the CPUs, at most 4)"
     )
+    train.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard, the gate as an image")
     data = train.add_argument_group("data (default: a 12k/2k subset of Fashion-MNIST inside the package)")
     data.add_argument(
         "--data",
@@ -260,7 +262,7 @@ def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, 
 def _train(arguments: dict[str, Any]) -> int:
     folder = Path(arguments.pop("output"))
     resume, overwrite = arguments.pop("resume"), arguments.pop("overwrite")
-    device, threads = arguments.pop("device"), arguments.pop("threads")
+    device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if "data" in arguments:
@@ -329,7 +331,8 @@ def _train(arguments: dict[str, Any]) -> int:
         flush=True,
     )
     with Progress(compare.ARMS) as display:
-        results = compare.run_arms(config, data, folder, resume=resume, device=device, threads=threads, display=display)
+        options = {"resume": resume, "device": device, "threads": threads, "tensorboard": tensorboard}
+        results = compare.run_arms(config, data, folder, display=display, **options)
     summary = compare.summarise(results, config, data, time.monotonic() - begun)
     compare.save_summary(folder, summary)
     _draw(folder, data.classes, summary)
@@ -352,6 +355,8 @@ def _clear(folder: Path) -> None:
             METRICS_JSON,
         ):
             (folder / arm / name).unlink(missing_ok=True)
+        for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
+            events.unlink()
     for name in (SUMMARY, TABLE, "skipped.txt"):
         (folder / name).unlink(missing_ok=True)
 

@@ -91,7 +91,8 @@ class ProjectedOptimizer(Optimizer):
     """Projects gates onto V_G after every step of any torch optimizer, such as Adam.
 
     It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints and AMP work as with the
-    optimizer itself.
+    optimizer itself: with a GradScaler, weights and gate in one optimizer are skipped together. A gate without a
+    gradient, as on steps of the STD path, stays as it is.
 
     Args:
         optimizer: the optimizer that updates the gates (and perhaps other parameters).
@@ -124,10 +125,11 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of the wrapped optimizer, then the projection; returns the closure's loss."""
+        """One step of the wrapped optimizer, then the projection of the gates with a gradient; the closure's loss."""
         loss = self.optimizer.step(closure)
         for gate in self.gates:
-            project_gate_(gate, self.method)
+            if gate.grad is not None:
+                project_gate_(gate, self.method)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

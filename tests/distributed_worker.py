@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py do: torchrun ... distributed_worker.py MODE FOLDER."""
+"""What the ranks of tests/test_distributed.py do; as a script: torchrun ... distributed_worker.py MODE FOLDER."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ class KillsRankOne(list):
         return super().__getitem__(step)
 
 
-def main() -> None:
-    mode, folder = sys.argv[1], Path(sys.argv[2])
+def run(mode: str, folder: Path) -> None:
+    """One rank, in the environment that torchrun sets."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -144,5 +144,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def run_as(rank: int, world: int, port: int, mode: str, folder: Path) -> None:
+    """One rank in a process that torchrun has not started: the same, for less time."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "GROUP_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    run(mode, folder)
+
+
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1], Path(sys.argv[2]))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from csg_ext import cli
 from csg_ext.data import Batches, ImageData
 from csg_ext.nn import GatedModel, build_backbone
 from csg_ext.training import Schedule, TrainConfig
@@ -112,9 +113,42 @@ def test_rates_follow_the_runs_clock_and_reach_zero(kind):
     assert _schedule(lr_warmup=0.0).lr_factor(0) == 1
 
 
+def test_which_epochs_and_gate_warm_up():
+    """The CIFAR script's epochs, epoch % 3 == 1; a warm-up of the gate alone follows the STD path's."""
+    schedule = _schedule(kind="epochs", period=3, csg_at=(1,), final_std=0.0)
+    assert [schedule.path(10 * e) for e in range(7)] == ["std", "csg", "std"] * 2 + ["std"]
+    schedule = _schedule(kind="joint", warmup=0.1, gate_warmup=0.2)
+    paths = [schedule.path(s) for s in range(100)]
+    assert paths == ["std"] * 10 + ["gate"] * 20 + ["joint"] * 60 + ["std"] * 10
+
+
+def test_lambdas_rise_and_rates_fall_in_steps():
+    schedule = _schedule(warmup=0.2, lambda_1_ramp=0.1, lambda_2_ramp=0.4, lr_decay="multistep", lr_warmup=0.0)
+    factors = [schedule.lambda_factors(s) for s in range(100)]
+    assert factors[20] == pytest.approx((0.1, 0.025)) and factors[29] == pytest.approx((1, 0.25))
+    assert factors[59] == pytest.approx((1, 1)) and factors[99] == (1, 1) and _schedule().lambda_factors(0) == (1, 1)
+    for rates in ([schedule.lr_factor(s) for s in range(100)], [schedule.gate_lr_factor(s) for s in range(100)]):
+        assert rates == pytest.approx([1.0] * 40 + [0.1] * 20 + [0.01] * 20 + [0.001] * 20)
+    assert _schedule(lr_decay="constant", lr_warmup=0.0).lr_factor(99) == 1
+
+
+def test_a_schedule_needs_a_run():
+    with pytest.raises(ValueError, match="total_steps and steps_per_epoch must be at least 1 .* got 0 and 0"):
+        Schedule().path(0)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"csg_at": (3,), "period": 3}, r"csg_at must lie in \[0, 3\), the period, got \[3\]"),
+        ({"lr_decay": "linear"}, "lr_decay must be one of cosine, multistep, constant, got 'linear'"),
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"gate_warmup": -0.1}, r"gate_warmup must lie in \[0, 1\], got -0.1"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\], got 2.0"),
+        ({"lambda_1": -1.0}, "lambda_1 must be a non-negative number, got -1.0"),
+        ({"penalty": "l0"}, "penalty must be one of l1, l2, smooth_l1, got 'l0'"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"mixup": -1.0}, "mixup must be a non-negative number, got -1.0"),
         ({"schedule": "random"}, "schedule must be one of steps, epochs, joint, got 'random'"),
         ({"model": "vgg"}, "model must be one of resnet20, .* got 'vgg'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
@@ -225,6 +259,73 @@ def test_it_learns(tmp_path):
     assert result["mis"] <= result["mis_bound"] + 0.05
 
 
+# ---- every other setting
+
+
+OTHER = replace(
+    CONFIG,
+    period=3,
+    csg_at=(1,),
+    gate_warmup=0.2,
+    lambda_2_ramp=0.3,
+    csg_lr=0.05,
+    lr_decay="multistep",
+    label_smoothing=0.1,
+    mixup=0.2,
+    cutmix=1.0,
+    clip_norm=0.5,
+    gate_clip_norm=0.1,
+    precision="fp32",
+)
+
+
+def test_other_settings_resume_bit_for_bit_and_log_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    expected = fit_arm("csg", OTHER, DATA, tmp_path / "whole").model.state_dict()
+    with pytest.raises(TrainingInterrupted):
+        fit_arm("csg", OTHER, DATA, tmp_path / "two", stop_after=7, tensorboard=True)
+    module = fit_arm("csg", OTHER, DATA, tmp_path / "two", resume=True, tensorboard=True)
+    assert all(torch.equal(value, expected[key]) for key, value in module.model.state_dict().items())
+    events = EventAccumulator(str(tmp_path / "two" / "tensorboard")).Reload()
+    for tag, key in (("l1_density", "l1_density"), ("loss_std", "loss_std")):
+        assert [e.step for e in events.Scalars(tag)] == [5, 10, 15]
+        assert [e.value for e in events.Scalars(tag)] == pytest.approx([row[key] for row in module.history])
+    assert events.Scalars("gate_penalty")[-1].value == pytest.approx(float(module.model.csg.penalty()))
+    assert [(i.step, i.height, i.width) for i in events.Images("gate")] == [(s, 3, 64) for s in (5, 10, 15)]
+
+
+def test_settings_survive_json_and_old_checkpoints_resume(tmp_path):
+    assert TrainConfig(**json.loads(json.dumps(OTHER.as_dict()))) == OTHER
+    with pytest.raises(TrainingInterrupted):
+        fit_arm("csg", CONFIG, DATA, tmp_path, stop_after=2)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    for name in ("csg_at", "lr_decay", "mixup"):
+        del state["csg_ext"]["config"][name]
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert fit_arm("csg", CONFIG, DATA, tmp_path, resume=True, stop_after=15).step_count == 15
+
+
+def test_command_line_options_and_an_old_runs_logs(tmp_path):
+    options = ["--csg-at", "0", "2", "--csg-lr", "0.05", "--clip-norm", "1", "--lr-decay", "multistep", "--tensorboard"]
+    found = vars(cli._parser().parse_args(["train", *options]))
+    assert found["tensorboard"] and found["csg_at"] == [0, 2] and found["csg_lr"] == 0.05 and found["clip_norm"] == 1.0
+    config = TrainConfig(**{name: found[name] for name in ("csg_at", "csg_lr", "clip_norm", "lr_decay")})
+    assert config.csg_at == (0, 2) and config.lr_decay == "multistep"
+    logs = tmp_path / "csg" / "tensorboard"
+    logs.mkdir(parents=True)
+    for name in ("events.out.tfevents.1", "mine.txt"):
+        (logs / name).touch()
+    cli._clear(tmp_path)
+    assert [p.name for p in logs.iterdir()] == ["mine.txt"]
+
+
+def test_gate_warm_up_trains_the_gate_alone(tmp_path):
+    config = replace(CONFIG, epochs=1, gate_warmup=1.0, final_std=0.0)
+    start, end = build_model(config, DATA).state_dict(), fit_arm("csg", config, DATA, tmp_path).model.state_dict()
+    assert {k for k in end if not torch.equal(end[k], start[k])} == {"csg.gate"}
+
+
 # ---- resume
 
 
@@ -298,6 +399,16 @@ def test_resume_refuses_other_settings_and_other_arms(tmp_path):
         fit_arm("csg", replace(CONFIG, lr=0.2), DATA, tmp_path, resume=True)
     with pytest.raises(ValueError, match="expected a checkpoint of csg-ext's arm 'std', got 'csg'"):
         fit_arm("std", replace(CONFIG, epochs=1), DATA, tmp_path, resume=True)
+
+
+def test_resume_refuses_the_checkpoint_of_another_model(tmp_path):
+    config = replace(CONFIG, epochs=1)
+    fit_arm("csg", config, DATA, tmp_path)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    state["state_dict"]["model.classifier.weight"] = torch.zeros(7, 64)
+    torch.save(state, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match=r"got model.classifier.weight with shape \(7, 64\) instead of \(3, 64\)"):
+        fit_arm("csg", config, DATA, tmp_path, resume=True)
 
 
 def test_damaged_checkpoint(tmp_path):

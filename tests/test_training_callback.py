@@ -13,16 +13,28 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from csg_ext.nn import GatedModel
-from csg_ext.optim import ProjectedSGD
+from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
 from csg_ext.training import (
+    AtomicCheckpointIO,
+    AveragedGatedModel,
     ClassSpecificGateCallback,
+    DensityWarning,
+    DivergedError,
     GatedTraining,
+    GatedWeightAveraging,
+    Mix,
     Objective,
     Schedule,
+    freeze,
+    load_weights,
 )
 
 CLASSES, SIZE, STEPS = 3, 8, 6  # samples per batch, batches per epoch
@@ -203,3 +215,301 @@ def test_plain_example_takes_the_same_steps():
     trainer().fit(module, loader(data))
     assert_same(model, expected)
     assert not model.gate.eq(0.5).any()
+
+
+# ---- fp16 and bf16
+
+
+class Overflows(torch.amp.GradScaler):
+    """A scaler that finds an overflow in the second step's gradients."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=1024.0)
+        self.steps = 0
+
+    def unscale_(self, optimizer):
+        self.steps += 1
+        if self.steps == 2:
+            optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
+        super().unscale_(optimizer)
+
+
+@pytest.mark.parametrize("gate_in_optimizer", [False, True])
+def test_fp16_skips_the_gate_when_the_scaler_skips(gate_in_optimizer):
+    """Joint steps under a GradScaler: the skipped one moves nothing, the others equal unscaled fp32 steps."""
+    schedule = Schedule(kind="joint", lr_warmup=0.0, final_std=0.0, lr_decay="constant")
+    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=3)
+    nets = [copy.deepcopy(model) for _ in range(2)]
+    gates = []
+
+    class Records(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            gates.append(nets[0].gate.detach().clone())
+
+    scaler = Overflows()
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    precision.forward_context = torch.enable_grad  # the scaler is tested, not the rounding of fp16
+    own = Own(nets[0])
+    if not gate_in_optimizer:
+        own.configure_optimizers = lambda: torch.optim.SGD(nets[0].weights(), 0.1, momentum=0.9, weight_decay=1e-3)
+    callbacks = [ClassSpecificGateCallback(schedule, OBJECTIVE), Records()]
+    trainer(1, plugins=[precision], callbacks=callbacks, gradient_clip_val=1.0).fit(own, loader(data))
+    assert scaler.get_scale() == 512 and torch.equal(gates[0], gates[1]) and not torch.equal(gates[1], gates[2])
+    kept = [data[0], data[2]]
+    trainer(1, callbacks=[ClassSpecificGateCallback(schedule, OBJECTIVE)], gradient_clip_val=1.0).fit(
+        Own(nets[1]), loader(kept)
+    )
+    assert_same(nets[0], nets[1])
+
+
+def test_fp16_in_a_plain_loop():
+    """Weights and gate in one ProjectedOptimizer: the scaler skips both or none; STD steps leave the gate alone."""
+    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=4)
+    groups = [{"params": model.weights(), "lr": 0.1}, {"params": [model.gate], "lr": 1.0}]
+    optimizer = ProjectedOptimizer(torch.optim.SGD(groups, lr=0.1), [model.gate])
+    scaler = Overflows()
+    states = [copy.deepcopy(model.state_dict())]
+    for (x, y), path in zip(data, ["std", "csg", "csg", "std"], strict=True):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            losses = OBJECTIVE(model, x, y, path)
+        scaler.scale(losses.total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        states.append(copy.deepcopy(model.state_dict()))
+    changed = [{k for k in a if not torch.equal(a[k], b[k])} for a, b in zip(states, states[1:], strict=False)]
+    assert changed[1] == set() and changed[2] == set(states[0])
+    assert changed[0] == changed[3] == set(states[0]) - {"csg.gate"}
+    assert states[-1]["csg.gate"].amax(0).eq(1).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_trains(precision):
+    model, data = tiny(norm=True, dtype=torch.float32), batches(torch.float32)
+    plugin = MixedPrecision(precision, "cpu", *([torch.amp.GradScaler("cpu")] if precision == "16-mixed" else []))
+    trainer(plugins=[plugin]).fit(GatedTraining(model, Schedule(lr_warmup=0.0), OBJECTIVE), loader(data))
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
+    assert model.gate.amax(0).eq(1).all() and model.csg.density() < 1
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("kind", ["joint", "steps"])
+def test_resume_is_exact(tmp_path, kind):
+    """Optimizers of the callback (momentum of the gate, the CSG optimizer) and the run's clock come back."""
+    options = dict(
+        gate_optimizer=functools.partial(ProjectedSGD, lr=1.0, momentum=0.9),
+        csg_optimizer=functools.partial(torch.optim.Adam, lr=0.01),
+    )
+    schedule = Schedule(kind=kind, period=2, csg_share=0.5, lr_warmup=0.2)
+    model, data = tiny(norm=True), batches()
+    nets = [copy.deepcopy(model) for _ in range(3)]
+    trainer(4).fit(GatedTraining(nets[0], schedule, OBJECTIVE, **options), loader(data))
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    fit = dict(enable_checkpointing=True, callbacks=[saver], plugins=[AtomicCheckpointIO()])
+    trainer(4, **fit).fit(GatedTraining(nets[1], schedule, OBJECTIVE, **options), loader(data))
+    path = tmp_path / "epoch=1.ckpt"
+    trainer(4, plugins=[AtomicCheckpointIO()]).fit(
+        GatedTraining(nets[2], schedule, OBJECTIVE, **options), loader(data), ckpt_path=path
+    )
+    for net in nets[1:]:
+        assert_same(net, nets[0], rtol=0, atol=0)
+    other = tiny(norm=True)
+    load_weights(other, tmp_path / "epoch=3.ckpt")
+    assert_same(other, nets[0], rtol=0, atol=0)
+
+
+class SpoilsStep(GatedTraining):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.trainer.global_step == 8 else loss
+
+
+def test_nan_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    model, data = tiny(), batches()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, monitor=None, filename="last")
+    module = SpoilsStep(model, Schedule(lr_warmup=0.0), OBJECTIVE)
+    with pytest.raises(DivergedError, match="the loss is not finite at step 9 of 12: try a lower learning rate"):
+        trainer(enable_checkpointing=True, callbacks=[saver]).fit(module, loader(data))
+    (path,) = tmp_path.glob("*.ckpt")
+    good = torch.load(path, weights_only=True)
+    assert good["global_step"] == 8 and all(v.isfinite().all() for v in good["state_dict"].values())
+    assert "training_step" not in module.__dict__ and not model._forward_hooks
+
+
+# ---- averages, frozen stages, soft labels
+
+
+def test_the_average_gate_stays_feasible(tmp_path):
+    """The EMA of the weights is torch's; that of the gate is projected, as an average need not lie in V_G."""
+    schedule = Schedule(kind="joint", lr_warmup=0.0, lr_decay="constant")
+    model, data = tiny(), batches()
+    average = AveragedGatedModel(copy.deepcopy(model), avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.8))
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+
+    class Follow(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            average.update_parameters(module.model)
+            for name, value in module.model.state_dict().items():
+                first = trainer.global_step == 1
+                expected[name] = value.clone() if first else 0.8 * expected[name] + 0.2 * value
+            expected["csg.gate"] /= expected["csg.gate"].amax(0)
+
+    callbacks = [Follow(), GatedWeightAveraging(decay=0.8)]
+    trainer(callbacks=callbacks).fit(GatedTraining(model, schedule, OBJECTIVE), loader(data))
+    for name, value in average.module.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert average.module.gate.amax(0).eq(1).all()
+    assert_same(model, average.module)  # Lightning's callback leaves its average in the model
+
+
+def test_frozen_stages_do_not_move():
+    model, data = tiny(norm=True), batches()
+    freeze(model, ["backbone"])
+    before = copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model)
+    trainer().fit(GatedTraining(model, Schedule(lr_warmup=0.0), OBJECTIVE), loader(data))
+    after = model.state_dict()
+    moved = {k for k in after if not torch.equal(after[k], before[k])}
+    assert moved == {"csg.gate", "classifier.weight", "classifier.bias"}
+    expected.train()
+    x = data[0][0]
+    want = F.batch_norm(expected.backbone[0](x), torch.zeros(8).double(), torch.ones(8).double())
+    torch.testing.assert_close(expected(x), expected.classifier(want.tanh().mean((2, 3))))
+    assert not expected.backbone[1].training and expected.classifier.training
+    with pytest.raises(ValueError, match="stages must be submodules of the model, got 'bakbone'; nearest: backbone"):
+        freeze(model, ["bakbone"])
+
+
+def test_gate_warm_up_leaves_the_network_and_its_statistics_alone():
+    model, data = tiny(norm=True), batches()
+    before = copy.deepcopy(model.state_dict())
+    trainer(1).fit(GatedTraining(model, Schedule(gate_warmup=1.0, final_std=0.0), OBJECTIVE), loader(data))
+    after = model.state_dict()
+    assert {k for k in after if not torch.equal(after[k], before[k])} == {"csg.gate"}
+    assert model.backbone[1].training
+
+
+def test_mixed_batches_reach_the_gate_as_soft_rows():
+    model, data = tiny(), batches(count=2)
+    expected = copy.deepcopy(model)
+    schedule = Schedule(kind="joint", lr_warmup=0.0, final_std=0.0, lr_decay="constant")
+    objective = Objective(lambda_1=0.7, lambda_2=0.02, label_smoothing=0.2)
+    mix = Mix(CLASSES, mixup=0.4, cutmix=0.4)
+    seen = []
+
+    def recorded(x, y):
+        seen.append(tuple(t.to(x.dtype) for t in mix(x, y)))
+        return seen[-1]
+
+    module = GatedTraining(model, schedule, objective, mix=recorded)
+    trainer(3).fit(module, loader(data))
+    weights = torch.optim.SGD(expected.weights(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    gate = ProjectedSGD([expected.gate], lr=2.0)
+    for x, rows in seen:
+        assert rows.shape == (SIZE, CLASSES)
+        features = expected.backbone(x).mean((2, 3))
+        smooth = 0.8 * rows + 0.2 / CLASSES
+        std, csg = (
+            -(smooth * expected.classifier(f).log_softmax(1)).sum(1).mean()
+            for f in (features, features * (rows @ expected.gate))
+        )
+        expected.zero_grad()
+        (std + 0.7 * csg + 0.02 * F.relu(expected.gate.sum() - 8)).backward()
+        weights.step()
+        gate.step()
+    assert len(seen) == 6
+    assert_same(model, expected)
+
+
+# ---- logs and what must be noticed
+
+
+def test_tensorboard_gets_losses_density_penalty_and_the_gate(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    model, data = tiny(), batches()
+    schedule = Schedule(kind="steps", period=2, csg_share=0.5, lr_warmup=0.0)
+    trainer(logger=logger, log_every_n_steps=1).fit(GatedTraining(model, schedule, OBJECTIVE), loader(data))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert scalars["l1_density"] == list(range(12))
+    paths = [schedule.for_run(12, 6).path(s) for s in range(12)]
+    first = [paths[:6].index("csg"), 6 + paths[6:].index("csg")]  # in each epoch; then the last CSG step's value stays
+    assert scalars["loss_csg"] == scalars["gate_penalty"] == [*range(first[0], 6), *range(first[1], 12)]
+    values = [e.value for e in events.Scalars("loss_csg")]
+    assert len(set(values)) == paths.count("csg")
+    images = events.Images("gate")
+    assert [(i.step, i.height, i.width) for i in images] == [(6, CLASSES, 8), (12, CLASSES, 8)]
+
+
+@pytest.mark.parametrize("rate, warns", [(1e-6, 1), (2.0, 0)])
+def test_a_density_that_stalls_is_said_early_and_once(rate, warns):
+    model = GatedModel(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh()), 4, num_filters=8).double()
+    objective = Objective(lambda_2=0.5)
+    gate = functools.partial(ProjectedSGD, lr=rate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = GatedTraining(model, Schedule(kind="steps", period=2, csg_share=0.5), objective, gate_optimizer=gate)
+        trainer(4).fit(module, loader(batches()))
+    texts = [str(w.message) for w in caught if issubclass(w.category, DensityWarning)]
+    assert len(texts) == warns
+    if warns:
+        assert texts[0].startswith("the gate's L1-density stalls at 1.00 after 6 of 24 steps (its floor is 0.25)")
+
+
+def test_a_batch_of_one_sample():
+    """BatchNorm on 1 x 1 maps cannot learn from one sample: said in one sentence; frozen, it need not."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 6), nn.BatchNorm2d(8))
+    model = GatedModel(net, CLASSES, num_filters=8)
+    data = [(torch.randn(1, 1, 6, 6), torch.tensor([1]))]
+    message = "more than one value per channel, got a batch of 1: use larger batches"
+    with pytest.raises(ValueError, match=message):
+        trainer(1).fit(GatedTraining(model, Schedule(lr_warmup=0.0)), loader(data))
+    with pytest.raises(ValueError, match=message):
+        Objective()(model.train(), *data[0], "std")
+    freeze(model, ["backbone"])
+    trainer(1).fit(GatedTraining(model, Schedule(lr_warmup=0.0)), loader(data))
+
+
+class Twice(Own):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]) + self.net(batch[0]), batch[1])
+
+
+class Labels(Own):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0], batch[1]), batch[1])
+
+
+class Manual(Own):
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+
+class Two(Own):
+    def __init__(self, net):
+        super().__init__(net)
+        self.other = tiny()
+
+
+@pytest.mark.parametrize(
+    "cls, options, message",
+    [
+        (Twice, {}, "must call the gated module once, got 2 calls"),
+        (Labels, {}, "must call the gated module with x alone, .* got 2 arguments"),
+        (Manual, {}, "expected automatic optimization, got a module with manual one"),
+        (Two, {}, "expected one gated module in Two, got net, other"),
+        (Own, {"model": "body"}, "model must name a gated module, one of net, got 'body'"),
+    ],
+)
+def test_modules_that_the_callback_cannot_train(cls, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(callbacks=[ClassSpecificGateCallback(**options)]).fit(cls(tiny()), loader(batches()))
+
+
+def test_a_run_without_end():
+    callback = ClassSpecificGateCallback()
+    with pytest.raises(ValueError, match="max_epochs or max_steps must be given, got a run without end"):
+        trainer(-1, callbacks=[callback]).fit(Own(tiny()), loader(batches()))

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,12 +29,17 @@ from csg_ext.training.files import (
     METRICS_CSV,
     METRICS_JSON,
     RESULT,
+    TENSORBOARD,
     WEIGHTS,
     atomic_file,
     write_text,
 )
+from csg_ext.training.logs import write_epoch
 from csg_ext.training.module import ROW, AlternateTraining
 from csg_ext.training.schedule import CSG
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Report = Callable[[dict[str, Any]], None]
 _INIT_STREAM = 4  # random stream of the initial weights: the same for both arms
@@ -61,12 +66,32 @@ def build_model(config: TrainConfig, data: ImageData) -> GatedModel:
 class _Keeper(Callback):
     """After every step: progress; after every epoch and on interruption: the checkpoint and the metrics files."""
 
-    def __init__(self, folder: Path, report: Report, interruption: Interruption, stop_after: int | None) -> None:
+    def __init__(
+        self, folder: Path, report: Report, interruption: Interruption, stop_after: int | None, tensorboard: bool
+    ) -> None:
         self.folder, self.report, self.interruption, self.stop_after = folder, report, interruption, stop_after
+        self.tensorboard = tensorboard
+        self.writer: SummaryWriter | None = None
         self._last = self._reported = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, AlternateTraining)
         self._last = time.perf_counter()
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = pl_module.step_count + 1  # a resumed run writes again what came after its checkpoint
+            self.writer = SummaryWriter(str(self.folder / TENSORBOARD), purge_step=purge)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         assert isinstance(pl_module, AlternateTraining)
@@ -81,6 +106,9 @@ class _Keeper(Callback):
             pl_module.finite.check()
             trainer.save_checkpoint(self.folder / CHECKPOINT)
             write_history(self.folder, pl_module.history)
+            if epoch_ended and self.writer is not None:
+                gate = pl_module.model.gate.detach() if pl_module.arm == CSG else None
+                write_epoch(self.writer, pl_module.history[-1], gate, pl_module.objective)
         if epoch_ended or stop or now - self._reported > _REPORT_SECONDS:
             self._reported = now
             self.report(
@@ -157,12 +185,14 @@ def fit_arm(
     device: str = "cpu",
     report: Report = lambda message: None,
     stop_after: int | None = None,
+    tensorboard: bool = False,
 ) -> AlternateTraining:
     """Trains one arm ("std" or "csg"); the returned module holds the model and the history.
 
     folder receives last.ckpt (after every epoch and on Ctrl-C), metrics.csv and metrics.json. resume continues from
     last.ckpt where there is one, bit for bit on the CPU with the same number of threads. report gets a dict after
-    every few steps. stop_after stops after that step as Ctrl-C does.
+    every few steps. stop_after stops after that step as Ctrl-C does. tensorboard writes every epoch's numbers and the
+    gate as an image for TensorBoard, too.
 
     Raises TrainingInterrupted after Ctrl-C (the state is saved), DivergedError when the loss is no number,
     OSError when a file cannot be written (the old one survives).
@@ -192,7 +222,7 @@ def fit_arm(
             accelerator="gpu" if place.type == "cuda" else "cpu",
             devices=[place.index or 0] if place.type == "cuda" else 1,
             precision="bf16-mixed" if uses_bf16(config, place) else "32-true",
-            callbacks=[_Keeper(out, report, interruption, stop_after)],
+            callbacks=[_Keeper(out, report, interruption, stop_after, tensorboard)],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,
@@ -217,13 +247,14 @@ def train_arm(
     resume: bool = False,
     device: str = "cpu",
     report: Report = lambda message: None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """fit_arm, then evaluate on the test part; returns what result.json holds.
 
     folder receives, besides fit_arm's files, model.safetensors, arrays.npz (what evaluate returns) and result.json.
     """
     out, place = Path(folder), torch.device(device)
-    module = fit_arm(arm, config, data, out, resume=resume, device=device, report=report)
+    module = fit_arm(arm, config, data, out, resume=resume, device=device, report=report, tensorboard=tensorboard)
     report({"evaluating": True})
     numbers, arrays = evaluate(module.model, data, arm)
     with atomic_file(out / WEIGHTS) as file:

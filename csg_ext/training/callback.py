@@ -58,7 +58,8 @@ class ClassSpecificGateCallback(Callback):
     - weighs the losses with the lambdas and adds the gate's penalty,
     - steps and projects the gate when, and only when, the module's optimizer has stepped (fp16: the GradScaler may skip
       it), with a learning rate that follows the run's own clock, and a gradient clipped apart from the weights',
-    - logs loss_std, loss_csg, gate_penalty and l1_density, and the gate as an image to TensorBoard,
+    - logs loss_std, loss_csg (each of the last step that took its path), gate_penalty and l1_density, and at the end
+      of an epoch the gate as an image to TensorBoard,
     - stops at a loss that is no number (DivergedError, before a checkpoint is written), and warns when the density
       stalls (DensityWarning).
 

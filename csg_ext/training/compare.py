@@ -99,6 +99,7 @@ def run_arms(
     resume: bool = False,
     device: str = "cpu",
     threads: int | None = None,
+    tensorboard: bool = False,
     display: Display = lambda arm, message: None,
 ) -> dict[str, dict[str, Any]]:
     """Trains the arms that have no result yet: side by side on the CPU, one after the other on a GPU.
@@ -117,6 +118,7 @@ def run_arms(
             "resume": resume,
             "device": device,
             "threads": threads or default_threads(),
+            "tensorboard": tensorboard,
         }
         for group in groups:
             if group:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 # In the folder of an arm.
 CHECKPOINT, WEIGHTS, RESULT, ARRAYS = "last.ckpt", "model.safetensors", "result.json", "arrays.npz"
-METRICS_CSV, METRICS_JSON, LOG = "metrics.csv", "metrics.json", "log.txt"
+METRICS_CSV, METRICS_JSON, LOG, TENSORBOARD = "metrics.csv", "metrics.json", "log.txt", "tensorboard"
 # In the folder of the run.
 ARMS = ("std", "csg")
 RUN, SUMMARY, TABLE = "run.json", "summary.json", "table.txt"

@@ -83,7 +83,7 @@ class Schedule:
             )
         if step < self.warmup * self.total_steps or step >= (1 - self.final_std) * self.total_steps:
             return STD
-        if step < (self.warmup + self.gate_warmup) * self.total_steps:
+        if step < self.warmup * self.total_steps + self.gate_warmup * self.total_steps:
             return GATE
         if self.kind == "joint":
             return JOINT

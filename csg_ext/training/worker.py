@@ -51,6 +51,7 @@ def main() -> int:
                 resume=job["resume"],
                 device=job["device"],
                 report=report,
+                tensorboard=job["tensorboard"],
             )
         except TrainingInterrupted:
             return INTERRUPTED
