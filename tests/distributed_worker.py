@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,7 +81,7 @@ def plain(share: slice) -> dict[str, dict[str, torch.Tensor]]:
     return results
 
 
-def lightning() -> dict[str, dict[str, torch.Tensor]]:
+def lightning() -> dict[str, Any]:
     """GatedTraining under DDP and under FSDP2 (ModelParallelStrategy), inside torchrun."""
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -95,11 +96,16 @@ def lightning() -> dict[str, dict[str, torch.Tensor]]:
         def configure_model(self) -> None:
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"], ignored_params={self.model.gate})
 
+    class ShardedGate(GatedTraining):
+        def configure_model(self) -> None:
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
     data = TensorDataset(*(torch.cat(parts) for parts in zip(*batches(), strict=True)))
     world, results = dist.get_world_size(), {}
     for name, cls, strategy in (
         ("lightning_ddp", GatedTraining, DDPStrategy(process_group_backend="gloo")),
         ("lightning_fsdp", Sharded, ModelParallelStrategy(world, 1, process_group_backend="gloo")),
+        ("sharded_gate", ShardedGate, ModelParallelStrategy(world, 1, process_group_backend="gloo")),
     ):
         net = model()
         trainer = pl.Trainer(
@@ -114,8 +120,15 @@ def lightning() -> dict[str, dict[str, torch.Tensor]]:
             use_distributed_sampler=False,  # Lightning's own would shuffle
         )
         sampler = DistributedSampler(data, shuffle=False)
-        trainer.fit(cls(net, SCHEDULE, OBJECTIVE), DataLoader(data, BATCH // world, sampler=sampler))
-        results[name] = whole(net)
+        loader = DataLoader(data, BATCH // world, sampler=sampler)
+        if name == "sharded_gate":
+            try:
+                trainer.fit(cls(net, SCHEDULE, OBJECTIVE), loader)
+            except ValueError as error:
+                results[name] = str(error)
+        else:
+            trainer.fit(cls(net, SCHEDULE, OBJECTIVE), loader)
+            results[name] = whole(net)
     return results
 
 
@@ -131,6 +144,9 @@ class KillsRankOne(list):
 def run(mode: str, folder: Path) -> None:
     """One rank, in the environment that torchrun sets."""
     torch.set_num_threads(1)
+    if mode == "example":
+        sys.argv = ["train_torchrun.py", "3", str(folder)]
+        return train_torchrun.main()
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     if mode == "compare":

@@ -52,6 +52,8 @@ def two_processes(mode: str, folder: Path) -> list[dict]:
     for process in ranks:
         process.join(100)
     assert [process.exitcode for process in ranks] == [0, 0]
+    if mode == "example":
+        return []
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -103,6 +105,17 @@ def test_two_ranks_equal_one_through_lightning(two_ranks, kind):
     for name, want in worker.whole(net).items():
         torch.testing.assert_close(first[name], want, msg=name)
         assert torch.equal(first[name], second[name]), name
+
+
+def test_a_sharded_gate_is_refused(two_ranks):
+    for rank in two_ranks:
+        assert "the gate must stay whole on every rank" in rank["sharded_gate"]
+
+
+def test_the_example_runs(tmp_path):
+    two_processes("example", tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["step"] == 3 and state["model"]["csg.gate"].amax(0).eq(1).all()
 
 
 def test_a_lost_rank_ends_the_run_loudly_and_the_next_one_resumes(tmp_path):
