@@ -16,6 +16,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+ROOT = WORKER.parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def _quiet():
 def torchrun(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, mode, folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
         capture_output=True,
         text=True,
         timeout=120,
