@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kColumns = 4;   // features loaded together: a row's cache line is read once for them
 constexpr int kSample = 64;       // values that tell where the bulk of a feature lies
 constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of their own
+constexpr int64_t kShared = 8;    // values in a bucket, on average, where only the edges of bins are put in order
 constexpr int kPasses = 3;        // over neighbours that may stand in the wrong order
 constexpr int kRanks = 16;        // neighbours of a sample that are looked at side by side, at most
 constexpr int kBatch = 32;        // samples whose memory accesses travel together

@@ -77,8 +77,10 @@ template <typename X>
 CSG_STAGE void load_columns_as(const LabelledFeatures& p, int64_t column, int64_t count, double* to) {
   const X* from = static_cast<const X*>(p.features) + column * p.stride_k;
   if (count == kColumns && p.stride_k == 1) {
-    for (int64_t i = 0; i < p.n; ++i)
+    for (int64_t i = 0; i < p.n; ++i) {
+      __builtin_prefetch(from + (i + 16) * p.stride_n);
       for (int64_t j = 0; j < kColumns; ++j) to[j * p.n + i] = widen(from[i * p.stride_n + j]);
+    }
     return;
   }
   for (int64_t j = 0; j < count; ++j)
@@ -238,8 +240,8 @@ CSG_STAGE void insertion_sort(double* value, int32_t* label, int64_t n) {
 
 // Puts x with its labels into w.value and w.label bucket by bucket and makes the index. Values are in order then but
 // for those of one bucket of at most kCrowded. x is scratch afterwards.
-static void fill_buckets(SortWorkspace& w, double* x, const int32_t* labels, int64_t n) {
-  w.top = make_buckets(x, n, n);
+static void fill_buckets(SortWorkspace& w, double* x, const int32_t* labels, int64_t n, int64_t buckets) {
+  w.top = make_buckets(x, n, buckets);
   w.sub_count = 0;
   scatter(w.top, x, labels, n, 0, w.value, w.label, w.starts, w.bucket);
   const int64_t count = int64_t(w.top.last) + 1;
@@ -257,7 +259,7 @@ static void fill_buckets(SortWorkspace& w, double* x, const int32_t* labels, int
 }
 
 static void sort_feature(SortWorkspace& w, double* x, const int32_t* labels, int64_t n) {
-  fill_buckets(w, x, labels, n);
+  fill_buckets(w, x, labels, n, n);
   for (int pass = 0; pass < kPasses; ++pass) order_pairs(w.value, w.label, pass % 2, n);
   insertion_sort(w.value, w.label, n);
 }
@@ -766,7 +768,7 @@ static void count_bin(const BinnedWorkspace& w, const int32_t* label, int64_t si
 }
 
 static void binned_feature(const BinnedMutualInfo& p, BinnedWorkspace& w, double* x, double* out) {
-  fill_buckets(w, x, w.labels, p.n);
+  fill_buckets(w, x, w.labels, p.n, max64(p.n / kShared, 1));
   __builtin_memcpy(out, w.constants, size_t(p.classes) * sizeof(double));
   int64_t begin = 0;
   for (int64_t b = 1; b <= p.bins; ++b) {
