@@ -39,7 +39,7 @@ struct Classes {
   int64_t padded = 0;  // length of class_value
   int64_t dominant = -1;
   double psi_n = 0, psi_sizes = 0;
-  bool few;
+  bool few, three;  // few samples; three classes, all large
 
   const int64_t* kept = nullptr;
   const int32_t* label;
@@ -76,6 +76,7 @@ struct Classes {
       if (rest >= 1 && rest <= 2 * k + 1) dominant = c;
     }
     padded += kPadding;
+    three = p.classes == 3 && !p.multiclass && !few && *std::min_element(sizes.begin(), sizes.end()) >= large;
     for (int64_t i = 0; i < n; ++i) {
       const auto c = int32_t(p.labels[kept ? kept[i] : i]);
       labels.push_back(c == dominant || sizes[size_t(c)] == 1 ? ~c : c);
@@ -142,7 +143,7 @@ struct Workspace : SortWorkspace {
     class_value = make(class_value_, std::max(c.padded, c.n / 2 + 1));
     spare_label = reinterpret_cast<int32_t*>(class_value);  // filled after sorting only
     nearest = make(nearest_, p.neighbors);
-    members = make(members_, c.few ? p.n : 2 * p.neighbors + 1);
+    members = make(members_, c.three ? c.n + 2 * (p.neighbors + 1) + kPadding : c.few ? p.n : 2 * p.neighbors + 1);
     counts = make(counts_, p.classes * kRanks);
     group = make(group_, c.few ? p.n : 0);
     own = make(own_, p.classes);

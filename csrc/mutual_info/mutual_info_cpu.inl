@@ -77,10 +77,8 @@ template <typename X>
 CSG_STAGE void load_columns_as(const LabelledFeatures& p, int64_t column, int64_t count, double* to) {
   const X* from = static_cast<const X*>(p.features) + column * p.stride_k;
   if (count == kColumns && p.stride_k == 1) {
-    for (int64_t i = 0; i < p.n; ++i) {
-      __builtin_prefetch(from + (i + 16) * p.stride_n);
+    for (int64_t i = 0; i < p.n; ++i)
       for (int64_t j = 0; j < kColumns; ++j) to[j * p.n + i] = widen(from[i * p.stride_n + j]);
-    }
     return;
   }
   for (int64_t j = 0; j < count; ++j)
@@ -437,6 +435,11 @@ CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const 
   return sum + others * f.psi[k];
 }
 
+template <bool Closed>
+static int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+  return f.k == 3 ? large_class<Closed, 3>(w, f, v, n) : large_class<Closed, 0>(w, f, v, n);
+}
+
 // The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
 static int64_t all_but_one(const SortedFeature& f, const double* v, int64_t n) {
   int64_t sum = 0;
@@ -570,6 +573,23 @@ CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t cla
     for (int64_t e = 1; e < T - k; ++e) w.without[c] += w.counts[c * T + e] * (f.psi[k] - f.psi[k + e]);
 }
 
+// Three large classes: the other two as one class. Faster than among_all, which leaves a sample to one_sample where
+// most of its neighbours are of one class.
+template <bool Closed>
+static void among_other_two(const Workspace& w, const SortedFeature& f) {
+  double* rest = w.members + f.k + 1;
+  for (int32_t c = 0; c < 3; ++c) {
+    const int64_t size = f.n - f.class_size[c];
+    int64_t at = 0;
+    for (int64_t i = 0; i < f.n; ++i) {
+      rest[at] = f.value[i];
+      at += f.label[i] != c;
+    }
+    for (int64_t i = 0; i <= f.k; ++i) rest[-1 - i] = -__builtin_inf(), rest[size + i] = __builtin_inf();
+    w.without[c] = large_class<Closed>(w, f, rest, size);
+  }
+}
+
 // ---- one feature ----------------------------------------------------------------------------------------------------
 
 // Few samples: every target in turn, every sample against every other. group[i] < 0: left out.
@@ -654,8 +674,7 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
     const double* v = w.class_value + classes.begin[c];
     w.own[c] = size < 2               ? 0
                : size < classes.large ? small_group<Closed>(w, f, v, size)
-               : f.k == 3             ? large_class<Closed, 3>(w, f, v, size)
-                                      : large_class<Closed, 0>(w, f, v, size);
+                                      : large_class<Closed>(w, f, v, size);
     all += w.own[c];
   }
   if (count == 2 && min64(classes.size[0], classes.size[1]) > 1) {  // one class is the other's rest
@@ -672,7 +691,9 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
 
   __builtin_memset(w.without, 0, size_t(count) * sizeof(int64_t));
   __builtin_memset(w.generic, 0, size_t(count) * sizeof(int64_t));
-  if (f.k == 3) {
+  if (classes.three) {
+    among_other_two<Closed>(w, f);
+  } else if (f.k == 3) {
     among_all<Closed, 3, 8>(w, f, count);
   } else if (f.k <= 7) {
     among_all<Closed, 0, 16>(w, f, count);
