@@ -77,7 +77,7 @@ def approximate_class_mutual_info(
     source.check_finite()
     codes, counts = codes.to(source.device), counts.to(source.device)
 
-    def values(x: Tensor, noise: None) -> Tensor:
+    def values(x: Tensor, _: Tensor | None) -> Tensor:
         if x.device.type != "cpu":
             return _by_sorting(x, codes, counts, bins)
         try:
