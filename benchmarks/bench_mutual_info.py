@@ -7,15 +7,18 @@ import mutual_info_cases as mi
 import pytest
 
 
-@pytest.mark.parametrize("peer", ["noise", "exact", "kernel noise", "kernel exact"])
+@pytest.mark.parametrize("peer", ["noise", "exact", "kernel noise", "kernel exact", "approximate"])
 @pytest.mark.parametrize("case", mi.SIZES + mi.LARGE, ids=lambda case: case.id)
 def bench_class_mutual_info(benchmark, case, peer):
     mi.check(case)
     x, y = case.inputs()
-    make = mi.kernel if peer.startswith("kernel") else mi.ours
+    if peer == "approximate":
+        f = mi.approximate(case, x, y)
+    else:
+        f = (mi.kernel if peer.startswith("kernel") else mi.ours)(case, x, y, peer.split()[-1])
     benchmark.group = f"class_mutual_info {case.id}"
     benchmark.extra_info.update(device=cases.DEVICE, peer=peer)
-    benchmark.pedantic(cases.synchronized(make(case, x, y, peer.split()[-1])), rounds=5, warmup_rounds=1)
+    benchmark.pedantic(cases.synchronized(f), rounds=5, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["nanoseconds_per_value"] = round(seconds / (case.n * case.k) * 1e9, 2)
 

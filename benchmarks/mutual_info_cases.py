@@ -12,6 +12,7 @@ from sklearn.feature_selection import mutual_info_classif
 from torch import Tensor
 
 import csg_ext
+from csg_ext.metrics import approximate_class_mutual_info
 from csg_ext.ops import mutual_info
 
 NEIGHBORS = 3
@@ -68,6 +69,11 @@ def kernel(case: Case, x: Tensor, y: Tensor, ties: str) -> Callable[[], Tensor]:
     return lambda: op(x, y, case.c, NEIGHBORS, noise, False, psi, bits)
 
 
+def approximate(case: Case, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+    """approximate_class_mutual_info with all that belongs to a call."""
+    return lambda: approximate_class_mutual_info(x, y, num_classes=case.c)
+
+
 def check(case: Case) -> None:
     """Two features and classes equal scikit-learn's; kernel and function agree; exact ties are near on normal ones."""
     x, y = case.inputs()
@@ -81,3 +87,4 @@ def check(case: Case) -> None:
     assert torch.equal(exact, kernel(case, x, y, "exact")()), f"{case.id}: the kernel alone differs"
     if case.kind == "normal":
         assert (exact - noise).abs().max() < 1e-3, f"{case.id}: exact ties differ from noise"
+    assert (approximate(case, x, y)() - exact).abs().max() < 0.03, f"{case.id}: the approximation is far off"

@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(csg_ext, m) {
       "class_mutual_info(Tensor features, Tensor labels, int num_classes, int n_neighbors, Tensor? noise,"
       " bool multiclass, Tensor psi, int psi_bits) -> Tensor");
 
+  // The approximation from at most `bins` equal-frequency bins (CPU).
+  m.def("binned_class_mutual_info(Tensor features, Tensor labels, int num_classes, int bins) -> Tensor");
+
   // RandomState's normal numbers and its state: columns [begin, end) of standard_normal((n, k)), column by column.
   m.def(
       "_standard_normal(Tensor key, int position, bool has_gauss, float gauss, int n, int k, int begin, int end)"

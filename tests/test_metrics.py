@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.feature_selection import mutual_info_classif
-from sklearn.metrics import mutual_info_score
 
 from csg_ext import metrics
 from csg_ext.metrics import class_mutual_info
@@ -95,40 +94,6 @@ def test_ceiling_is_the_mean_of_every_class_with_its_own_score():
     with pytest.raises(ValueError, match=r"mis_ceiling: logits must be \(N, C\), got shape \(300,\)"):
         metrics.mis_ceiling(a[:, 0], y)
     assert metrics.mis_ceiling(a[:, ::-1], y) < expected / 2  # scores of the wrong classes tell less
-
-
-def _binned(column: np.ndarray, bins: int) -> np.ndarray:
-    """Equal-frequency bins by the rank of the first equal value."""
-    ranks = np.searchsorted(np.sort(column), column)
-    return ranks * bins // len(column)
-
-
-def test_approximation_is_the_corrected_plug_in_of_bins():
-    a, y = _sample(500, 4, 5)
-    a[:, 1:3] = np.maximum(a[:, 1:3], 0)
-    for bins in (1, 8, 50):
-        got = metrics.approximate_class_mutual_info(a, y, num_classes=6, bins=bins)
-        assert isinstance(got, np.ndarray) and got.shape == (4, 6)
-        for k in range(4):
-            b = _binned(a[:, k], bins)
-            for c in range(6):
-                cells = len(np.unique(b * 2 + (y == c)))
-                bias = (cells - len(np.unique(b)) - len(np.unique(y == c)) + 1) / (2 * len(y))
-                assert got[k, c] == pytest.approx(max(0, mutual_info_score(y == c, b) - bias), abs=1e-12)
-
-
-def test_approximation_is_near_the_estimate(device):
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 10, 10000)
-    a = rng.normal(size=(10000, 8)) + np.linspace(0, 4, 8) * (np.arange(8) == y[:, None])
-    for features in (a, np.maximum(a, 0)):
-        exact = class_mutual_info(features, y, ties="exact")
-        t = torch.from_numpy(features).to(device)
-        approximate = metrics.approximate_class_mutual_info(t, torch.from_numpy(y))
-        assert approximate.device.type == device
-        assert np.abs(approximate.cpu().numpy() - exact).max() < 0.006
-    with pytest.raises(ValueError, match="approximate_class_mutual_info: bins must be at least 1, got 0"):
-        metrics.approximate_class_mutual_info(a, y, bins=0)
 
 
 def test_bound():

@@ -562,3 +562,8 @@ def _fake_class_mutual_info(
     psi_bits: int,
 ) -> Tensor:
     return features.new_empty((features.shape[1], 1 if multiclass else num_classes), dtype=torch.float64)
+
+
+@torch.library.register_fake("csg_ext::binned_class_mutual_info")
+def _fake_binned_class_mutual_info(features: Tensor, labels: Tensor, num_classes: int, bins: int) -> Tensor:
+    return features.new_empty((features.shape[1], num_classes), dtype=torch.float64)

@@ -21,12 +21,15 @@ enum class Ties : int8_t {
   Exact,  // the features as they are, closed balls: equal values and equal distances are counted on both sides
 };
 
-struct MutualInfo {
+struct LabelledFeatures {
   const void* features;  // [N, K]
   ScalarType type;
   int64_t n, k, stride_n, stride_k;  // strides in elements
   const int64_t* labels;             // [N] in [0, classes)
   int64_t classes;
+};
+
+struct MutualInfo : LabelledFeatures {
   int64_t neighbors;  // at least 1
   Ties ties;
   const double* noise;  // [N, K], standard normal; nullptr with Ties::Exact
@@ -35,6 +38,17 @@ struct MutualInfo {
   const int64_t* psi;  // [N + 1] round(digamma(i) * 2^psi_bits), 0 at i = 0
   int psi_bits;
   double* out;  // [K, classes] contiguous; a feature with NaN, inf or (Ties::Noise) an infinite variance: NaN
+};
+
+// The approximation from equal-frequency bins. Bin b holds the samples of ranks ceil(b N / bins) to ceil((b + 1) N /
+// bins) - 1; equal values go where the first of them does. Plug-in estimate less its bias (Miller and Madow):
+//
+//   MI[f, c] = max(0, sum_b (e(n_bc) + e(n_b - n_bc) - e(n_b)) - e(n_c) - e(N - n_c) + e(N)) / N
+//
+// with e(n) = n log n - 1/2 for n > 0 and e(0) = 0.
+struct BinnedMutualInfo : LabelledFeatures {
+  int64_t bins;  // in [1, N]
+  double* out;   // [K, classes] contiguous; a feature with NaN or inf: NaN
 };
 
 }  // namespace csg

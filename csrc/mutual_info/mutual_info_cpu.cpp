@@ -2,6 +2,7 @@
 #include "mutual_info_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kColumns = 4;   // features loaded together: a row's cache line is read once for them
 constexpr int kSample = 64;       // values that tell where the bulk of a feature lies
 constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of their own
+constexpr int64_t kShared = 8;    // values in a bucket, on average, where only the edges of bins are put in order
 constexpr int kPasses = 3;        // over neighbours that may stand in the wrong order
 constexpr int kRanks = 16;        // neighbours of a sample that are looked at side by side, at most
 constexpr int kBatch = 32;        // samples whose memory accesses travel together
@@ -37,7 +39,7 @@ struct Classes {
   int64_t padded = 0;  // length of class_value
   int64_t dominant = -1;
   double psi_n = 0, psi_sizes = 0;
-  bool few;
+  bool few, three;  // few samples; three classes, all large
 
   const int64_t* kept = nullptr;
   const int32_t* label;
@@ -74,6 +76,7 @@ struct Classes {
       if (rest >= 1 && rest <= 2 * k + 1) dominant = c;
     }
     padded += kPadding;
+    three = p.classes == 3 && !p.multiclass && !few && *std::min_element(sizes.begin(), sizes.end()) >= large;
     for (int64_t i = 0; i < n; ++i) {
       const auto c = int32_t(p.labels[kept ? kept[i] : i]);
       labels.push_back(c == dominant || sizes[size_t(c)] == 1 ? ~c : c);
@@ -94,43 +97,86 @@ struct Classes {
 };
 
 // The work arrays of one thread, each an allocation of its own: the address sanitizer sees where one ends.
-struct Workspace {
-  const Classes* classes;
-  std::vector<double> columns_, value_, class_value_, nearest_, members_;
-  std::vector<int32_t> label_, bucket_, starts_, counts_, group_;
-  std::vector<int64_t> own_, without_, generic_, cursor_;
+template <typename T>
+T* make(std::vector<T>& memory, int64_t size, T value = T{}) {
+  memory.assign(static_cast<size_t>(size), value);
+  return memory.data();
+}
+
+// What sorting the n samples of a feature takes.
+struct SortWorkspace {
+  std::vector<double> columns_, value_;
+  std::vector<int32_t> label_, bucket_, starts_;
   std::vector<Buckets> sub_;
 
-  double *columns, *value, *class_value, *nearest, *members;
-  int32_t *label, *bucket, *starts, *counts, *group;
-  int64_t *own, *without, *generic, *cursor;
+  double *columns, *value;
+  int32_t *label, *bucket, *starts;
+  int32_t* spare_label = nullptr;  // [n], the maker's
   Buckets* sub;
   Buckets top{};
   int32_t sub_count = 0;
 
-  Workspace(const MutualInfo& p, const Classes& c) : classes(&c) {
+  SortWorkspace(const LabelledFeatures& p, int64_t n) {
     constexpr double inf = std::numeric_limits<double>::infinity();
-    const int64_t n = c.n, crowds = n / kCrowded + 1;
-    const auto make = [](auto& memory, int64_t size, auto value) {
-      memory.assign(static_cast<size_t>(size), value);
-      return memory.data();
-    };
-    columns = make(columns_, p.n * std::min(kColumns, p.k), 0.0);
+    const int64_t crowds = n / kCrowded + 1;
+    columns = make(columns_, p.n * std::min(kColumns, p.k));
     value = make(value_, n + 2 * kPadding, inf) + kPadding;
     std::fill(value - kPadding, value, -inf);
-    class_value = make(class_value_, std::max(c.padded, n / 2 + 1), 0.0);
-    nearest = make(nearest_, p.neighbors, 0.0);
-    members = make(members_, c.few ? p.n : 2 * p.neighbors + 1, 0.0);
-    label = make(label_, n + 2 * kPadding, 0) + kPadding;
-    bucket = make(bucket_, n, 0);
-    starts = make(starts_, (n + 3) + (n / 2 + 3 * crowds), 0);
-    counts = make(counts_, p.classes * kRanks, 0);
-    group = make(group_, c.few ? p.n : 0, 0);
-    own = make(own_, p.classes, int64_t(0));
-    without = make(without_, p.classes, int64_t(0));
-    generic = make(generic_, p.classes, int64_t(0));
-    cursor = make(cursor_, p.classes, int64_t(0));
-    sub = make(sub_, crowds, Buckets{});
+    label = make(label_, n + 2 * kPadding) + kPadding;
+    bucket = make(bucket_, n);
+    starts = make(starts_, (n + 3) + (n / 2 + 3 * crowds));
+    sub = make(sub_, crowds);
+  }
+};
+
+struct Workspace : SortWorkspace {
+  const Classes* classes;
+  std::vector<double> class_value_, nearest_, members_;
+  std::vector<int32_t> counts_, group_;
+  std::vector<int64_t> own_, without_, generic_, cursor_;
+
+  double *class_value, *nearest, *members;
+  int32_t *counts, *group;
+  int64_t *own, *without, *generic, *cursor;
+
+  Workspace(const MutualInfo& p, const Classes& c) : SortWorkspace(p, c.n), classes(&c) {
+    class_value = make(class_value_, std::max(c.padded, c.n / 2 + 1));
+    spare_label = reinterpret_cast<int32_t*>(class_value);  // filled after sorting only
+    nearest = make(nearest_, p.neighbors);
+    members = make(members_, c.three ? c.n + 2 * (p.neighbors + 1) + kPadding : c.few ? p.n : 2 * p.neighbors + 1);
+    counts = make(counts_, p.classes * kRanks);
+    group = make(group_, c.few ? p.n : 0);
+    own = make(own_, p.classes);
+    without = make(without_, p.classes);
+    generic = make(generic_, p.classes);
+    cursor = make(cursor_, p.classes);
+  }
+};
+
+// What all features share that are counted in bins: labels in 32 bits, the table of e, and what a class's size adds.
+struct BinnedClasses {
+  std::vector<int32_t> labels;
+  std::vector<double> terms, constants;
+
+  explicit BinnedClasses(const BinnedMutualInfo& p) : labels(p.labels, p.labels + p.n) {
+    std::vector<int64_t> sizes(static_cast<size_t>(p.classes));
+    for (const int32_t label : labels) ++sizes[size_t(label)];
+    terms.push_back(0);
+    for (int64_t i = 1; i <= p.n; ++i) terms.push_back(double(i) * std::log(double(i)) - 0.5);
+    for (const int64_t s : sizes) constants.push_back(terms.back() - (terms[size_t(s)] + terms[size_t(p.n - s)]));
+  }
+};
+
+struct BinnedWorkspace : SortWorkspace {
+  std::vector<int32_t> spare_, counts_;
+  const int32_t* labels;
+  const double *terms, *constants;
+  int32_t* counts;  // zero between bins
+
+  BinnedWorkspace(const BinnedMutualInfo& p, const BinnedClasses& c)
+      : SortWorkspace(p, p.n), labels(c.labels.data()), terms(c.terms.data()), constants(c.constants.data()) {
+    spare_label = make(spare_, p.n);
+    counts = make(counts_, p.classes);
   }
 };
 
@@ -157,6 +203,15 @@ void mutual_info_cpu(const MutualInfo& p, ParallelFor parallel_for) {
   parallel_ranges(parallel_for, blocks, 1, [&](int64_t begin, int64_t end) {
     Workspace w(p, classes);
     CSG_CALL_LEVEL(mutual_info_features, p, w, begin * kColumns, std::min(end * kColumns, p.k));
+  });
+}
+
+void binned_mutual_info_cpu(const BinnedMutualInfo& p, ParallelFor parallel_for) {
+  const BinnedClasses classes(p);
+  const int64_t blocks = (p.k + kColumns - 1) / kColumns;
+  parallel_ranges(parallel_for, blocks, 1, [&](int64_t begin, int64_t end) {
+    BinnedWorkspace w(p, classes);
+    CSG_CALL_LEVEL(binned_mutual_info_features, p, w, begin * kColumns, std::min(end * kColumns, p.k));
   });
 }
 

@@ -74,7 +74,7 @@ static double scale_feature(double* x, int64_t n) {
 
 // Columns [column, column + count) of the features, as doubles, one after the other.
 template <typename X>
-CSG_STAGE void load_columns_as(const MutualInfo& p, int64_t column, int64_t count, double* to) {
+CSG_STAGE void load_columns_as(const LabelledFeatures& p, int64_t column, int64_t count, double* to) {
   const X* from = static_cast<const X*>(p.features) + column * p.stride_k;
   if (count == kColumns && p.stride_k == 1) {
     for (int64_t i = 0; i < p.n; ++i)
@@ -84,7 +84,7 @@ CSG_STAGE void load_columns_as(const MutualInfo& p, int64_t column, int64_t coun
   for (int64_t j = 0; j < count; ++j)
     for (int64_t i = 0; i < p.n; ++i) to[j * p.n + i] = widen(from[i * p.stride_n + j * p.stride_k]);
 }
-static void load_columns(const MutualInfo& p, int64_t column, int64_t count, double* to) {
+static void load_columns(const LabelledFeatures& p, int64_t column, int64_t count, double* to) {
   switch (p.type) {
     case ScalarType::Float32:
       load_columns_as<float>(p, column, count, to);
@@ -101,6 +101,16 @@ static void load_columns(const MutualInfo& p, int64_t column, int64_t count, dou
   }
 }
 
+// Whether no magnitude exceeds the limit, and none is NaN.
+static bool within(const double* x, int64_t n, double limit) {
+  VecI64 outside{};
+  int64_t i = 0;
+  for (; i + kDoubles <= n; i += kDoubles) outside |= ~(VecI64)(magnitude(load_bits<VecD>(x + i)) <= limit);
+  bool any = first_lane(outside) >= 0;
+  for (; i < n; ++i) any = any || !(magnitude(x[i]) <= limit);
+  return !any;
+}
+
 // One column made ready for its balls; false if that leaves no finite numbers.
 static bool prepare(const MutualInfo& p, int64_t column, double* x) {
   if (p.ties == Ties::Noise) {
@@ -109,17 +119,9 @@ static bool prepare(const MutualInfo& p, int64_t column, double* x) {
     for (int64_t i = 0; i < p.n; ++i) x[i] += rounded(size * noise[i * p.noise_stride_n]);
     return size == size;
   }
-  const auto outside = [&](double limit) {
-    VecI64 found{};
-    int64_t i = 0;
-    for (; i + kDoubles <= p.n; i += kDoubles) found |= ~(VecI64)(magnitude(load_bits<VecD>(x + i)) <= limit);
-    bool any = first_lane(found) >= 0;
-    for (; i < p.n; ++i) any = any || !(magnitude(x[i]) <= limit);
-    return any;
-  };
-  if (!outside(0x1p1021)) return true;
+  if (within(x, p.n, 0x1p1021)) return true;
   for (int64_t i = 0; i < p.n; ++i) x[i] *= 0.25;  // differences of the largest doubles must not overflow
-  return !outside(0x1p1022);
+  return within(x, p.n, 0x1p1022);
 }
 
 // ---- sorting, and the index that it leaves --------------------------------------------------------------------------
@@ -181,15 +183,14 @@ CSG_STAGE Buckets make_buckets(const double* x, int64_t n, int64_t count) {
 }
 
 // A crowded bucket gets buckets of its own; x is scratch.
-CSG_STAGE void refine(Workspace& w, int32_t begin, int32_t end, double* x, int32_t* starts) {
+CSG_STAGE void refine(SortWorkspace& w, int32_t begin, int32_t end, double* x, int32_t* starts) {
   const int64_t n = end - begin;
-  int32_t* labels = reinterpret_cast<int32_t*>(w.class_value);
   __builtin_memcpy(x, w.value + begin, size_t(n) * sizeof(double));
-  __builtin_memcpy(labels, w.label + begin, size_t(n) * sizeof(int32_t));
+  __builtin_memcpy(w.spare_label, w.label + begin, size_t(n) * sizeof(int32_t));
   Buckets& b = w.sub[w.sub_count++];
   b = make_buckets(x, n, n / 2);
   b.starts = starts - w.starts;
-  scatter(b, x, labels, n, begin, w.value, w.label, starts, w.bucket);
+  scatter(b, x, w.spare_label, n, begin, w.value, w.label, starts, w.bucket);
   for (int64_t i = 0; i <= int64_t(b.last); ++i)
     if (starts[i + 1] - starts[i] > kCrowded)
       sort_pairs(w.value + starts[i], w.label + starts[i], starts[i + 1] - starts[i]);
@@ -235,9 +236,10 @@ CSG_STAGE void insertion_sort(double* value, int32_t* label, int64_t n) {
   }
 }
 
-// Sorts x with its labels into w.value and w.label and makes the index. x is scratch afterwards.
-static void sort_feature(Workspace& w, double* x, const int32_t* labels, int64_t n) {
-  w.top = make_buckets(x, n, n);
+// Puts x with its labels into w.value and w.label bucket by bucket and makes the index. Values are in order then but
+// for those of one bucket of at most kCrowded. x is scratch afterwards.
+static void fill_buckets(SortWorkspace& w, double* x, const int32_t* labels, int64_t n, int64_t buckets) {
+  w.top = make_buckets(x, n, buckets);
   w.sub_count = 0;
   scatter(w.top, x, labels, n, 0, w.value, w.label, w.starts, w.bucket);
   const int64_t count = int64_t(w.top.last) + 1;
@@ -252,6 +254,10 @@ static void sort_feature(Workspace& w, double* x, const int32_t* labels, int64_t
     }
     begin = end;
   }
+}
+
+static void sort_feature(SortWorkspace& w, double* x, const int32_t* labels, int64_t n) {
+  fill_buckets(w, x, labels, n, n);
   for (int pass = 0; pass < kPasses; ++pass) order_pairs(w.value, w.label, pass % 2, n);
   insertion_sort(w.value, w.label, n);
 }
@@ -429,6 +435,11 @@ CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const 
   return sum + others * f.psi[k];
 }
 
+template <bool Closed>
+static int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+  return f.k == 3 ? large_class<Closed, 3>(w, f, v, n) : large_class<Closed, 0>(w, f, v, n);
+}
+
 // The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
 static int64_t all_but_one(const SortedFeature& f, const double* v, int64_t n) {
   int64_t sum = 0;
@@ -562,6 +573,23 @@ CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t cla
     for (int64_t e = 1; e < T - k; ++e) w.without[c] += w.counts[c * T + e] * (f.psi[k] - f.psi[k + e]);
 }
 
+// Three large classes: the other two as one class. Faster than among_all, which leaves a sample to one_sample where
+// most of its neighbours are of one class.
+template <bool Closed>
+static void among_other_two(const Workspace& w, const SortedFeature& f) {
+  double* rest = w.members + f.k + 1;
+  for (int32_t c = 0; c < 3; ++c) {
+    const int64_t size = f.n - f.class_size[c];
+    int64_t at = 0;
+    for (int64_t i = 0; i < f.n; ++i) {
+      rest[at] = f.value[i];
+      at += f.label[i] != c;
+    }
+    for (int64_t i = 0; i <= f.k; ++i) rest[-1 - i] = -__builtin_inf(), rest[size + i] = __builtin_inf();
+    w.without[c] = large_class<Closed>(w, f, rest, size);
+  }
+}
+
 // ---- one feature ----------------------------------------------------------------------------------------------------
 
 // Few samples: every target in turn, every sample against every other. group[i] < 0: left out.
@@ -646,8 +674,7 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
     const double* v = w.class_value + classes.begin[c];
     w.own[c] = size < 2               ? 0
                : size < classes.large ? small_group<Closed>(w, f, v, size)
-               : f.k == 3             ? large_class<Closed, 3>(w, f, v, size)
-                                      : large_class<Closed, 0>(w, f, v, size);
+                                      : large_class<Closed>(w, f, v, size);
     all += w.own[c];
   }
   if (count == 2 && min64(classes.size[0], classes.size[1]) > 1) {  // one class is the other's rest
@@ -664,7 +691,9 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
 
   __builtin_memset(w.without, 0, size_t(count) * sizeof(int64_t));
   __builtin_memset(w.generic, 0, size_t(count) * sizeof(int64_t));
-  if (f.k == 3) {
+  if (classes.three) {
+    among_other_two<Closed>(w, f);
+  } else if (f.k == 3) {
     among_all<Closed, 3, 8>(w, f, count);
   } else if (f.k <= 7) {
     among_all<Closed, 0, 16>(w, f, count);
@@ -719,6 +748,75 @@ static void features(const MutualInfo& p, Workspace& w, int64_t begin, int64_t e
       if (classes.kept)  // the multi-class value leaves classes of one sample out
         for (int64_t i = 0; i < classes.n; ++i) x[i] = x[classes.kept[i]];
       one_feature<Closed>(p, w, x, out);
+    }
+  }
+}
+
+// ---- equal-frequency bins -------------------------------------------------------------------------------------------
+
+// Puts the bucket that holds position i in order, for a feature whose buckets are filled; returns where it ends.
+static int64_t order_bucket(const SortWorkspace& w, int64_t i) {
+  const double v = w.value[i];
+  const int32_t top = bucket_of(w.top, v);
+  const auto first = [&](int32_t bucket) {
+    const int32_t at = w.starts[bucket];
+    return at >= 0 ? at : w.starts[w.sub[~at].starts];
+  };
+  int32_t begin = w.starts[top], end = first(top + 1);
+  if (begin < 0) {
+    const Buckets& b = w.sub[~begin];
+    const int32_t* starts = w.starts + b.starts + bucket_of(b, v);
+    begin = starts[0], end = starts[1];
+  }
+  if (end - begin <= kCrowded) insertion_sort(w.value + begin, w.label + begin, end - begin);
+  return end;
+}
+
+// Adds what a bin, the samples with these labels, adds to N MI of every class.
+static void count_bin(const BinnedWorkspace& w, const int32_t* label, int64_t size, int64_t classes, double* sum) {
+  const double* rest = w.terms + size;
+  const auto add = [&](int32_t c) {
+    const int64_t of_class = w.counts[c];
+    w.counts[c] = 0;
+    sum[c] += w.terms[of_class] + (rest[-of_class] - rest[0]);  // 0 if there is none
+  };
+  for (int64_t i = 0; i < size; ++i) ++w.counts[label[i]];
+  if (classes <= size) {
+    for (int32_t c = 0; c < classes; ++c) add(c);
+  } else {
+    for (int64_t i = 0; i < size; ++i) add(label[i]);
+  }
+}
+
+static void binned_feature(const BinnedMutualInfo& p, BinnedWorkspace& w, double* x, double* out) {
+  fill_buckets(w, x, w.labels, p.n, max64(p.n / kShared, 1));
+  __builtin_memcpy(out, w.constants, size_t(p.classes) * sizeof(double));
+  int64_t begin = 0;
+  for (int64_t b = 1; b <= p.bins; ++b) {
+    int64_t end = (b * p.n + p.bins - 1) / p.bins;
+    if (end <= begin) continue;  // equal values fill this bin's ranks
+    if (end < p.n) {
+      const int64_t last = order_bucket(w, end - 1);
+      while (end < last && w.value[end] == w.value[end - 1]) ++end;
+    }
+    count_bin(w, w.label + begin, end - begin, p.classes, out);
+    begin = end;
+  }
+  for (int64_t c = 0; c < p.classes; ++c) out[c] = out[c] > 0 ? out[c] / double(p.n) : 0;
+}
+
+void binned_mutual_info_features(const BinnedMutualInfo& p, BinnedWorkspace& w, int64_t begin, int64_t end) {
+  for (int64_t column = begin; column < end; column += kColumns) {
+    const int64_t count = min64(kColumns, end - column);
+    load_columns(p, column, count, w.columns);
+    for (int64_t j = 0; j < count; ++j) {
+      double* x = w.columns + j * p.n;
+      double* out = p.out + (column + j) * p.classes;
+      if (within(x, p.n, __DBL_MAX__)) {
+        binned_feature(p, w, x, out);
+      } else {
+        for (int64_t c = 0; c < p.classes; ++c) out[c] = __builtin_nan("");
+      }
     }
   }
 }

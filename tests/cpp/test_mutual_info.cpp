@@ -101,6 +101,36 @@ struct Problem {
     return out;
   }
 
+  std::vector<double> run_binned(ParallelFor threads, int64_t bins, bool rows) {
+    std::vector<double> out(size_t(k * classes), -1), by_row(features.size());
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t i = 0; i < n; ++i) by_row[size_t(i * k + j)] = features[size_t(j * n + i)];
+    binned_mutual_info_cpu({rows ? by_row.data() : features.data(), ScalarType::Float64, n, k, rows ? k : 1,
+                            rows ? 1 : n, labels.data(), classes, bins, out.data()},
+                           threads);
+    return out;
+  }
+
+  // The definition of the approximation: entropies of class, bin and both, each with Miller's and Madow's correction.
+  double binned(int64_t column, int64_t c, int64_t bins) const {
+    const double* x = features.data() + column * n;
+    std::vector<double> sorted(x, x + n);
+    std::sort(sorted.begin(), sorted.end());
+    std::vector<int64_t> cell(size_t(2 * bins)), bin(static_cast<size_t>(bins)), side(2);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t rank = std::lower_bound(sorted.begin(), sorted.end(), x[i]) - sorted.begin(), b = rank * bins / n;
+      const bool is_class = labels[size_t(i)] == c;
+      ++cell[size_t(2 * b + is_class)], ++bin[size_t(b)], ++side[is_class];
+    }
+    const auto entropy = [&](const std::vector<int64_t>& counts) {
+      double sum = 0, used = 0;
+      for (const int64_t m : counts)
+        if (m > 0) sum -= double(m) / double(n) * std::log(double(m) / double(n)), ++used;
+      return sum + (used - 1) / double(2 * n);
+    };
+    return std::max(0.0, entropy(bin) + entropy(side) - entropy(cell));
+  }
+
   // The definition: closed balls, groups of one sample left out, all pairs.
   double direct(int64_t column, const std::vector<int64_t>& group) const {
     const double* x = features.data() + column * n;
@@ -160,6 +190,16 @@ void test(int64_t n, int64_t neighbors, int label_kind) {
   }
   expect(exact == p.run(two_threads, false, false, true), what + ": closed balls, threads and layout");
   const CpuLevel level = cpu_level();
+  for (const int64_t bins : {int64_t(1), 1 + random_below(n), n}) {
+    const auto got = p.run_binned(two_threads, bins, true);
+    for (int64_t j = 0; j < p.k; ++j)
+      for (int64_t c = 0; c < std::min<int64_t>(p.classes, 4); ++c)
+        expect(std::abs(got[size_t(j * p.classes + c)] - p.binned(j, c, bins)) < 1e-12,
+               what + ": " + std::to_string(bins) + " bins, feature " + std::to_string(j));
+    set_cpu_level(CpuLevel::Baseline);
+    expect(got == p.run_binned(one_thread, bins, false), what + ": bins, instruction set, threads, layout");
+    set_cpu_level(level);
+  }
   for (const bool several : {false, true}) {
     const auto noisy = p.run(two_threads, true, several, true);
     set_cpu_level(CpuLevel::Baseline);
