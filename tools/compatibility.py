@@ -1,0 +1,123 @@
+"""Tests the built wheel under several Pythons and torches: writes docs/compatibility.md.
+
+    python tools/compatibility.py PYTHON:TORCH [PYTHON:TORCH ...]      e.g. python3.10:2.10.0 python3.13:2.14.1
+
+For each pair: a fresh environment, that torch, the wheel built there (CPU kernels) and installed, then the operators'
+tests and the smoke test run from outside the source tree, so that the installed package is what is tested. Results are
+kept in benchmarks/results/compatibility.json, one per pair; the page lists all that is there. A pair that cannot be
+installed is listed with the reason. Folders are removed again: a CUDA build of torch takes several GB.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "compatibility.json"
+PAGE = ROOT / "docs" / "compatibility.md"
+TESTS = ("test_gated_pool.py", "test_gate_step.py", "test_nn.py", "test_mutual_info.py", "test_info.py")
+HELPERS = ("conftest.py", "tolerances.py", "mutual_info_inputs.py")
+TOOLS = ("pytest", "hypothesis", "expecttest", "scikit-learn", "numpy", "setuptools>=77")
+
+
+class Failed(Exception):
+    """A step of one pair failed; the message says which and why."""
+
+
+def run(step: str, *command: str | Path, cwd: Path, **environment: str) -> str:
+    """The output of a command, or Failed with its last line."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=os.environ | environment
+    )
+    output = done.stdout + done.stderr
+    if done.returncode:
+        lines = [line for line in output.splitlines() if line.strip()]
+        told = [line for line in lines if re.search(r"error|failed", line, re.IGNORECASE)]
+        raise Failed(f"{step}: {(told or lines or ['no output'])[-1].strip()[:300]}")
+    return output
+
+
+def measure(python: str, torch: str) -> dict[str, str]:
+    """What the tests say under one Python and one torch."""
+    folder = Path(tempfile.mkdtemp(prefix="csg_ext_compatibility_"))
+    result = {"date": datetime.date.today().isoformat()}
+    try:
+        run("venv", python, "-m", "venv", folder / "venv", cwd=folder)
+        own = folder / "venv" / "bin" / "python"
+        pip = (own, "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir")
+        result["python"] = run(
+            "python", own, "-c", "import platform as p; print(p.python_version())", cwd=folder
+        ).strip()
+        run("install torch", *pip, "install", f"torch=={torch}", *TOOLS, cwd=folder)
+        result["torch"] = run("torch", own, "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
+        source = folder / "source"
+        shutil.copytree(
+            ROOT,
+            source,
+            ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.so", "__pycache__", "*.egg-info"),
+        )
+        build = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist", source)
+        run("build", *pip, *build, cwd=folder, CSG_EXT_CUDA="0")
+        shutil.rmtree(source)
+        (wheel,) = (folder / "dist").glob("*.whl")
+        run("install wheel", *pip, "install", "--no-deps", wheel, cwd=folder)
+        tests = folder / "tests"
+        tests.mkdir()
+        for name in (*TESTS, *HELPERS):
+            shutil.copy(ROOT / "tests" / name, tests)
+        output = run("tests", own, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, cwd=folder)
+        result["tests"] = output.strip().splitlines()[-1].strip("= ")
+        result["wheel"] = wheel.name
+    except Failed as failure:
+        result["failure"] = str(failure)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def page(results: dict[str, dict[str, str]]) -> str:
+    """docs/compatibility.md."""
+    lines = [
+        "# Compatibility",
+        "",
+        "Written by `python tools/compatibility.py PYTHON:TORCH ...`; do not edit. Each line: a fresh environment with",
+        "that Python and torch, the wheel built in it (CPU kernels), installed, and the operators' tests run on the",
+        f"installed package from outside the source tree ({', '.join(TESTS)}).",
+        "The CUDA kernels are compiled in CI against the torch there; nothing on this page ran on a GPU.",
+        "",
+        "| Python | torch | result | date |",
+        "|---|---|---|---|",
+    ]
+    for pair, result in sorted(results.items()):
+        python, torch = pair.split(":")
+        outcome = result.get("tests") or f"failed: {result['failure']}"
+        lines.append(
+            f"| {result.get('python', python)} | {result.get('torch', torch)} | {outcome} | {result['date']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures the pairs on the command line and rewrites the page."""
+    pairs = sys.argv[1:]
+    if not pairs or any(pair.count(":") != 1 for pair in pairs):
+        sys.exit(__doc__)
+    results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    for pair in pairs:
+        results[pair] = measure(*pair.split(":"))
+        print(pair, results[pair], flush=True)
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        KEPT.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
