@@ -164,7 +164,7 @@ def test_an_arm_that_fails_is_one_sentence(tmp_path, capsys, digits):
     )
     err = capsys.readouterr().err
     assert status == 1
-    assert "is not finite by step 6 of 36: try a learning rate below lr=1e+30" in err.strip().splitlines()[-1]
+    assert "is not finite at step 2 of 36: try a learning rate below lr=1e+30" in err.strip().splitlines()[-1]
 
 
 def test_progress_without_a_terminal_is_lines():
