@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from csg_ext import cli
 from csg_ext.analysis import localization as loc
+from csg_ext.analysis import scenes
+from csg_ext.data import load_images
 from csg_ext.nn import GatedModel
 
 SIZES = [((4, 4), (24, 24)), ((3, 5), (10, 17)), ((1, 3), (6, 4)), ((5, 1), (5, 9)), ((4, 6), (4, 6)), ((7, 7), (5, 6))]
@@ -325,3 +330,182 @@ def test_odd_input_is_refused():
         loc.cam(maps, torch.rand(4, 3), torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match=r"activation_thresholds: top must lie in \(0, 1\), got 1"):
         loc.activation_thresholds(maps, 1)
+
+
+# ---- scenes
+
+
+def _shirts(count):
+    """Grey items: a frame whose hole is filled, a cut-off one and a bar, by turns."""
+    items = np.zeros((count, 28, 28), np.uint8)
+    items[0::3, 4:24, 6:22], items[0::3, 10:18, 10:18] = 200, 0
+    items[1::3] = 90
+    items[2::3, 2:26, 11:17] = 120
+    return items
+
+
+def test_item_masks_are_filled_and_cut_off_items_refused():
+    items = _shirts(6)
+    items[0, 0, 0] = 8  # no brighter than what counts as background
+    masks, usable = scenes.item_masks(items)
+    frame = np.zeros((28, 28), bool)
+    frame[4:24, 6:22] = True
+    assert (masks[0] == frame).all() and (masks[3] == frame).all()
+    assert usable.tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("objects", [1, 2])
+def test_scenes_are_seeded_and_their_masks_exact(objects):
+    items, labels = _shirts(30), np.arange(30) % 3 // 2  # class 0: frames and unusable ones; class 1: bars
+    photos = [np.random.default_rng(1).integers(0, 256, (3, 60, 70), np.uint8), np.full((3, 40, 41), 7, np.uint8)]
+    found = scenes.make_scenes(items, labels, photos, 20, objects, seed=3)
+    again = scenes.make_scenes(items, labels, photos, 8, objects, seed=3)
+    for one, two in zip(found, again, strict=True):
+        assert (one[:8] == two).all()
+    assert (found.images != scenes.make_scenes(items, labels, photos, 20, objects, seed=4).images).any()
+    assert found.labels[:, 0].tolist() == [0, 1] * 10
+    area = found.masks.sum((2, 3))
+    assert area.min() > 0
+    if objects == 2:
+        assert (found.labels[:, 0] != found.labels[:, 1]).all()
+        assert not (found.masks[:, 0] & found.masks[:, 1]).any()
+    # Over a background of one colour, that colour is outside the masks and the tinted item inside.
+    plain = scenes.make_scenes(items, labels, [np.full((3, 50, 50), 7, np.uint8)], 20, objects, seed=3)
+    outside = ~plain.masks.any(1)
+    assert (np.moveaxis(plain.images, 1, -1)[outside] == 7).all()
+    inside = np.moveaxis(plain.images, 1, -1)[~outside].max(1)
+    assert (inside > 7).mean() > 0.8
+
+
+def test_photographs_and_items_of_both_parts_are_disjoint():
+    assert not set(scenes.PHOTOS["train"]) & set(scenes.PHOTOS["test"])
+    for part in ("train", "test"):
+        for photo in scenes.photographs(part):
+            assert photo.dtype == np.uint8 and photo.ndim == 3 and len(photo) == 3 and min(photo.shape[1:]) >= 160
+
+
+def test_the_benchmark_file_is_a_training_set_with_masks(tmp_path, capsys):
+    file = tmp_path / "scenes.npz"
+    assert scenes.main([str(file), "--seed", "5", "--train", "20", "--test", "10", "--pairs", "4"]) == 0
+    assert "20 train, 10 test and 4 pair scenes" in capsys.readouterr().out
+    data = load_images(file)
+    assert data.test_images.shape == (10, 3, 40, 40) and data.classes == load_images().classes
+    with np.load(file) as arrays:
+        assert arrays["test_masks"].shape == (10, 40, 40) and arrays["train_masks"].dtype == bool
+        assert arrays["pair_masks"].shape == (4, 2, 40, 40) and arrays["pair_labels"].shape == (4, 2)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def masks(digits, tmp_path):
+    """Masks of the digits (what is brighter than half) and pairs of two of them side by side, as an .npz."""
+    data = load_images(digits)
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 137, (2, 12))
+    pairs = np.concatenate([data.test_images[first][..., ::2], data.test_images[second][..., ::2]], 3)
+    pair_masks = np.stack([pairs[:, 0] > 100] * 2, 1)
+    pair_masks[:, 0, :, 4:], pair_masks[:, 1, :, :4] = False, False
+    arrays = {
+        "test_masks": data.test_images[:, 0] > 120,
+        "train_masks": data.train_images[:, 0] > 120,
+        "pair_images": pairs,
+        "pair_labels": np.stack([data.test_labels[first], data.test_labels[second]], 1),
+        "pair_masks": pair_masks,
+    }
+    arrays["test_masks"][[3, 8]] = False
+    file = tmp_path / "masks.npz"
+    np.savez(file, **arrays)
+    return file, arrays
+
+
+def _localize(capsys, *arguments):
+    status = cli.main(["localize", *map(str, arguments), "--device", "cpu"])
+    return status, *capsys.readouterr()
+
+
+def test_command_scores_both_arms(run, digits, masks, tmp_path, capsys):
+    file, arrays = masks
+    status, out, err = _localize(capsys, run[0], "--data", digits, "--masks", file, "--output", tmp_path / "out")
+    assert status == 0, err
+    report = json.loads((tmp_path / "out" / "localization.json").read_text())
+    std, csg = report["checkpoints"]
+    assert (std["name"], csg["name"]) == ("std", "csg")
+    assert report["data"]["empty_masks"] == 2 and std["images"] == csg["images"] == 135
+    assert "2 with an empty mask are left out" in out
+    assert "std: no map of the gate, as the checkpoint has no trained gate: its entries are all 0.5" in out
+    assert "unavailable" in std["methods"]["gate"] and "unavailable" in std["query"]["gate"]
+    kept = np.setdiff1d(np.arange(137), [3, 8])
+    assert csg["mask_area"] == pytest.approx(arrays["test_masks"][kept].mean())
+    assert csg["filters"]["count"] == 64 == len(csg["filters"]["per_filter"]["iou"])
+    for arm, methods in ((std, ("cam", "gradient")), (csg, ("cam", "gradient", "gate"))):
+        for method in methods:
+            found = arm["methods"][method]
+            assert found["best_iou"] == max(found["sweep"]["iou"])
+            assert 0 <= found["energy"] <= 1 and 0 < arm["query"][method]["energy"] < 1
+            assert list(found["average_precision"].values()) == sorted(found["average_precision"].values())[::-1]
+        assert len(arm["query"]["cam"]["per_class"]["energy"]) == 3
+
+
+def test_command_scores_what_the_functions_score(run, digits, masks, tmp_path, capsys):
+    from csg_ext.data.batches import normalise
+    from csg_ext.runs import checkpoint_files, read_checkpoint, restore
+
+    file, arrays = masks
+    assert _localize(capsys, run[0], "--data", digits, "--masks", file, "--output", tmp_path)[0] == 0
+    csg = json.loads((tmp_path / "localization.json").read_text())["checkpoints"][1]
+    data = load_images(digits)
+    model = restore(read_checkpoint(checkpoint_files(run[0])[1]), data).eval()
+    kept = torch.from_numpy(np.setdiff1d(np.arange(137), [3, 8]))
+    x, labels = normalise(data.test_images[kept], *data.statistics()), torch.from_numpy(data.test_labels)[kept]
+    with torch.no_grad():
+        maps = model.forward_features(x)
+        found = loc.gate_map(maps, model.gate, labels)
+    masks = torch.from_numpy(arrays["test_masks"])[kept]
+    up = F.interpolate(found[:, None], size=(8, 8), mode="bilinear", align_corners=False)[:, 0].double()
+    region = up > 0.2 * up.amax((1, 2), keepdim=True)
+    iou = ((region & masks).sum((1, 2)).double() / (region | masks).sum((1, 2))).mean()
+    share = ((up * masks).sum((1, 2)) / up.sum((1, 2)).clamp(min=1e-9)).mean()
+    assert csg["methods"]["gate"]["iou"] == pytest.approx(float(iou), abs=2e-3)
+    assert csg["methods"]["gate"]["energy"] == pytest.approx(float(share), abs=1e-4)
+    threshold = loc.activation_thresholds(maps)
+    assert csg["filters"]["threshold"] == pytest.approx(threshold.tolist(), abs=1e-5)
+
+
+def test_command_without_train_masks_chooses_on_images_that_it_does_not_score(run, digits, masks, tmp_path, capsys):
+    np.save(tmp_path / "masks.npy", masks[1]["test_masks"].astype(np.uint8) * 255)
+    arguments = ("--data", digits, "--masks", tmp_path / "masks.npy", "--output", tmp_path)
+    status, out, err = _localize(capsys, run[0] / "csg", *arguments)
+    assert status == 0, err
+    report = json.loads((tmp_path / "localization.json").read_text())
+    assert report["checkpoints"][0]["images"] == 67 and report["data"]["images_that_choose"] == 68
+    assert "query" not in report["checkpoints"][0]
+
+
+def test_command_can_leave_out_what_the_network_gets_wrong(run, digits, masks, tmp_path, capsys):
+    arguments = (run[0], "--data", digits, "--masks", masks[0], "--output", tmp_path, "--only-correct")
+    assert _localize(capsys, *arguments)[0] == 0
+    for arm in json.loads((tmp_path / "localization.json").read_text())["checkpoints"]:
+        assert arm["images"] == 135 - arm["images_wrong"]
+
+
+def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, capsys):
+    good = masks[1]["test_masks"]
+    for array, message in (
+        (good[:, :4], r"masks: test_masks must be (137, 8, 8), like the images, got (137, 4, 8)"),
+        (good[:9], r"masks: test_masks must be (137, 8, 8), like the images, got (9, 8, 8)"),
+        (good.astype(np.float32), "masks: test_masks must be bool, or uint8 with 0 outside the object, got float32"),
+        (good.astype(np.uint8) + 1, "masks: test_masks must hold 0 and one other value, got also [1, 2]"),
+        (np.zeros_like(good), "masks: expected masks that are not empty in every part, got none"),
+    ):
+        np.save(tmp_path / "bad.npy", array)
+        arguments = (run[0], "--data", digits, "--masks", tmp_path / "bad.npy", "--output", tmp_path / "out")
+        status, _, err = _localize(capsys, *arguments)
+        assert status == 2 and err == f"csg-ext localize: error: {message}\n"
+        assert not (tmp_path / "out").exists()
+    (tmp_path / "bad.npz").write_bytes(b"PK no archive")
+    status, _, err = _localize(capsys, run[0], "--data", digits, "--masks", tmp_path / "bad.npz")
+    assert status == 2 and "masks: expected a readable NumPy file" in err
+    status, _, err = _localize(capsys, run[0], "--data", digits)
+    assert status == 2 and f"masks: expected the array test_masks in {digits}" in err
