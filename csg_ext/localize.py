@@ -219,15 +219,8 @@ def localize(model: GatedModel, scenes: Scenes, statistics: Statistics, settings
     masks, labels = scored.masks.to(device), scored.labels.to(device)
     thresholds = loc.activation_thresholds(maps, settings.top)
     owner = _filter_classes(network, scenes.choosing, len(weight), settings)
-    filters = _filters(maps, thresholds, masks, labels, owner, len(weight), settings)
-    if trained:
-        filters["gate_class"] = gate.argmax(0).tolist()
-        seen = owner >= 0
-        agree = (gate.argmax(0) == owner)[seen].double().mean() if bool(seen.any()) else torch.zeros(())
-        filters["gate_class_agreement"] = float(agree)
-        own = loc.own_filters(gate)
-    else:
-        own = F.one_hot(owner.clamp(min=0), len(weight)).T * (owner >= 0)
+    own = loc.own_filters(gate) if trained else F.one_hot(owner.clamp(min=0), len(weight)).T * (owner >= 0)
+    gate_class = gate.argmax(0) if trained else None
 
     def of_classes(part: Part, maps: Tensor, classes: Tensor) -> dict[str, Tensor]:
         found = {
@@ -239,20 +232,20 @@ def localize(model: GatedModel, scenes: Scenes, statistics: Statistics, settings
     methods: dict[str, Any] = {}
     for name, found in of_classes(scored, maps, labels).items():
         methods[name] = _score_maps(found, masks, labels, len(weight), 1.0 if name == "gradient" else None, settings)
-    report = {
+    report: dict[str, Any] = {
         "images": len(labels),
         "images_wrong": int((~right).sum()),
         "mask_area": float(masks.double().mean()),
         "methods": methods,
-        "filters": filters,
+        "filters": _filters(maps, thresholds, masks, labels, owner, gate_class, len(weight), settings),
         "classes_without_filter": torch.nonzero(~own.bool().any(1))[:, 0].tolist(),
     }
     if scenes.pairs is not None:
         maps, _ = network.maps(scenes.pairs.images)
         queries = scenes.pairs.labels.to(device).unbind(1)
-        found = [of_classes(scenes.pairs, maps, q) for q in queries]
+        queried = [of_classes(scenes.pairs, maps, q) for q in queries]
         report["query"] = {"images": len(scenes.pairs.labels)} | {
-            name: _query(torch.stack([f[name] for f in found], 1), scenes.pairs, len(weight)) for name in found[0]
+            name: _query(torch.stack([q[name] for q in queried], 1), scenes.pairs, len(weight)) for name in queried[0]
         }
     if not trained:
         reason = f"the checkpoint has no trained gate: its entries are all {float(gate[0, 0]):g}"
@@ -294,15 +287,17 @@ def _filters(
     masks: Tensor,
     labels: Tensor,
     owner: Tensor,
+    gate_class: Tensor | None,
     classes: int,
     settings: Settings,
 ) -> dict[str, Any]:
-    """ActivMap: every filter on the images of its class, and the means over the filters that have one."""
+    """ActivMap: every filter on the images of its class, and the means over the filters that have one; with a gate,
+    also on the images of the gate's class."""
     scores = _score_filters(maps, thresholds, masks, labels, classes, settings)
     own, seen = scores.own(owner), owner >= 0
     share = F.one_hot(owner[seen], classes).double()
     counts = share.sum(0)
-    return {
+    found: dict[str, Any] = {
         "count": len(owner),
         "dead": torch.nonzero(loc.dead_filters(maps))[:, 0].tolist(),
         "without_class": int((~seen).sum()),
@@ -313,6 +308,12 @@ def _filters(
         | {name: _class_means(values[seen], owner[seen], classes) for name, values in own.items()},
         "per_filter": {name: values.tolist() for name, values in own.items()},
     }
+    if gate_class is not None:
+        found["gate_class"] = gate_class.tolist()
+        found["mean_on_gate_class"] = {name: float(v.mean()) for name, v in scores.own(gate_class).items()}
+        agree = (gate_class == owner)[seen].double()
+        found["gate_class_agreement"] = float(agree.mean()) if len(agree) else None
+    return found
 
 
 def _class_means(values: Tensor, classes: Tensor, count: int) -> list[float | None]:
@@ -407,14 +408,13 @@ def table(report: dict[str, Any]) -> str:
     row("  filters", [f["count"] for f in filters], "d")
     row("  dead: one activation everywhere", [len(f["dead"]) for f in filters], "d")
     row("  without a class: finds no object", [f["without_class"] for f in filters], "d")
-    for key, text in (
-        ("iou", "mean IoU"),
-        ("success", f"share with IoU > {success:g}"),
-        ("pointing", "pointing game"),
-        ("energy", "energy inside the mask"),
-    ):
-        row(f"  {text}", [f["mean"][key] for f in filters])
+    texts = {"success": f"share with IoU > {success:g}"} | dict(_SCORES)
+    for key in ("iou", "success", "pointing", "energy"):
+        row(f"  {texts[key]}", [f["mean"][key] for f in filters])
     row("  its class is its gate's class, share of filters", [f.get("gate_class_agreement") for f in filters])
+    rows.append(["each filter alone, on the images of its gate's class (dead ones too)"])
+    for key in ("iou", "success", "pointing", "energy"):
+        row(f"  {texts[key]}", [f.get("mean_on_gate_class", {}).get(key) for f in filters])
     row("classes without a filter", [len(a["classes_without_filter"]) for a in arms], "d")
     if "query" in arms[0]:
         rows.append(

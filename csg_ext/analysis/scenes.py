@@ -107,7 +107,7 @@ def make_scenes(
     )
     for i in range(count):
         rng = np.random.default_rng((seed, objects, i))
-        scene = _background(photos[rng.integers(len(photos))], rng)
+        scene = _background(photos[int(rng.integers(len(photos)))], rng)
         classes = [i % len(members)]
         if objects == 2:
             classes.append((classes[0] + int(rng.integers(1, len(members)))) % len(members))
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arrays = benchmark_set(args.train, args.test, args.pairs, args.seed)
         with atomic_file(args.output) as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # the stubs take a name for allow_pickle
     except ModuleNotFoundError as error:
         print(f"error: the scenes need {error.name}, which is missing: pip install scikit-image", file=sys.stderr)
         return 1
