@@ -231,7 +231,7 @@ def localize(model: GatedModel, scenes: Scenes, statistics: Statistics, settings
 
     methods: dict[str, Any] = {}
     for name, found in of_classes(scored, maps, labels).items():
-        methods[name] = _score_maps(found, masks, labels, len(weight), 1.0 if name == "gradient" else None, settings)
+        methods[name] = score_maps(found, masks, labels, len(weight), 1.0 if name == "gradient" else None, settings)
     report: dict[str, Any] = {
         "images": len(labels),
         "images_wrong": int((~right).sum()),
@@ -323,7 +323,7 @@ def _class_means(values: Tensor, classes: Tensor, count: int) -> list[float | No
     return [float(s / n) if n else None for s, n in zip(sums, counts, strict=True)]
 
 
-def _score_maps(
+def score_maps(
     maps: Tensor, masks: Tensor, labels: Tensor, classes: int, limit: float | None, settings: Settings
 ) -> dict[str, Any]:
     """One map (N, h, w) per image against its mask. limit: the threshold; None: a share of the map's maximum."""
@@ -372,7 +372,7 @@ _METHODS = {
     "gradient": "GradMap: input gradient of the class's filters",
     "gate": "gate: the class's filters weighted by its row",
 }
-_SCORES = (
+SCORES = (
     ("iou", "mean IoU"),
     ("box_iou", "mean IoU of the boxes"),
     ("best_iou", "mean IoU at the best threshold of the sweep"),
@@ -399,7 +399,7 @@ def table(report: dict[str, Any]) -> str:
     for method, text in _METHODS.items():
         rows.append([text])
         found = [a["methods"][method] for a in arms]
-        for key, score in _SCORES:
+        for key, score in SCORES:
             row(f"  {score}", [f.get(key) for f in found])
         for iou in ("0.3", "0.5"):
             row(f"  AP: share with IoU > {iou}", [f.get("average_precision", {}).get(iou) for f in found])
@@ -408,7 +408,7 @@ def table(report: dict[str, Any]) -> str:
     row("  filters", [f["count"] for f in filters], "d")
     row("  dead: one activation everywhere", [len(f["dead"]) for f in filters], "d")
     row("  without a class: finds no object", [f["without_class"] for f in filters], "d")
-    texts = {"success": f"share with IoU > {success:g}"} | dict(_SCORES)
+    texts = {"success": f"share with IoU > {success:g}"} | dict(SCORES)
     for key in ("iou", "success", "pointing", "energy"):
         row(f"  {texts[key]}", [f["mean"][key] for f in filters])
     row("  its class is its gate's class, share of filters", [f.get("gate_class_agreement") for f in filters])

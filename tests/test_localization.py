@@ -218,6 +218,25 @@ def test_cam_averages_to_the_logit():
     torch.testing.assert_close(found, logit)
 
 
+def test_cam_is_grad_cam_of_a_globally_pooled_network(monkeypatch):
+    import model_zoo  # makes torchvision, which the library imports, importable
+
+    monkeypatch.syspath_prepend(model_zoo.ZOO)
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model = GatedModel(torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, stride=2), torch.nn.ReLU()), 4, 6).eval()
+    x, classes = torch.randn(5, 3, 16, 20), torch.randint(0, 4, (5,))
+    with GradCAM(model=model, target_layers=[model.backbone]) as method:
+        expected = method(input_tensor=x, targets=[ClassifierOutputTarget(int(c)) for c in classes])
+    with torch.no_grad():
+        found = loc.cam(model.forward_features(x), model.classifier.weight, classes).clamp(min=0)
+    up = loc.upsample(found, (16, 20))
+    low, high = up.amin((1, 2), keepdim=True), up.amax((1, 2), keepdim=True)
+    torch.testing.assert_close((up - low) / (high - low), torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
+    assert (high > low).all()
+
+
 def test_gate_map_holds_the_filters_of_the_class_alone():
     maps = torch.rand(4, 5, 3, 3)
     gate = torch.tensor([[1.0, 0.2, 0.0, 1.0, 0.4], [0.1, 1.0, 1.0, 0.3, 1.0], [0.0, 0.0, 0.1, 0.0, 0.2]])

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 2**19  # values at once: a few MB for each of about ten temporaries
+CHUNK = 2**18  # values at once: about ten temporaries of 1 to 2 MiB, which stay in a processor's caches
 Progress = Callable[[int, int], None]
 
 
@@ -231,8 +231,7 @@ def _count(values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     centre = (torch.arange(w - 1, dtype=values.dtype, device=values.device) + 0.5) * scale - 0.5
     x = (left / (left - right)).mul_(scale).add_(centre[:, None, None])
     x = torch.where(change > 0, x.ceil(), x.floor_().add_(1))  # a pixel of value zero is outside either way
-    # fmax drops the NaN of 0 / 0, which is where nothing changes.
-    x = torch.fmax(x, x.new_zeros(())).clamp_(max=width).long()
+    x = x.nan_to_num_().clamp_(0, width).long()  # 0 / 0 where nothing changes
     row = torch.arange(height, device=values.device)[:, None] + height * torch.arange(n, device=values.device)
     before = table.reshape(-1)[x + (row * (width + 1))[:, None, :, None]]
     last, whole = positive[:, -1], table[:, :, -1].T[:, :, None]
@@ -411,7 +410,8 @@ def score_filters(
     counts = one_hot.sum(1)
     share = one_hot / counts.clamp(min=1)[:, None]
     scores = (iou, iou > success, peaks(maps, masks.shape[1:], chunk=chunk).hits(masks), energy(maps, masks))
-    return FilterScores(*(share @ s.double() for s in scores), counts.long())
+    iou_means, success_means, pointing, energies = (share @ s.double() for s in scores)
+    return FilterScores(iou_means, success_means, pointing, energies, counts.long())
 
 
 # ---- checks
