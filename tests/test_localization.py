@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 
 import numpy as np
 import pytest
@@ -507,6 +508,17 @@ def test_command_can_leave_out_what_the_network_gets_wrong(run, digits, masks, t
     assert _localize(capsys, *arguments)[0] == 0
     for arm in json.loads((tmp_path / "localization.json").read_text())["checkpoints"]:
         assert arm["images"] == 135 - arm["images_wrong"]
+
+
+def test_example_draws_what_the_gate_picks(run, digits, masks, tmp_path, monkeypatch, capsys):
+    with np.load(digits) as images:
+        np.savez(tmp_path / "scenes.npz", **images, **masks[1])
+    picture = tmp_path / "maps.png"
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr("sys.argv", ["example", str(run[0] / "csg"), str(tmp_path / "scenes.npz"), str(picture), "2"])
+    runpy.run_path("examples/localization.py", run_name="__main__")
+    assert "2 scenes; energy on the queried object 0." in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, capsys):
