@@ -46,23 +46,11 @@ def speed(images: int, filters: int, part: int) -> None:
     from tqdm import tqdm
 
     torch.manual_seed(0)
-    maps = torch.randn(images, filters, 4, 4).relu()
+    maps = torch.randn(images, filters, 4, 4).relu_()
     labels = torch.arange(images) % CLASSES
     masks = torch.zeros(images, *SIZE, dtype=torch.bool)
     for mask, (y, x, height, width) in zip(masks, torch.randint(8, 64, (images, 4)).tolist(), strict=True):
         mask[y : y + height, x : x + width] = True
-    few, ratios = maps[:, :part].contiguous(), []
-    limits = loc.activation_thresholds(few)
-    for _ in range(3):
-        begun = time.perf_counter()
-        loop = loop_over_filters(few, limits, masks)
-        middle = time.perf_counter()
-        iou = loc.regions(few, limits, masks).iou()
-        loc.peaks(few, SIZE).hits(masks)
-        share = loc.energy(few, masks)
-        ratios.append((middle - begun) / (time.perf_counter() - middle))
-    assert (loop[0] - iou).abs().max() < 1e-3 and (loop[2] - share).abs().max() < 1e-3
-    print(f"{part} filters: a loop over the filters takes {statistics.median(ratios):.1f} times as long")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.perf_counter()
     with tqdm(total=images * filters, unit="map", unit_scale=True) as bar:
@@ -76,6 +64,18 @@ def speed(images: int, filters: int, part: int) -> None:
         f"{filters} filters, {images} images, {SIZE[0]} x {SIZE[1]}, {torch.get_num_threads()} threads: "
         f"{seconds:.1f} s; peak memory {grown:.0f} MiB above that of the maps ({maps.nbytes / 2**20:.0f} MiB)"
     )
+    few, ratios = maps[:, :part].contiguous(), []
+    limits = loc.activation_thresholds(few)
+    for _ in range(3):
+        begun = time.perf_counter()
+        loop = loop_over_filters(few, limits, masks)
+        middle = time.perf_counter()
+        iou = loc.regions(few, limits, masks).iou()
+        loc.peaks(few, SIZE).hits(masks)
+        share = loc.energy(few, masks)
+        ratios.append((middle - begun) / (time.perf_counter() - middle))
+    assert (loop[0] - iou).abs().max() < 1e-3 and (loop[2] - share).abs().max() < 1e-3
+    print(f"{part} filters: a loop over the filters takes {statistics.median(ratios):.1f} times as long")
 
 
 def grad_cam(run: Path, data_file: Path) -> None:

@@ -443,11 +443,13 @@ def main(arguments: dict[str, Any]) -> int:
     settings = Settings(**{name: arguments[name] for name in ("above", "top", "success", "only_correct", "chunk")})
     files = chosen_files(arguments["checkpoints"])
     stored = [read_checkpoint(file) for file in files.values()]
-    path = arguments["data"] or (stored[0].run or {"source": {"data": None}})["source"]["data"]
+    run = stored[0].run
+    path: str | None = arguments["data"] or (run["source"]["data"] if run else None)
     if path is None:
-        raise ValueError("the images must be given as --data PATH, with masks: the run used those of the package")
+        why = f"{stored[0].file} has no run.json of its run beside it" if run is None else "the run's have no masks"
+        raise ValueError(f"the images must be given as --data PATH: {why}")
     data = source_images(stored, {"data": path, "image_size": arguments["image_size"]})
-    mask_file = arguments["masks"] or (path if str(path).endswith(".npz") else None)
+    mask_file = arguments["masks"] or (path if path.endswith(".npz") else None)
     if mask_file is None:
         raise ValueError(f"the masks must be given as --masks FILE, as {path} holds none")
     scenes = masked_scenes(data, read_arrays(Path(mask_file)))

@@ -29,7 +29,7 @@ with torch.no_grad():
     maps = model.forward_features(normalise(images, *training_statistics(stored, data)))  # (N, K, h, w)
     queried = torch.stack([gate_map(maps, model.gate, torch.from_numpy(c)) for c in labels.T], 1)  # (N, 2, h, w)
     energy = query_energy(queried, torch.from_numpy(masks))  # (N, 2), chance 0.5
-    shown = upsample(queried, images.shape[2:])
+    shown = upsample(queried, images.shape[2:]).numpy()
 
 figure, axes = plt.subplots(count, 3, figsize=(6, 2 * count), squeeze=False)
 for row, image, classes, pair, shares in zip(axes, images, labels, shown, energy, strict=True):

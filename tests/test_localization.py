@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from csg_ext import cli
+from csg_ext import cli, localize
 from csg_ext.analysis import localization as loc
 from csg_ext.analysis import scenes
 from csg_ext.data import load_images
@@ -120,10 +120,11 @@ def test_peak_of_an_outer_cell_is_beside_its_centre():
 
 
 @pytest.mark.parametrize("small, large", SIZES)
-def test_energy_is_that_of_a_loop(small, large):
+@pytest.mark.parametrize("chunk", [1, 2**19])
+def test_energy_is_that_of_a_loop(small, large, chunk):
     n, k = 4, 5
     maps, masks = torch.randn(n, k, *small, dtype=torch.float64), _masks(n, *large)
-    found = loc.energy(maps, masks)
+    found = loc.energy(maps, masks, chunk=chunk)
     for i in range(n):
         for j in range(k):
             up = _naive_upsample(maps[i, j].clamp(min=0), large)
@@ -415,6 +416,96 @@ def test_the_benchmark_file_is_a_training_set_with_masks(tmp_path, capsys):
         assert arrays["pair_masks"].shape == (4, 2, 40, 40) and arrays["pair_labels"].shape == (4, 2)
 
 
+# ---- a network whose filters are known
+
+
+def _squares(labels):
+    """16 x 16 images with a 4 x 4 square of the class's colour (red, green, blue) for each label (N, objects)."""
+    images = np.zeros((len(labels), 3, 16, 16), np.uint8)
+    masks = torch.zeros(*labels.shape, 16, 16, dtype=torch.bool)
+    for i, classes in enumerate(labels.tolist()):
+        for q, c in enumerate(classes):
+            square = (slice(2 + i % 9, 6 + i % 9), slice(1 + 8 * q, 5 + 8 * q))
+            images[i, c][square] = 255
+            masks[i, q][square] = True
+    return images, masks
+
+
+@pytest.fixture
+def planted():
+    """Filters red, green, blue and dead; the gate gives blue to green's class: the class of blue has none."""
+    model = GatedModel(torch.nn.Conv2d(3, 4, 1, bias=False), 3, 4)
+    with torch.no_grad():
+        model.backbone.weight.copy_(torch.eye(4, 3)[:, :, None, None])
+        model.classifier.weight.fill_(1)
+        model.classifier.bias.zero_()
+        model.gate.copy_(torch.tensor([[1.0, 0, 0.1, 1], [0, 1, 1, 0.5], [0.2, 0, 0.3, 0]]))
+    labels = torch.arange(30)[:, None] % 3
+    images, masks = _squares(labels)
+    part = localize.Part(images, labels[:, 0], masks[:, 0])
+    pairs = torch.tensor([[0, 1], [1, 0]] * 5)
+    found, both = _squares(pairs)
+    return model, localize.Scenes(part, part, localize.Part(found, pairs, both), 0)
+
+
+def test_filters_and_gate_of_a_planted_network_find_their_class(planted):
+    model, data = planted
+    found = localize.localize(model, data, ([0.0] * 3, [1.0] * 3), localize.Settings())
+    json.dumps(found, allow_nan=False)
+    assert found["filters"]["class"] == [0, 1, 2, -1] and found["filters"]["dead"] == [3]
+    assert found["filters"]["gate_class"] == [0, 1, 1, 0]
+    assert found["filters"]["without_class"] == 1 and found["classes_without_filter"] == [2]
+    assert found["filters"]["gate_class_agreement"] == pytest.approx(2 / 3)
+    assert found["filters"]["mean"] == {"iou": 1, "success": 1, "pointing": 1, "energy": pytest.approx(1)}
+    # Of the filters that belong to each class by the gate, blue and the dead one never see it.
+    assert found["filters"]["mean_on_gate_class"]["iou"] == 0.5
+    gate = found["methods"]["gate"]["per_class"]
+    for score in ("iou", "box_iou", "pointing", "energy"):
+        assert gate[score] == pytest.approx([1, 1, 0])
+    assert found["methods"]["cam"]["iou"] == 1  # every filter weighs the same, and there is one object
+    assert found["query"]["gate"]["energy"] == pytest.approx(1) and found["query"]["gate"]["picked"] == 1
+    assert found["query"]["cam"]["energy"] == 0.5 and found["query"]["cam"]["picked"] == 0.5
+    assert found["images_wrong"] == 20  # all logits are equal: the first class
+
+
+def test_images_that_the_network_gets_wrong_can_be_left_out(planted):
+    model, data = planted
+    found = localize.localize(model, data, ([0.0] * 3, [1.0] * 3), localize.Settings(only_correct=True))
+    assert found["images"] == 10 and found["images_wrong"] == 20
+    assert found["methods"]["gate"]["iou"] == 1
+    assert found["methods"]["gate"]["per_class"]["iou"] == [1, None, None]
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([0.0, 0, 1]))
+        model.classifier.weight[2] = 0
+    wrong = localize.Part(data.scored.images, torch.ones(30, dtype=torch.int64), data.scored.masks)
+    with pytest.raises(ValueError, match="only_correct leaves no image: the network gets every one wrong"):
+        localize.localize(
+            model,
+            localize.Scenes(wrong, wrong, None, 0),
+            ([0.0] * 3, [255.0] * 3),
+            localize.Settings(only_correct=True),
+        )
+
+
+def test_without_a_gate_gradients_take_the_filters_that_find_the_class(planted):
+    model, data = planted
+    with torch.no_grad():
+        model.gate.fill_(0.5)
+    found = localize.localize(model, data, ([0.0] * 3, [1.0] * 3), localize.Settings())
+    reason = "the checkpoint has no trained gate: its entries are all 0.5"
+    assert found["methods"]["gate"] == found["query"]["gate"] == {"unavailable": reason}
+    assert "gate_class" not in found["filters"] and found["classes_without_filter"] == []
+
+
+@pytest.mark.parametrize("name", ["above", "top", "success"])
+@pytest.mark.parametrize("value", [0, 1, float("nan")])
+def test_shares_outside_of_their_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must lie in \(0, 1\), got {value}"):
+        localize.Settings(**{name: value})
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        localize.Settings(chunk=0)
+
+
 # ---- the command
 
 
@@ -493,6 +584,21 @@ def test_command_scores_what_the_functions_score(run, digits, masks, tmp_path, c
     assert csg["filters"]["threshold"] == pytest.approx(threshold.tolist(), abs=1e-5)
 
 
+def test_pairs_must_be_whole_and_fit(digits, masks):
+    data, arrays = load_images(digits), masks[1]
+    for change, message in (
+        ({"pair_labels": None}, "scenes of two objects need .* got no pair_labels"),
+        ({"pair_labels": arrays["pair_labels"] + 1}, r"pair_labels must be \(12, 2\) with classes in \[0, 3\)"),
+        ({"pair_images": arrays["pair_images"][:, :, :4]}, r"pair_images must be uint8 \(M, 1, 8, 8\)"),
+        ({"pair_masks": arrays["pair_masks"][:, :1]}, r"pair_masks must be \(12, 2, 8, 8\)"),
+    ):
+        odd = {key: value for key, value in (arrays | change).items() if value is not None}
+        with pytest.raises(ValueError, match=f"masks: {message}"):
+            localize.masked_scenes(data, odd)
+    arrays["pair_masks"][2, 1] = False
+    assert len(localize.masked_scenes(data, arrays).pairs.labels) == 11
+
+
 def test_command_without_train_masks_chooses_on_images_that_it_does_not_score(run, digits, masks, tmp_path, capsys):
     np.save(tmp_path / "masks.npy", masks[1]["test_masks"].astype(np.uint8) * 255)
     arguments = ("--data", digits, "--masks", tmp_path / "masks.npy", "--output", tmp_path)
@@ -538,5 +644,10 @@ def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, cap
     (tmp_path / "bad.npz").write_bytes(b"PK no archive")
     status, _, err = _localize(capsys, run[0], "--data", digits, "--masks", tmp_path / "bad.npz")
     assert status == 2 and "masks: expected a readable NumPy file" in err
+    alone = tmp_path / "alone" / "csg" / "model.safetensors"
+    alone.parent.mkdir(parents=True)
+    alone.write_bytes((run[0] / "csg" / "model.safetensors").read_bytes())
+    status, _, err = _localize(capsys, alone)
+    assert status == 2 and "holds weights alone" in err
     status, _, err = _localize(capsys, run[0], "--data", digits)
     assert status == 2 and f"masks: expected the array test_masks in {digits}" in err

@@ -73,7 +73,7 @@ def activation_thresholds(maps: Tensor, top: float = 0.3) -> Tensor:
         raise ValueError(f"activation_thresholds: top must lie in (0, 1), got {top}")
     k, count = maps.shape[1], maps.numel() // maps.shape[1]
     rank = max(1, min(count, count - int(top * count + 1e-9)))
-    step = max(1, 2**24 // count)
+    step = max(1, 2**22 // count)  # a copy of 16 MiB at a time
     parts = [maps[:, i : i + step].transpose(0, 1).flatten(1).kthvalue(rank, dim=1).values for i in range(0, k, step)]
     return torch.cat(parts)
 
@@ -191,8 +191,8 @@ def regions(
     """Counts the pixels in which upsampled maps exceed their thresholds, and those of them in the mask.
 
     maps (N, K, h, w) floating; thresholds broadcastable to (N, K); masks bool (N, H, W). Exact up to pixels whose value
-    equals the threshold within rounding. chunk bounds the memory: about 60 bytes times max(chunk, H w). progress hears
-    (maps done, maps in all).
+    equals the threshold within rounding. chunk bounds the memory beside the results: about 60 bytes times
+    max(chunk, H w). progress hears (maps done, maps in all).
     """
     _check_maps("regions", maps)
     _check_masks("regions", masks, len(maps))
@@ -276,7 +276,7 @@ def peaks(maps: Tensor, size: Sequence[int], *, chunk: int = CHUNK) -> Peaks:
     return Peaks(value, row[position // len(column)], column[position % len(column)], constant)
 
 
-def energy(maps: Tensor, masks: Tensor) -> Tensor:
+def energy(maps: Tensor, masks: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """Share of a map's sum over the pixels that lies in the mask, (N, K); a map without any has 0.
 
     maps (N, K, h, w), of which the positive part counts; masks bool (N, H, W). A uniform map gets the mask's share of
@@ -285,10 +285,14 @@ def energy(maps: Tensor, masks: Tensor) -> Tensor:
     _check_maps("energy", maps)
     _check_masks("energy", masks, len(maps))
     rows, columns = (interpolation(a, b).to(maps) for a, b in zip(maps.shape[2:], masks.shape[1:], strict=True))
-    positive = maps.clamp(min=0)
-    inside = torch.einsum("nkhw,nhw->nk", positive, rows.T @ masks.to(maps.dtype) @ columns)
-    total = torch.einsum("nkhw,h,w->nk", positive, rows.sum(0), columns.sum(0))
-    return inside / torch.where(total > 0, total, 1)
+    inside = rows.T @ masks.to(maps.dtype) @ columns  # the mask at the maps' size, (N, h, w)
+    whole = torch.outer(rows.sum(0), columns.sum(0)).expand_as(inside)
+    weights = torch.stack([inside, whole], 3).flatten(1, 2)
+    shares = torch.empty(maps.shape[:2], dtype=maps.dtype, device=maps.device)
+    for i, j in _chunks(len(maps), maps.shape[1], maps[0, 0].numel(), chunk):
+        sums = maps[i, j].clamp(min=0).flatten(2) @ weights[i]
+        shares[i, j] = sums[..., 0] / torch.where(sums[..., 1] > 0, sums[..., 1], 1)
+    return shares
 
 
 def query_energy(maps: Tensor, masks: Tensor) -> Tensor:
@@ -408,9 +412,11 @@ def score_filters(
     iou = regions(maps, thresholds, masks, chunk=chunk, progress=progress).iou()
     one_hot = F.one_hot(labels, num_classes).double().T
     counts = one_hot.sum(1)
-    share = one_hot / counts.clamp(min=1)[:, None]
-    scores = (iou, iou > success, peaks(maps, masks.shape[1:], chunk=chunk).hits(masks), energy(maps, masks))
-    iou_means, success_means, pointing, energies = (share @ s.double() for s in scores)
+    hits = peaks(maps, masks.shape[1:], chunk=chunk).hits(masks)
+    iou_means, success_means, pointing, energies = (
+        one_hot @ s.double() / counts.clamp(min=1)[:, None]
+        for s in (iou, iou > success, hits, energy(maps, masks, chunk=chunk))
+    )
     return FilterScores(iou_means, success_means, pointing, energies, counts.long())
 
 
