@@ -284,7 +284,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     localize.add_argument("--only-correct", action="store_true", help="leave out images that the network gets wrong")
     localize.add_argument(
-        "--chunk", type=int, metavar="N", default=2**18, help="values worked on at once: bounds the memory"
+        "--chunk",
+        type=int,
+        metavar="N",
+        default=2**18,
+        help="values worked on at once, which bounds the memory (default 262144)",
     )
     localize.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"

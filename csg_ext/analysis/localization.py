@@ -1,8 +1,8 @@
 """Where a class is in an image, read from feature maps without a detector: the maps, and how they are scored.
 
-Maps are low-resolution tensors (N, K, h, w) or (N, h, w); masks are boolean (N, H, W) and cover the same field of view.
-A map is compared with a mask at the mask's size, upsampled bilinearly (align_corners=False). No map is upsampled pixel
-by pixel, though, where there is one for every filter and image:
+Maps are low-resolution tensors (N, K, h, w) or (N, h, w), float32 or float64; masks are boolean (N, H, W) and cover the
+same field of view. A map is compared with a mask at the mask's size, upsampled bilinearly (align_corners=False). No map
+is upsampled pixel by pixel, though, where there is one for every filter and image:
 
 - an energy is linear in the map, so the mask is brought down to the map's size once, by the transposed upsampling;
 - between the centres of its cells an upsampled map is bilinear, so its maximum is at one of the pixels next to them;
@@ -190,7 +190,7 @@ def regions(
 ) -> Regions:
     """Counts the pixels in which upsampled maps exceed their thresholds, and those of them in the mask.
 
-    maps (N, K, h, w) floating; thresholds broadcastable to (N, K); masks bool (N, H, W). Exact up to pixels whose value
+    maps (N, K, h, w); thresholds broadcastable to (N, K); masks bool (N, H, W). Exact up to pixels whose value
     equals the threshold within rounding. chunk bounds the memory beside the results: about 60 bytes times
     max(chunk, H w). progress hears (maps done, maps in all).
     """
@@ -424,8 +424,8 @@ def score_filters(
 
 
 def _check_maps(name: str, maps: Any) -> None:
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise TypeError(f"{name}: maps must be a floating-point tensor, got {getattr(maps, 'dtype', type(maps))}")
+    if not isinstance(maps, Tensor) or maps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name}: maps must be a float32 or float64 tensor, got {getattr(maps, 'dtype', type(maps))}")
     if maps.dim() != 4 or maps.numel() == 0:
         raise ValueError(f"{name}: maps must be (N, K, h, w) and not empty, got {tuple(maps.shape)}")
     if not bool(torch.isfinite(maps.sum())) and not bool(torch.isfinite(maps).all()):

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from csg_ext.training.files import atomic_file
 
 SIDE = 40  # of a scene, pixels
-SIZES = (14, 28)  # of a single item
-PAIR_SIZES = (14, 20)  # each of two items lies in its half of the scene
+SIZES = (16, 34)  # of a single item
+PAIR_SIZES = (16, 20)  # each of two items lies in its half of the scene
 PHOTOS = {
     "train": ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "hubble_deep_field"),
     "test": ("coins", "gravel", "retina", "rocket", "stereo_motorcycle"),
