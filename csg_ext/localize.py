@@ -120,19 +120,10 @@ def masked_scenes(data: ImageData, arrays: dict[str, NDArray[Any]]) -> Scenes:
     The filters' classes are chosen on train images, at most as many as are scored; where these have no masks, on every
     second test image, which is not scored then.
     """
-    height, width = data.test_images.shape[2:]
-
-    def part(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Part:
-        key = f"{name}_masks"
-        masks = _masks(key, arrays[key], (*labels.shape, height, width))
-        whole = Part(images, torch.from_numpy(labels.astype(np.int64)), masks)
-        # A scene of two objects counts if both are seen.
-        return whole.take(torch.nonzero(masks.flatten(-2).any(-1).view(len(labels), -1).all(1))[:, 0])
-
-    scored = part("test", data.test_images, data.test_labels)
+    scored = _part("test", data.test_images, data.test_labels, arrays)
     empty = len(data.test_labels) - len(scored.labels)
     if "train_masks" in arrays:
-        choosing = part("train", data.train_images, data.train_labels)
+        choosing = _part("train", data.train_images, data.train_labels, arrays)
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(choosing.labels)))
         choosing = choosing.take(order[: len(scored.labels)])
     else:
@@ -140,10 +131,18 @@ def masked_scenes(data: ImageData, arrays: dict[str, NDArray[Any]]) -> Scenes:
         scored, choosing = scored.take(rows[1::2]), scored.take(rows[::2])
     if not len(scored.labels) or not len(choosing.labels):
         raise ValueError("masks: expected masks that are not empty in every part, got none")
-    return Scenes(scored, choosing, _pairs(data, arrays, part), empty)
+    return Scenes(scored, choosing, _pairs(data, arrays), empty)
 
 
-def _pairs(data: ImageData, arrays: dict[str, NDArray[Any]], part: Any) -> Part | None:
+def _part(name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], arrays: dict[str, NDArray[Any]]) -> Part:
+    """The images whose mask is not empty; of scenes of two objects, those where both are seen."""
+    key = f"{name}_masks"
+    masks = _masks(key, arrays[key], labels.shape + images.shape[2:])
+    seen = masks.flatten(-2).any(-1).view(len(labels), -1).all(1)
+    return Part(images, torch.from_numpy(labels.astype(np.int64)), masks).take(torch.nonzero(seen)[:, 0])
+
+
+def _pairs(data: ImageData, arrays: dict[str, NDArray[Any]]) -> Part | None:
     names = ("pair_images", "pair_labels", "pair_masks")
     if not any(name in arrays for name in names):
         return None
@@ -162,7 +161,10 @@ def _pairs(data: ImageData, arrays: dict[str, NDArray[Any]], part: Any) -> Part 
             f"masks: pair_labels must be ({len(images)}, 2) with classes in [0, {len(data.classes)}), got "
             f"{labels.dtype} {labels.shape}"
         )
-    return part("pair", images, labels)
+    pairs = _part("pair", images, labels, arrays)
+    if not len(pairs.labels):
+        raise ValueError("masks: expected scenes of two objects with masks that are not empty, got none")
+    return pairs
 
 
 # ---- one network

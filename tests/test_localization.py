@@ -592,6 +592,7 @@ def test_pairs_must_be_whole_and_fit(digits, masks):
         ({"pair_labels": arrays["pair_labels"] + 1}, r"pair_labels must be \(12, 2\) with classes in \[0, 3\)"),
         ({"pair_images": arrays["pair_images"][:, :, :4]}, r"pair_images must be uint8 \(M, 1, 8, 8\)"),
         ({"pair_masks": arrays["pair_masks"][:, :1]}, r"pair_masks must be \(12, 2, 8, 8\)"),
+        ({"pair_masks": arrays["pair_masks"] & False}, "expected scenes of two objects with masks that are not empty"),
     ):
         odd = {key: value for key, value in (arrays | change).items() if value is not None}
         with pytest.raises(ValueError, match=f"masks: {message}"):
