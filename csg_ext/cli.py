@@ -1,4 +1,4 @@
-"""The command line: `csg-ext train`, `csg-ext mis`, `csg-ext evaluate` and `csg-ext info`."""
+"""The command line: `csg-ext train`, `csg-ext mis`, `csg-ext evaluate`, `csg-ext localize` and `csg-ext info`."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ _HELP = {
     "gate_clip_norm": "largest norm of the gate's gradient; any when not given",
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
+_LOCALIZE_OUTPUT = "runs/localize"
 
 
 def _names(text: str) -> list[str]:
@@ -243,6 +244,58 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--output", metavar="DIR", default=_EVALUATE_OUTPUT, help=f"folder of the results (default {_EVALUATE_OUTPUT})"
     )
+    localize = commands.add_parser(
+        "localize",
+        help="where a network's filters see each class, scored against masks",
+        description="Scores maps that need no detector (CAM, GradMap, the gate's own map, every filter alone) against "
+        "masks of the objects, and which of two objects in view a map picks.",
+    )
+    localize.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="as for csg-ext evaluate: the folder of a run is both its arms",
+    )
+    localize.add_argument(
+        "--data", metavar="PATH", help="images as for csg-ext train, its test part is scored (default: the run's own)"
+    )
+    localize.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    localize.add_argument(
+        "--masks",
+        metavar="FILE",
+        help=".npy with the masks (N, H, W) of the N test images, or .npz with test_masks (default: --data's own)",
+    )
+    localize.add_argument(
+        "--above",
+        type=float,
+        metavar="SHARE",
+        default=0.2,
+        help="a map's pixels above this share of its maximum are the object (default 0.2)",
+    )
+    localize.add_argument(
+        "--top",
+        type=float,
+        metavar="SHARE",
+        default=0.3,
+        help="a filter's pixels above all but this share of its activations are the object (default 0.3)",
+    )
+    localize.add_argument(
+        "--success", type=float, metavar="IOU", default=0.3, help="IoU above which an object is found (default 0.3)"
+    )
+    localize.add_argument("--only-correct", action="store_true", help="leave out images that the network gets wrong")
+    localize.add_argument(
+        "--chunk",
+        type=int,
+        metavar="N",
+        default=2**18,
+        help="values worked on at once, which bounds the memory (default 262144)",
+    )
+    localize.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+    localize.add_argument(
+        "--output", metavar="DIR", default=_LOCALIZE_OUTPUT, help=f"folder of the result (default {_LOCALIZE_OUTPUT})"
+    )
     info = commands.add_parser("info", help="what was built and what runs here")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
@@ -396,6 +449,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from csg_ext import evaluate
 
         return _guarded("evaluate", lambda: evaluate.main(arguments), lambda: "; nothing is written")
+
+    if command == "localize":
+        from csg_ext import localize
+
+        return _guarded("localize", lambda: localize.main(arguments), lambda: "; nothing is written")
 
     output = arguments["output"]
 

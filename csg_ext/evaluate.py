@@ -220,7 +220,7 @@ def table(report: dict[str, Any]) -> str:
     return text
 
 
-def _source(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
+def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
     """The images to measure on: --data, or those of the run, checked to be the same."""
     run = stored[0].run
     if arguments["data"] is not None:
@@ -247,7 +247,7 @@ def _source(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
     return data
 
 
-def _chosen(paths: list[str]) -> dict[str, Path]:
+def chosen_files(paths: list[str]) -> dict[str, Path]:
     """The files to measure, by the names that the report gives them."""
     if len(paths) > 2:
         raise ValueError(f"expected one or two checkpoints, got {len(paths)}")
@@ -267,9 +267,9 @@ def main(arguments: dict[str, Any]) -> int:
     device, seed = pick_device(arguments["device"]), arguments["seed"]
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    files = _chosen(arguments["checkpoints"])
+    files = chosen_files(arguments["checkpoints"])
     stored = [read_checkpoint(file) for file in files.values()]
-    data = _source(stored, arguments)
+    data = source_images(stored, arguments)
     models = [restore(s, data).to(device) for s in stored]
     if data.skipped:
         print(f"{len(data.skipped)} images do not decode and are left out: {data.skipped[0]}, ...", file=sys.stderr)

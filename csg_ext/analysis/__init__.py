@@ -1,0 +1,1 @@
+"""What a trained network's filters show: localization from feature maps."""
