@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import csg_ext
 from csg_ext.nn import GatedModel
 from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
 from csg_ext.training import (
@@ -140,6 +141,29 @@ def test_gated_training_takes_the_methods_steps(case, clip):
     )
     assert_same(model, expected)
     assert [module.gate_callback.schedule.path(s) for s in range(12)] == paths
+
+
+def attached_twin(model: GatedModel) -> nn.Module:
+    """The same network as an ordinary module that csg_ext.attach has put a gate into."""
+    plain = nn.Sequential(model.backbone, nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.classifier)
+    return csg_ext.attach(copy.deepcopy(plain), num_classes=CLASSES, example=torch.randn(2, 1, 6, 6).double())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_attached_model_trains_as_a_gated_model_does(case):
+    options, _ = CASES[case]
+    model, data = tiny(), batches()
+    twin = attached_twin(model)
+    for net in (model, twin):
+        module = GatedTraining(net, Schedule(**options, final_std=0.17, lr_warmup=0.0), OBJECTIVE)
+        trainer().fit(module, loader(data))
+    torch.testing.assert_close(twin.gate, model.gate)
+    ours, theirs = (dict(net.named_parameters()) for net in (twin.model, model))
+    for name, own in {"0.0": "backbone.0", "3": "classifier"}.items():
+        for part in ("weight", "bias"):
+            torch.testing.assert_close(ours[f"{name}.{part}"], theirs[f"{own}.{part}"])
+    x = data[0][0]
+    torch.testing.assert_close(csg_ext.detach(twin)(x), model(x))
 
 
 def test_an_optimizer_of_its_own_for_csg_steps():
