@@ -112,8 +112,10 @@ def main() -> None:
         sys.exit(__doc__)
     results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for pair in pairs:
-        results[pair] = measure(*pair.split(":"))
-        print(pair, results[pair], flush=True)
+        python, torch = pair.split(":")
+        name = f"{Path(python).name}:{torch}"
+        results[name] = measure(python, torch)
+        print(name, results[name], flush=True)
         KEPT.parent.mkdir(parents=True, exist_ok=True)
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
         PAGE.write_text(page(results))
