@@ -94,9 +94,17 @@ struct Problem {
     std::vector<double> by_row(features.size());
     for (int64_t j = 0; j < k; ++j)
       for (int64_t i = 0; i < n; ++i) by_row[size_t(i * k + j)] = features[size_t(j * n + i)];
-    mutual_info_cpu({rows ? by_row.data() : features.data(), ScalarType::Float64, n, k, rows ? k : 1, rows ? 1 : n,
-                     labels.data(), classes, neighbors, with_noise ? Ties::Noise : Ties::Exact,
-                     with_noise ? noise.data() : nullptr, 1, n, multiclass, psi.data(), bits, out.data()},
+    mutual_info_cpu({{rows ? by_row.data() : features.data(), ScalarType::Float64, n, k, rows ? k : 1, rows ? 1 : n,
+                      labels.data(), classes},
+                     neighbors,
+                     with_noise ? Ties::Noise : Ties::Exact,
+                     with_noise ? noise.data() : nullptr,
+                     1,
+                     n,
+                     multiclass,
+                     psi.data(),
+                     bits,
+                     out.data()},
                     threads);
     return out;
   }
@@ -105,8 +113,10 @@ struct Problem {
     std::vector<double> out(size_t(k * classes), -1), by_row(features.size());
     for (int64_t j = 0; j < k; ++j)
       for (int64_t i = 0; i < n; ++i) by_row[size_t(i * k + j)] = features[size_t(j * n + i)];
-    binned_mutual_info_cpu({rows ? by_row.data() : features.data(), ScalarType::Float64, n, k, rows ? k : 1,
-                            rows ? 1 : n, labels.data(), classes, bins, out.data()},
+    binned_mutual_info_cpu({{rows ? by_row.data() : features.data(), ScalarType::Float64, n, k, rows ? k : 1,
+                             rows ? 1 : n, labels.data(), classes},
+                            bins,
+                            out.data()},
                            threads);
     return out;
   }
