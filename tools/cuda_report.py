@@ -97,9 +97,11 @@ def read(libraries: list[Path]) -> dict[str, Kernels]:
     found: dict[str, Kernels] = {}
     for architecture, kernels in mangled.items():
         names = run(demangle, *kernels).splitlines()
-        found[architecture] = {
+        own = {
             readable(name): counts for name, counts in zip(names, kernels.values(), strict=True) if "cub::" not in name
         }
+        if own:  # linking adds a file without kernels for nvcc's default architecture
+            found[architecture] = own
     return found
 
 
