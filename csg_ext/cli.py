@@ -1,4 +1,4 @@
-"""The command line: `csg-ext train`, `csg-ext mis`, `csg-ext evaluate`, `csg-ext localize` and `csg-ext info`."""
+"""The command line: `csg-ext train`, `mis`, `evaluate`, `localize`, `detect` and `info`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _HELP = {
     "gate_clip_norm": "largest norm of the gate's gradient; any when not given",
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
-_LOCALIZE_OUTPUT = "runs/localize"
+_LOCALIZE_OUTPUT, _DETECT_OUTPUT = "runs/localize", "runs/detect"
 
 
 def _names(text: str) -> list[str]:
@@ -296,6 +296,66 @@ def _parser() -> argparse.ArgumentParser:
     localize.add_argument(
         "--output", metavar="DIR", default=_LOCALIZE_OUTPUT, help=f"folder of the result (default {_LOCALIZE_OUTPUT})"
     )
+    detect = commands.add_parser(
+        "detect",
+        help="how well attacked images are found by what a network's filters do",
+        description="Attacks a trained network (FGSM, PGD, DeepFool, and PGD that knows the score) and measures how "
+        "well detectors on its pooled features and its gate find the attacked images.",
+    )
+    detect.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="as for csg-ext evaluate: the folder of a run is both its arms",
+    )
+    detect.add_argument(
+        "--data", metavar="PATH", help="images as for csg-ext train, its test part is attacked (default: the run's own)"
+    )
+    detect.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    detect.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        default=300,
+        help="test images attacked, train images that fit, train images that set thresholds (default 300 each)",
+    )
+    detect.add_argument(
+        "--epsilons",
+        type=float,
+        nargs="+",
+        metavar="E",
+        default=[2, 4, 8, 16],
+        help="strengths of FGSM and PGD in units of 1/255 (default 2 4 8 16)",
+    )
+    detect.add_argument(
+        "--train-attack",
+        choices=("fgsm", "pgd"),
+        default="pgd",
+        help="attack that detectors are fitted on (default pgd)",
+    )
+    detect.add_argument(
+        "--train-epsilon",
+        type=float,
+        metavar="E",
+        default=8,
+        help="its strength, and that of the adaptive attack (default 8)",
+    )
+    detect.add_argument(
+        "--weights",
+        type=float,
+        nargs="*",
+        metavar="W",
+        default=[1, 10, 100],
+        help="of the score in the adaptive attack (default 1 10 100; none: no such attack)",
+    )
+    detect.add_argument("--steps", type=int, metavar="N", default=10, help="steps of PGD and DeepFool (default 10)")
+    detect.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
+    detect.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+    detect.add_argument(
+        "--output", metavar="DIR", default=_DETECT_OUTPUT, help=f"folder of the results (default {_DETECT_OUTPUT})"
+    )
     info = commands.add_parser("info", help="what was built and what runs here")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
@@ -455,6 +515,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _guarded("localize", lambda: localize.main(arguments), lambda: "; nothing is written")
 
+    if command == "detect":
+        from csg_ext import detect
+
+        return _guarded("detect", lambda: detect.main(arguments), lambda: "; nothing is written", "train,analysis")
+
     output = arguments["output"]
 
     def saved() -> str:
@@ -465,7 +530,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _guarded("train", lambda: _train(arguments), saved)
 
 
-def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str]) -> int:
+def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str = "train") -> int:
     """The exit status of a command whose errors are printed as one sentence."""
 
     def stop(*_: object) -> None:
@@ -479,7 +544,7 @@ def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str
         return 130
     except ModuleNotFoundError as error:
         print(
-            f"csg-ext {command}: error: it needs {error.name}, which is missing: pip install 'csg-ext[train]'",
+            f"csg-ext {command}: error: it needs {error.name}, which is missing: pip install 'csg-ext[{extra}]'",
             file=sys.stderr,
         )
         return 1

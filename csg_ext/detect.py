@@ -1,0 +1,117 @@
+"""The command `csg-ext detect`: how well attacked images are found by a network's features, arms side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from csg_ext.analysis import adversarial as adv
+from csg_ext.analysis.detectors import DETECTORS
+from csg_ext.evaluate import chosen_files, source_images
+from csg_ext.runs import read_checkpoint, restore, training_statistics
+from csg_ext.training.files import ARMS, write_text
+
+NUMBERS = "detection.json"
+Estimates = dict[str, dict[str, dict[str, adv.Estimate]]]
+
+
+def differences(first: Estimates, second: Estimates) -> dict[str, dict[str, dict[str, Any]]]:
+    """second - first of every measure with its interval, by attack, detector and measure."""
+    return {
+        attack: {
+            detector: {key: second[attack][detector][key].minus(e).interval() for key, e in found.items()}
+            for detector, found in by_detector.items()
+        }
+        for attack, by_detector in first.items()
+    }
+
+
+def _show(interval: dict[str, float | None]) -> str:
+    value, low, high = interval["value"], interval["low"], interval["high"]
+    return "-" if value is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as aligned text: for every attack and detector AUROC and, at the threshold, TPR, FPR and evaded."""
+    arms, change = report["checkpoints"], report.get("difference")
+    names = [a["name"].upper() if a["name"] in ARMS else a["name"] for a in arms]
+    head = ["", *names] + ([f"{names[1]} - {names[0]}"] if change else [])
+    rows: list[list[str]] = [head]
+    for i, attack in enumerate(arms[0]["attacks"]):
+        counts = [f"{a['attacks'][i]['changed']} of {a['benign']}" for a in arms]
+        rows.append([f"{attack['name']}: predictions changed", *counts])
+        if attack["targeted"]:
+            rows.append(["  target reached", *(str(a["attacks"][i]["target_reached"]) for a in arms)])
+        for detector in DETECTORS:
+            for key, text in (("auroc", "AUROC"), ("tpr", "TPR"), ("evaded", "evaded")):
+                cells = [_show(a["attacks"][i]["detectors"][detector][key]) for a in arms]
+                if change:
+                    cells.append(_show(change[attack["name"]][detector][key]))
+                rows.append([f"  {detector}, {text}" if key == "auroc" else f"    {text}", *cells])
+    rows.append([f"false positives among benign test images (aim: {adv.FALSE_POSITIVES:.2f})"])
+    for detector in DETECTORS:
+        rows.append([f"  {detector}", *(_show(a["attacks"][0]["detectors"][detector]["fpr"]) for a in arms)])
+    widths = [max(len(r[i]) for r in rows if i < len(r) and len(r) > 1) for i in range(len(head))]
+    lines = [
+        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=False))]) for r in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Runs `csg-ext detect` with the parsed arguments; returns the exit status."""
+    import art  # noqa: F401  (missing packages are named before anything is computed)
+    import sklearn  # noqa: F401
+    from tqdm import tqdm
+
+    from csg_ext.training.compare import pick_device, versions
+
+    device = pick_device(arguments["device"])
+    names = ("images", "epsilons", "train_attack", "train_epsilon", "weights", "steps", "seed")
+    options: dict[str, Any] = {n: tuple(v) if isinstance(v := arguments[n], list) else v for n in names}
+    settings = adv.Settings(**options)
+    files = chosen_files(arguments["checkpoints"])
+    stored = [read_checkpoint(file) for file in files.values()]
+    data = source_images(stored, arguments)
+    height, width = data.test_images.shape[2:]
+    print(f"Attacking networks on {data.name}: {height}x{width}, {len(data.classes)} classes.", flush=True)
+    folder = Path(arguments["output"])
+    reports, estimates, fitted = [], [], {}
+    for (name, file), s in zip(files.items(), stored, strict=True):
+        print(f"  {name}: {file}", flush=True)
+        statistics = training_statistics(s, data)
+        network, detectors, counts = adv.fit_detectors(restore(s, data).to(device), data, statistics, settings)
+        with tqdm(
+            total=len(settings.attacks()) + len(settings.weights), unit="attack", disable=None, leave=False
+        ) as bar:
+
+            def progress(attack: str, bar: Any = bar) -> None:
+                bar.set_description(attack)
+                bar.update()
+
+            report, found = adv.measure(network, detectors, data, settings, progress)
+        thresholds = {d.name: d.threshold for d in detectors}
+        facts = {"name": name, "file": str(file), "model": s.config.model, "train_images": counts}
+        reports.append(facts | {"thresholds": thresholds} | report)
+        estimates.append(found)
+        for d in detectors:
+            stem = d.name.replace(" ", "_")
+            fitted[f"{stem}_{name}.safetensors" if len(files) > 1 else f"{stem}.safetensors"] = d
+    result = {
+        "checkpoints": reports,
+        "data": {"name": data.name, "classes": data.classes, "sha256": data.fingerprint()},
+        "settings": vars(settings)
+        | {"confidence": adv.CONFIDENCE, "resamples": adv.RESAMPLES, "false_positives": adv.FALSE_POSITIVES}
+        | {"device": device},
+        "versions": versions(),
+    }
+    if len(estimates) == 2:
+        result["difference"] = differences(*estimates)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file_name, detector in fitted.items():
+        detector.save(folder / file_name)
+    write_text(folder / NUMBERS, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    print("\n" + table(result))
+    print(f"Written to {folder}: {', '.join([NUMBERS, *fitted])}")
+    return 0
