@@ -380,7 +380,7 @@ def test_damaged_and_hostile_detectors_are_refused(tmp_path):
         detector.save(file)
         save_file(load_file(file) | arrays, file, {"detector": detector.name})
 
-    inner = int(np.flatnonzero(forest.left)[0])
+    inner = int(np.flatnonzero(forest.left)[1])  # node 0 as its own left child would be a leaf
     for field, value, message in (
         ("left", inner, "every child behind its parent"),  # would never end
         ("right", len(forest.left), "every child behind its parent"),
