@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
 from sklearn.covariance import ledoit_wolf
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_selection import mutual_info_classif
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
@@ -490,13 +491,16 @@ def test_score_finds_an_attack_on_filters_of_one_class_each():
     assert estimates["deepfool"]["score"]["auroc"].value > 0.9  # the filters of two classes are active at a boundary
 
 
-def test_rows_without_a_gate_are_the_filters_classes():
+def test_rows_without_a_gate_are_the_filters_mutual_information():
     data, model = _data(), _quarters()
     with torch.no_grad():
         model.gate.fill_(0.5)
     network = adv.Network(model, STATISTICS, adv._pixels(data.train_images), data.train_labels)
     assert not network.gated
-    np.testing.assert_array_equal(network.rows, np.eye(CLASSES, dtype=np.float32).repeat(2, 1))
+    features = network.outputs(adv._pixels(data.train_images)).features
+    mi = [mutual_info_classif(features, data.train_labels == c, random_state=0) for c in range(CLASSES)]
+    np.testing.assert_allclose(network.rows, mi / np.max(mi, 0), atol=1e-5)
+    np.testing.assert_array_equal(network.rows.argmax(0), np.arange(CLASSES).repeat(2))
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,8 @@ def rates(
 class Network:
     """A model on images in [0, 1], and the rows (C, K) that say which filters speak for a class.
 
-    The rows are the gate's or, where it is constant (an STD network has none), 1 for the class about which a filter has
-    the most mutual information on these train images, 0 else.
+    The rows are the gate's. Where it is constant (an STD network has none), they are the mutual information of a filter
+    with each class on these train images, divided by the filter's largest: like the gate, 1 for its own class.
     """
 
     def __init__(self, model: GatedModel, statistics: Statistics, images: NDArray[np.float32], labels: Any) -> None:
@@ -164,7 +164,7 @@ class Network:
             self.rows = np.ascontiguousarray(gate)
         else:
             mi = metrics.class_mutual_info(self.outputs(images).features, labels, num_classes=len(gate))
-            self.rows = np.eye(len(gate), dtype=np.float32)[metrics.best_class(mi)].T.copy()
+            self.rows = (mi / np.maximum(mi.max(1, keepdims=True), 1e-12)).T.astype(np.float32)
 
     @torch.no_grad()
     def outputs(self, images: NDArray[np.float32]) -> Outputs:
