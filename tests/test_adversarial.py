@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 
@@ -585,3 +586,12 @@ def test_detect_of_one_arm_and_its_errors(run_folder, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "art", None)
     assert cli.main(["detect", str(run_folder), *out]) == 1
     assert "it needs art, which is missing: pip install 'csg-ext[train,analysis]'" in capsys.readouterr().err
+
+
+def test_example(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["adversarial_detection.py", str(run_folder / "csg"), "16", "30"])
+    runpy.run_path("examples/adversarial_detection.py", run_name="__main__")
+    text = capsys.readouterr().out
+    assert re.fullmatch(
+        r"PGD, 30/255: changes \d+ of \d+ right predictions\nflagged: \d+ of the changed, \d+ benign\n", text
+    )
