@@ -61,8 +61,8 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext detect` with the parsed arguments; returns the exit status."""
-    import art  # noqa: F401  (missing packages are named before anything is computed)
-    import sklearn  # noqa: F401
+    import art
+    import sklearn
     from tqdm import tqdm
 
     from csg_ext.training.compare import pick_device, versions
@@ -104,7 +104,8 @@ def main(arguments: dict[str, Any]) -> int:
         "settings": vars(settings)
         | {"confidence": adv.CONFIDENCE, "resamples": adv.RESAMPLES, "false_positives": adv.FALSE_POSITIVES}
         | {"device": device},
-        "versions": versions(),
+        "versions": versions()
+        | {"adversarial-robustness-toolbox": art.__version__, "scikit-learn": sklearn.__version__},
     }
     if len(estimates) == 2:
         result["difference"] = differences(*estimates)
