@@ -5,7 +5,7 @@ docs/adversarial.md says what is measured and on which images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from csg_ext import metrics
-from csg_ext.analysis import attacks
-from csg_ext.analysis.attacks import Attack, PixelModel
+from csg_ext.analysis.attacks import BATCH, Attack, PixelModel, adaptive_attack, draw_targets, run_attack
 from csg_ext.analysis.detectors import (
     Detector,
     Forest,
@@ -170,8 +169,8 @@ class Network:
     def outputs(self, images: NDArray[np.float32]) -> Outputs:
         """What the network says of images in [0, 1]."""
         found = []
-        for begin in range(0, len(images), attacks.BATCH):
-            x = torch.from_numpy(images[begin : begin + attacks.BATCH]).to(self.model.mean.device)
+        for begin in range(0, len(images), BATCH):
+            x = torch.from_numpy(images[begin : begin + BATCH]).to(self.model.mean.device)
             found.append([t.cpu().numpy() for t in self.model.features_and_logits(x)])
         return Outputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
@@ -211,7 +210,7 @@ def fit_detectors(
     if not len(fits) or not len(calibrates):
         raise ValueError(f"the network gets none of {half} train images right, which a detector is fitted on")
     attacked = network.outputs(
-        attacks.run_attack(network.model, images[fits], labels[fits], settings.training(), settings.seed)
+        run_attack(network.model, images[fits], labels[fits], settings.training(), settings.seed)
     )
     changed = ~_right(attacked, labels[fits])
     if not changed.any():
@@ -252,11 +251,11 @@ def measure(
         raise ValueError(f"the network gets none of {len(order)} test images right: there is nothing to attack")
     counts = bootstrap_counts(len(order), RESAMPLES, settings.seed)[:, right]
     images, labels, clean = images[right], labels[right], _take(clean, right)
-    targets = attacks.draw_targets(labels, network.rows.shape[0], settings.seed)
+    targets = draw_targets(labels, network.rows.shape[0], settings.seed)
     rows: list[dict[str, Any]] = []
     estimates: dict[str, dict[str, dict[str, Estimate]]] = {}
 
-    def add(name: str, facts: dict[str, Any], moved: NDArray[np.float32], targeted: bool) -> None:
+    def add(name: str, facts: dict[str, Any], moved: NDArray[np.float32]) -> None:
         seen = network.outputs(moved)
         changed = ~_right(seen, labels)
         found = {d.name: rates(d, clean, seen, changed, counts) for d in detectors}
@@ -267,44 +266,47 @@ def measure(
                 "name": name,
                 **facts,
                 "changed": int(changed.sum()),
-                "target_reached": int(_right(seen, targets).sum()) if targeted else None,
+                "target_reached": int(_right(seen, targets).sum()) if facts["targeted"] else None,
                 "median_change": float(np.median(gap)) * 255 if len(gap) else None,
                 "detectors": {d: {key: e.interval() for key, e in r.items()} for d, r in found.items()},
             }
         )
 
+    for name, facts, moved in _attacked(network, detectors, images, labels, targets, settings, progress):
+        add(name, facts, moved)
+    return {"test_images": len(order), "benign": len(images), "gated": network.gated, "attacks": rows}, estimates
+
+
+def _attacked(
+    network: Network,
+    detectors: list[Detector],
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    settings: Settings,
+    progress: Progress,
+) -> Iterator[tuple[str, dict[str, Any], NDArray[np.float32]]]:
+    """(name, facts, attacked images) of every attack, the adaptive ones last."""
     for attack in settings.attacks():
         name = attack_name(attack)
         progress(name)
         aims = targets if attack.targeted else labels
-        moved = attacks.run_attack(network.model, images, aims, attack, settings.seed)
-        add(name, vars(attack) | {"weight": None}, moved, attack.targeted)
-    facts = {"method": "adaptive", "epsilon": settings.train_epsilon, "targeted": False, "steps": 2 * settings.steps}
+        yield name, vars(attack) | {"weight": None}, run_attack(network.model, images, aims, attack, settings.seed)
+    strength: dict[str, Any] = {"epsilon": settings.train_epsilon, "steps": 2 * settings.steps}
+    facts = {"method": "adaptive", "targeted": False} | strength
     label_free = next(d for d in detectors if isinstance(d, OutsideShare))
     tries, scores = [], []
     for weight in settings.weights:
         name = f"adaptive {settings.train_epsilon:g}/255, weight {weight:g}"
         progress(name)
-        tries.append(
-            attacks.adaptive_attack(
-                network.model,
-                images,
-                labels,
-                network.score,
-                epsilon=settings.train_epsilon,
-                weight=weight,
-                steps=2 * settings.steps,
-            )
-        )
-        seen = network.outputs(tries[-1])
+        moved = adaptive_attack(network.model, images, labels, network.score, weight=weight, **strength)
+        seen = network.outputs(moved)
+        tries.append(moved)
         scores.append(np.where(_right(seen, labels), np.inf, label_free.score(seen)))
-        add(name, facts | {"weight": weight}, tries[-1], False)
+        yield name, facts | {"weight": weight}, moved
     if len(tries) > 1:
         best = np.stack(tries)[np.argmin(scores, 0), np.arange(len(images))]
-        add(
-            f"adaptive {settings.train_epsilon:g}/255, best weight of each image", facts | {"weight": None}, best, False
-        )
-    return {"test_images": len(order), "benign": len(images), "gated": network.gated, "attacks": rows}, estimates
+        yield f"adaptive {settings.train_epsilon:g}/255, best weight of each image", facts | {"weight": None}, best
 
 
 def attack_name(attack: Attack) -> str:
