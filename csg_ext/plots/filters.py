@@ -62,9 +62,10 @@ def plot_class_agreement(
     x, same = np.arange(len(order)), agree[order]
     side = float(np.clip(500 / max(1, len(order), len(names)), 1.5, 7))
     style: dict[str, Any] = {"linestyle": "none", "markersize": side}
-    axes.plot(x[same], by_gate[order][same], "s", color="black", label="gate and MI", **style)
-    axes.plot(x[~same], by_gate[order][~same], "o", color=BLUE, fillstyle="none", label="gate alone", **style)
-    axes.plot(x[~same], by_mi[order][~same], "x", color=ORANGE, label="MI alone", **style)
+    said = f"gate and MI: {same.sum()} filters", f"gate alone: {(~same).sum()}", "MI alone"
+    axes.plot(x[~same], by_gate[order][~same], "o", color=BLUE, fillstyle="none", label=said[1], **style)
+    axes.plot(x[~same], by_mi[order][~same], "x", color=ORANGE, label=said[2], **style)
+    axes.plot(x[same], by_gate[order][same], "s", color="black", label=said[0], **style)
     axes.set_xlim(-1, len(order))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="y", alpha=0.3)
@@ -73,8 +74,8 @@ def plot_class_agreement(
     left_out = f"; {(~live).sum()} dead left out" if (~live).any() else ""
     axes.set_xlabel(f"{len(order)} filters, sorted by the gate's class{left_out}")
     share = f"{agree.sum() / len(order):.1%}" if len(order) else "none"
-    axes.set_title(f"Classes agree: {share} of the filters (chance {1 / len(names):.2g})", loc="left")
-    axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+    axes.set_title(f"Classes agree: {share} of the filters (chance {1 / len(names):.1%})", loc="left", pad=22)
+    _legend_above(axes, ncols=3, markerscale=max(1, 4 / side))
     return figure, axes
 
 
@@ -111,9 +112,16 @@ def plot_filters_per_class(
         axes.set_ylabel("filters")
         axes.set_ylim(bottom=0)
         axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("Filters per class", loc="left", pad=8 + 14 * len(arms))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0.2)
+    axes.set_title("Filters per class", loc="left", pad=8 + 14 * len(arms) if few else None)
+    if few:
+        _legend_above(axes)
+    else:
+        axes.legend(loc="upper right", frameon=False, fontsize=7)
     return figure, axes
+
+
+def _legend_above(axes: Axes, **options: Any) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8, borderaxespad=0.2, **options)
 
 
 def _count_text(arm: str, owner: NDArray[np.int64], counts: NDArray[Any]) -> str:
@@ -133,7 +141,7 @@ def _draw_ranks(axes: Axes, counts: NDArray[Any], i: int, label: str, names: Seq
     order = np.argsort(-counts, kind="stable")
     most = ", ".join(f"{names[c]} {counts[c]}" for c in order[:3] if counts[c])
     dash = ("-", "--", "-.", ":")[i]
-    label += f"; most: {most}" if most else ""
+    label += f"\nmost: {most}" if most else ""
     axes.step(np.arange(len(counts)), counts[order], where="mid", color=PALETTE[i], linestyle=dash, label=label)
 
 
@@ -180,7 +188,7 @@ def plot_filter_similarity(
     cells = f"\na cell: the mean of {step} × {step}" if step > 1 else ""
     axes.set_xlabel(f"{len(owner)} filters, sorted by class{cells}")
     figure.colorbar(image, ax=axes, label="|cosine| of the kernels", pad=0.01)
-    axes.set_title(f"Similarity of the filters' kernels{_within(s, owner)}", loc="left")
+    axes.set_title(f"Similarity of kernels{_within(s, owner)}", loc="left")
     return figure, axes
 
 

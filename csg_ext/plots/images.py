@@ -82,8 +82,8 @@ def plot_top_images(
     if not np.isfinite(maps_of_filter).all():
         raise ValueError(f"{name}: maps must be finite, got NaN or infinite values of filter {filter}")
     names = None if classes is None else class_names(name, classes)
-    if names is not None and labels is not None:
-        labels = check_filter_classes(name, labels, names)
+    if labels is not None:
+        labels = _labels(name, labels, len(pictures), names)
     mean = maps_of_filter.mean((1, 2))
     best = np.argsort(-mean, kind="stable")[:count]
     columns, own = min(4, len(best)), axes is None
@@ -102,6 +102,15 @@ def plot_top_images(
         text = "dead, one activation everywhere" if dead else f"highest mean activation of {len(m)} images"
         figure.suptitle(f"Filter {filter}{owner}: {text}", fontsize=10)
     return figure, axes
+
+
+def _labels(name: str, labels: ArrayLike, count: int, names: Sequence[str] | None) -> NDArray[Any]:
+    y = np.asarray(labels)
+    if y.shape != (count,) or y.dtype.kind not in "iu":
+        raise ValueError(f"{name}: labels must be integers ({count},), got {y.dtype} {y.shape}")
+    if names is not None and (y.min() < 0 or y.max() >= len(names)):
+        raise ValueError(f"{name}: labels must lie in [0, {len(names)}), got {y.min()} to {y.max()}")
+    return y
 
 
 def _name_of(c: int, names: Sequence[str] | None) -> str:
@@ -165,14 +174,14 @@ def plot_image_filters(
     figure, axes = figure_and_axes(name, axes, 10, height, 3, **grid)
     _show(axes[0], picture)
     said = [f"{what}: {_name_of(c, names)}" for what, c in (("true", label), ("predicted", predicted)) if c is not None]
-    axes[0].set_title("\n".join(said), fontsize=9)
+    axes[0].set_title("\n".join(said), loc="left", fontsize=8)
     filter_names = [f"{names[owner[k]]} · {k}" for k in filters]
     _bars(axes[1], filter_names, spoke[filters], [colours.get(int(owner[k]), GREY) for k in filters])
-    axes[1].set_title(f"{len(filters)} of {int((spoke > 0).sum())} filters that spoke", loc="left", fontsize=9)
+    axes[1].set_title(f"the strongest of {int((spoke > 0).sum())} filters that spoke", loc="left", fontsize=9)
     axes[1].set_xlabel("activation")
     _bars(axes[2], [names[c] for c in shown], sums[shown], [colours.get(c, GREY) for c in shown.tolist()])
     axes[2].set_title("and the classes they speak for", loc="left", fontsize=9)
-    axes[2].set_xlabel("activation, summed over the class's filters")
+    axes[2].set_xlabel("sum over the class's filters")
     return figure, axes
 
 

@@ -167,7 +167,7 @@ def plot_confusion(confusion: ArrayLike, classes: Sequence[str], *, axes: Axes |
     shares = np.divide(counts, total, out=np.zeros(counts.shape), where=total > 0)
     step = -(-len(names) // _ROWS)
     side = 2.5 + 0.35 * min(len(names), NAMED // 2 if len(names) > NAMED else NAMED)
-    figure, axes = figure_and_axes("plot_confusion", axes, side + 0.8, side)
+    figure, axes = figure_and_axes("plot_confusion", axes, side + 0.8, side + 0.3)
     cells = _largest(_largest(shares, step, 0), step, 1)
     image = axes.imshow(cells, cmap=COLOURS, vmin=0, vmax=1, interpolation="nearest")
     at = (np.arange(len(names)) + 0.5) / step - 0.5
