@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
-import pickle
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import numpy as np
 import pytest
@@ -17,9 +15,11 @@ from torch import nn
 
 from csg_ext import attach, metrics
 from csg_ext.analysis import accuracy_per_class, forget, removal_table
+from csg_ext.data import ImageData
+from csg_ext.data.batches import normalise
 from csg_ext.nn import GatedModel, build_backbone
+from csg_ext.training.config import TrainConfig
 
-ROOT = Path(__file__).parents[1]
 OWNERS = torch.tensor([0, 2, 2, 1, 0, 4, 4, 1])  # of 5 classes, 3 has no filter
 
 
@@ -278,24 +278,38 @@ def test_refuses(call, error, message):
     assert not model.classifier._forward_pre_hooks
 
 
-def test_example_prints_both_kinds_of_filters(tmp_path):
-    from csg_ext.data import load_images
-    from csg_ext.training.config import TrainConfig
-
-    data = load_images(None)
-    model = GatedModel(build_backbone("resnet8", 1), len(data.classes))
-    for name, trained in (("std", False), ("csg", True)):
-        if trained:
-            _set_gate(model, torch.arange(64) % 9, 10)
-        config = {"config": TrainConfig(model="resnet8").as_dict()}
-        torch.save({"state_dict": model.state_dict(), "csg_ext": config}, tmp_path / f"{name}.ckpt")
-        run = subprocess.run(
-            [sys.executable, "examples/class_removal.py", tmp_path / f"{name}.ckpt", "Trouser"],
-            cwd=ROOT,
-            env={"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        assert f"filters by {'the gate' if trained else 'mutual information'}" in run.stdout
-        assert run.stdout.splitlines()[-1].startswith("Trouser")
+def test_example_forgets_each_class_in_both_arms(tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    labels = {"train": np.arange(60) % 3, "test": np.arange(30) % 3}
+    data = ImageData(
+        "noise",
+        rng.integers(0, 256, (60, 1, 8, 8), dtype=np.uint8),
+        labels["train"],
+        rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8),
+        labels["test"],
+        ["ant", "bee", "cow"],
+    )
+    data.save(tmp_path / "data.npz")
+    source = {"data": str(tmp_path / "data.npz")}
+    run = {"config": TrainConfig().as_dict(), "source": source, "sha256": data.fingerprint()}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    model = GatedModel(build_backbone("resnet20", 1), 3).eval()
+    for arm in ("std", "csg"):
+        (tmp_path / arm).mkdir()
+        if arm == "csg":
+            _set_gate(model, torch.arange(64) % 3, 3)
+        torch.save(model.state_dict(), tmp_path / arm / "last.ckpt")
+    monkeypatch.setattr("sys.argv", ["example", str(tmp_path)])
+    runpy.run_path("examples/class_removal.py", run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.index("std/last.ckpt: filters by mutual information") < out.index("csg/last.ckpt: filters by the gate")
+    x = normalise(data.test_images, *data.statistics())
+    with torch.no_grad():
+        right = {False: model(x).argmax(1).numpy() == labels["test"]}
+        with forget(model, 1):
+            right[True] = model(x).argmax(1).numpy() == labels["test"]
+    shares = [right[after][of].mean() for of in (labels["test"] == 1, labels["test"] != 1) for after in (False, True)]
+    assert f"{'bee':16}{21:8}" + "".join(f"{share:9.1%}" for share in shares) in out.splitlines()
+    monkeypatch.setattr("sys.argv", ["example", str(tmp_path), "dog"])
+    with pytest.raises(SystemExit, match="class must be one of ant, bee, cow, got 'dog'"):
+        runpy.run_path("examples/class_removal.py", run_name="__main__")

@@ -56,7 +56,7 @@ def check_matrix(name: str, matrix: NDArray[Any], classes: Sequence[str]) -> Non
 def class_of_filters(name: str, scores: NDArray[Any], dead: ArrayLike | None) -> NDArray[np.int64]:
     """The best class of every filter, (K,), from scores (C, K); -1 of dead filters and of columns without a positive
     entry."""
-    none = ~(scores > 0).any(axis=0)
+    none: NDArray[np.bool_] = np.all(scores <= 0, axis=0)
     if dead is not None:
         given = np.asarray(dead)
         if given.shape != none.shape or given.dtype != bool:

@@ -87,6 +87,8 @@ def plot_filters_per_class(
     filter_classes: int (K,) with -1 for a dead filter, or several such arrays by name, e.g. {"STD": ..., "CSG": ...}.
     Classes without a filter are counted in the legend; a bar of none has a 0.
     """
+    from matplotlib.ticker import MaxNLocator
+
     name = "plot_filters_per_class"
     names = class_names(name, classes)
     arms = filter_classes if isinstance(filter_classes, Mapping) else {"": filter_classes}
@@ -106,12 +108,12 @@ def plot_filters_per_class(
         axes.set_yticks(np.arange(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel("filters")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axes.set_xlabel(f"{len(names)} classes, those with most filters first")
         axes.set_ylabel("filters")
         axes.set_ylim(bottom=0)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Filters per class", loc="left", pad=8 + 14 * len(arms) if few else None)
     if few:
         _legend_above(axes)

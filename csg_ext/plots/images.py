@@ -88,10 +88,10 @@ def plot_top_images(
     best = np.argsort(-mean, kind="stable")[:count]
     columns, own = min(4, len(best)), axes is None
     rows = -(-len(best) // columns)
-    figure, axes = figure_and_axes(name, axes, 1.9 * columns, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
+    figure, panels = figure_and_axes(name, axes, 1.9 * columns, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
     dead = maps_of_filter.max() == maps_of_filter.min()
     top = maps_of_filter[best].max()
-    for ax, i in zip(axes, best, strict=True):
+    for ax, i in zip(panels, best, strict=True):
         _show(ax, pictures[i])
         if not dead and top > 0:
             _lay_over(ax, maps_of_filter[i] / top, pictures.shape[1:3])
@@ -101,7 +101,7 @@ def plot_top_images(
         owner = "" if filter_class is None else f", class {_name_of(filter_class, names)}"
         text = "dead, one activation everywhere" if dead else f"highest mean activation of {len(m)} images"
         figure.suptitle(f"Filter {filter}{owner}: {text}", fontsize=10)
-    return figure, axes
+    return figure, panels
 
 
 def _labels(name: str, labels: ArrayLike, count: int, names: Sequence[str] | None) -> NDArray[Any]:
@@ -171,18 +171,18 @@ def plot_image_filters(
     colours = dict(zip(shown.tolist(), PALETTE, strict=False))
     height = 1 + 0.24 * max(6, len(filters), len(shown))
     grid = {"ncols": 3, "width_ratios": [1, 1.2, 1.2]}
-    figure, axes = figure_and_axes(name, axes, 10, height, 3, **grid)
-    _show(axes[0], picture)
+    figure, panels = figure_and_axes(name, axes, 10, height, 3, **grid)
+    _show(panels[0], picture)
     said = [f"{what}: {_name_of(c, names)}" for what, c in (("true", label), ("predicted", predicted)) if c is not None]
-    axes[0].set_title("\n".join(said), loc="left", fontsize=8)
+    panels[0].set_title("\n".join(said), loc="left", fontsize=8)
     filter_names = [f"{names[owner[k]]} · {k}" for k in filters]
-    _bars(axes[1], filter_names, spoke[filters], [colours.get(int(owner[k]), GREY) for k in filters])
-    axes[1].set_title(f"the strongest of {int((spoke > 0).sum())} filters that spoke", loc="left", fontsize=9)
-    axes[1].set_xlabel("activation")
-    _bars(axes[2], [names[c] for c in shown], sums[shown], [colours.get(c, GREY) for c in shown.tolist()])
-    axes[2].set_title("and the classes they speak for", loc="left", fontsize=9)
-    axes[2].set_xlabel("sum over the class's filters")
-    return figure, axes
+    _bars(panels[1], filter_names, spoke[filters], [colours.get(int(owner[k]), GREY) for k in filters])
+    panels[1].set_title(f"the strongest of {int((spoke > 0).sum())} filters that spoke", loc="left", fontsize=9)
+    panels[1].set_xlabel("activation")
+    _bars(panels[2], [names[c] for c in shown], sums[shown], [colours.get(c, GREY) for c in shown.tolist()])
+    panels[2].set_title("and the classes they speak for", loc="left", fontsize=9)
+    panels[2].set_xlabel("sum over the class's filters")
+    return figure, panels
 
 
 def _bars(axes: Axes, names: Sequence[str], values: NDArray[Any], colours: Sequence[str]) -> None:

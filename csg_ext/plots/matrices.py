@@ -116,13 +116,13 @@ def plot_mutual_information(
         check_matrix(name, matrix, names)
     owners = [class_of_filters(name, m, d) for m, d in zip(matrices.values(), dead, strict=True)]
     top = bound if bound is not None else max(float(m.max()) for m in matrices.values())
-    figure, axes = figure_and_axes(name, axes, 11, 0.2 + _height(len(names)), 2, ncols=2, sharey=True)
-    for ax, owner, (arm, matrix) in zip(axes, owners, matrices.items(), strict=True):
+    figure, panels = figure_and_axes(name, axes, 11, 0.2 + _height(len(names)), 2, ncols=2, sharey=True)
+    for ax, owner, (arm, matrix) in zip(panels, owners, matrices.items(), strict=True):
         image = _draw_matrix(ax, matrix, names, (0, top), owner)
         mis = np.where(owner >= 0, matrix.max(axis=0), 0).mean()
         ax.set_title(f"{arm}: MIS {mis:.3g} nats", loc="left")
-    figure.colorbar(image, ax=list(axes), label="mutual information, nats", pad=0.01)
-    return figure, axes
+    figure.colorbar(image, ax=list(panels), label="mutual information, nats", pad=0.01)
+    return figure, panels
 
 
 def plot_class_mutual_information(

@@ -36,25 +36,25 @@ def plot_training(
     histories: {"std": rows, "csg": rows} as metrics.json holds them. The epochs are shaded by the paths that the arm
     "csg" took in them: those that have a loss in its rows.
     """
-    figure, axes = figure_and_axes("plot_training", axes, 11, 3.4, 3, ncols=3)
+    figure, panels = figure_and_axes("plot_training", axes, 11, 3.4, 3, ncols=3)
     paths = _runs(histories.get("csg", ()))
-    for ax, (key, title) in zip(axes, _PANELS, strict=True):
+    for ax, (key, title) in zip(panels, _PANELS, strict=True):
         for arm, rows in histories.items():
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 colour, dash = _STYLES.get(arm, ("black", ":"))
                 ax.plot(*zip(*points, strict=True), color=colour, linestyle=dash, marker=".", label=arm.upper())
-        _shade(ax, paths, named=ax is axes[0])
+        _shade(ax, paths, named=ax is panels[0])
         ax.set_title(title, loc="left")
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
-    axes[2].axhline(1 / num_classes, color="grey", linewidth=0.8, linestyle=":", label=f"floor 1/{num_classes}")
-    axes[2].set_ylim(0, 1.02)
-    for ax in axes:
+    panels[2].axhline(1 / num_classes, color="grey", linewidth=0.8, linestyle=":", label=f"floor 1/{num_classes}")
+    panels[2].set_ylim(0, 1.02)
+    for ax in panels:
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=8)
-    return figure, axes
+    return figure, panels
 
 
 def _shade(axes: Axes, paths: list[tuple[int, int, tuple[bool, bool]]], named: bool) -> None:
