@@ -117,6 +117,7 @@ def test_a_filter_without_mutual_information_is_dead_and_counts_as_zero():
     figure, axes = plots.plot_mutual_information(std, csg, CLASSES, dead=(None, dead))
     assert "1 dead" in axes[0].get_xlabel() and "1 dead" in axes[1].get_xlabel()
     assert axes[0].get_title(loc="left") == f"STD: MIS {std.max(axis=1).mean():.3g} nats"
+    assert "1 dead" in plots.plot_class_mutual_information(csg, CLASSES, dead=dead)[1].get_xlabel()
     assert axes[1].get_title(loc="left") == f"CSG: MIS {np.delete(csg, 4, 0).max(axis=1).sum() / 6:.3g} nats"
     every = plots.plot_gate(np.eye(3), CLASSES, dead=np.ones(3, bool))
     assert np.ma.getmaskarray(every[1].images[0].get_array()).all()

@@ -119,39 +119,49 @@ def plot_mutual_information(
     figure, panels = figure_and_axes(name, axes, 11, 0.2 + _height(len(names)), 2, ncols=2, sharey=True)
     for ax, owner, (arm, matrix) in zip(panels, owners, matrices.items(), strict=True):
         image = _draw_matrix(ax, matrix, names, (0, top), owner)
-        mis = np.where(owner >= 0, matrix.max(axis=0), 0).mean()
-        ax.set_title(f"{arm}: MIS {mis:.3g} nats", loc="left")
+        ax.set_title(f"{arm}: MIS {_mis(matrix, owner):.3g} nats", loc="left")
     figure.colorbar(image, ax=list(panels), label="mutual information, nats", pad=0.01)
     return figure, panels
 
 
 def plot_class_mutual_information(
-    mi: ArrayLike, classes: Sequence[str], bound: float | None = None, *, axes: Axes | None = None
+    mi: ArrayLike,
+    classes: Sequence[str],
+    bound: float | None = None,
+    *,
+    dead: ArrayLike | None = None,
+    axes: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """One MI matrix (K, C), filters sorted by their class; of many classes, the 40 with most filters and their filters.
 
     bound, the entropy of a class in nats, is the top of the colour scale. Not given: mi is taken as normalised by it.
+    dead: as in plot_mutual_information.
     """
     name = "plot_class_mutual_information"
     names = class_names(name, classes)
     matrix = np.asarray(mi).T
     check_matrix(name, matrix, names)
-    score, top, unit = f"MIS {matrix.max(axis=0).mean():.3g}", 1.0, "share of the class's entropy"
+    owner = class_of_filters(name, matrix, dead)
+    score, top, unit = f"MIS {_mis(matrix, owner):.3g}", 1.0, "share of the class's entropy"
     title = f"{score} of 1 (normalised)"
     if bound is not None:
         title, top, unit = f"{score} nats, bound {bound:.3g}", bound, "mutual information, nats"
     if len(names) > NAMED:
-        best = matrix.argmax(axis=0)
-        counts = np.bincount(best, minlength=len(names))
+        counts = np.bincount(owner[owner >= 0], minlength=len(names))
         shown = np.sort(np.argsort(-counts, kind="stable")[:NAMED])
-        filters = np.isin(best, shown)
-        title += f"; {NAMED} of {len(names)} classes, {filters.sum()} of {len(best)} filters"
+        filters = np.isin(owner, shown)
+        title += f"\n{NAMED} of {len(names)} classes, {filters.sum()} of {len(owner)} filters"
         matrix, names = matrix[shown][:, filters], [names[c] for c in shown]
-    owner = class_of_filters(name, matrix, None)
+        owner = np.searchsorted(shown, owner[filters])
     figure, axes = figure_and_axes(name, axes, 8, 0.2 + _height(len(names)))
     figure.colorbar(_draw_matrix(axes, matrix, names, (0, top), owner), ax=axes, label=unit, pad=0.01)
     axes.set_title(title, loc="left")
     return figure, axes
+
+
+def _mis(matrix: NDArray[Any], owner: NDArray[np.int64]) -> float:
+    """The mutual-information score of a matrix (C, K), dead filters counted as 0."""
+    return float(np.where(owner >= 0, matrix.max(axis=0), 0).mean())
 
 
 def plot_confusion(confusion: ArrayLike, classes: Sequence[str], *, axes: Axes | None = None) -> tuple[Figure, Axes]:
