@@ -82,6 +82,7 @@ def test_training_curves():
         ]
 
     figure, axes = plots.plot_training({"std": rows(None), "csg": rows(1)}, 3)
+    assert not axes[0].patches  # which path an epoch took is not in these rows
     assert [len(ax.lines) for ax in axes] == [2, 2, 2]  # the last panel: CSG's density and the floor
     assert axes[1].lines[0].get_xdata().tolist() == [1, 3]  # an epoch without STD steps has no accuracy
     assert axes[2].lines[0].get_ydata().tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
@@ -120,7 +121,9 @@ def test_a_filter_without_mutual_information_is_dead_and_counts_as_zero():
     assert "1 dead" in plots.plot_class_mutual_information(csg, CLASSES, dead=dead)[1].get_xlabel()
     assert axes[1].get_title(loc="left") == f"CSG: MIS {np.delete(csg, 4, 0).max(axis=1).sum() / 6:.3g} nats"
     every = plots.plot_gate(np.eye(3), CLASSES, dead=np.ones(3, bool))
-    assert np.ma.getmaskarray(every[1].images[0].get_array()).all()
+    assert np.ma.getmaskarray(every[1].images[0].get_array()).all() and every[1].get_ylim() == (2.5, -0.5)
+    none, _ = plots.plot_class_mutual_information(np.zeros((5, 50)), [str(i) for i in range(50)], bound=1)
+    assert _png(none).startswith(b"\x89PNG")
     assert _png(figure).startswith(b"\x89PNG") and _png(every[0]).startswith(b"\x89PNG")
 
 

@@ -21,17 +21,21 @@ from csg_ext.nn.gate import GatedModel
 
 
 class _ZeroFilters:
-    """A hook that zeroes channels of a module's input or output; copies and pickles of the module take it along."""
+    """A hook that zeroes channels of a module's input or output; copies and pickles of the module take it along.
 
-    def __init__(self, forgotten: Tensor, channel_dim: int) -> None:
+    channel_dim None: K pooled values per sample, whatever their shape.
+    """
+
+    def __init__(self, forgotten: Tensor, channel_dim: int | None) -> None:
         self.forgotten = forgotten  # bool (K,)
         self.channel_dim = channel_dim
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Any:
         """A forward pre-hook (without output) and a forward hook."""
         x = output[0] if output else args[0]
-        shape = [1] * x.dim()
-        shape[self.channel_dim] = -1
+        shape = [1, *x.shape[1:]] if self.channel_dim is None else [1] * x.dim()
+        if self.channel_dim is not None:
+            shape[self.channel_dim] = -1
         zeroed = x.masked_fill(self.forgotten.to(x.device).view(shape), 0)  # also where a feature is not finite
         return zeroed if output else (zeroed, *args[1:])
 
@@ -100,10 +104,10 @@ def forget(
 
 def _hook(model: GatedModel | AttachedModel, forgotten: Tensor) -> Any:
     if isinstance(model, GatedModel):
-        return model.classifier.register_forward_pre_hook(_ZeroFilters(forgotten, 1))
+        return model.classifier.register_forward_pre_hook(_ZeroFilters(forgotten, None))
     place = model.plan.gate
     module = model.model.get_submodule(place.name)
-    hook = _ZeroFilters(forgotten, 1 if model.plan.pooled else model.plan.channel_dim)
+    hook = _ZeroFilters(forgotten, None if model.plan.pooled else model.plan.channel_dim)
     return module.register_forward_pre_hook(hook) if place.side == "input" else module.register_forward_hook(hook)
 
 

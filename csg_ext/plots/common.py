@@ -85,14 +85,10 @@ def check_trained(name: str, gate: ArrayLike | None) -> NDArray[Any]:
     return g
 
 
-def some(count: int, most: int = TICKS) -> NDArray[np.int64]:
-    """0..count-1, or `most` of them at equal distances where there are more than NAMED."""
-    return np.arange(count) if count <= NAMED else np.linspace(0, count - 1, most).round().astype(np.int64)
-
-
 def class_ticks(axis: Any, positions: NDArray[Any], names: Sequence[str], **text: Any) -> None:
-    """Names at their positions: all, or some of many."""
-    shown = some(len(names))
+    """Names at their positions: all, or TICKS of more than NAMED at equal distances."""
+    count = len(names)
+    shown = np.arange(count) if count <= NAMED else np.linspace(0, count - 1, TICKS).round().astype(np.int64)
     axis.set_ticks(positions[shown], [names[i] for i in shown], **text)
 
 

@@ -49,7 +49,9 @@ def _draw_matrix(
     order = class_order(matrix)
     live, dead = order[owner[order] >= 0], int((owner < 0).sum())
     rows, columns = (-(-size // most) for size, most in zip(matrix.shape, (_ROWS, _COLUMNS), strict=True))
-    shown = _largest(_largest(matrix[:, live], columns, 1), rows, 0) if len(live) else np.zeros((1, 0))
+    shown = (
+        _largest(_largest(matrix[:, live], columns, 1), rows, 0) if len(live) else np.zeros((-(-len(names) // rows), 0))
+    )
     blank = np.full((len(shown), -(-dead // columns)), np.nan)
     cells = np.ma.masked_invalid(np.hstack([shown, blank])) if dead else shown
     image = axes.imshow(cells, aspect="auto", cmap=COLOURS, vmin=limits[0], vmax=limits[1], interpolation="nearest")
@@ -146,7 +148,7 @@ def plot_class_mutual_information(
     title = f"{score} of 1 (normalised)"
     if bound is not None:
         title, top, unit = f"{score} nats, bound {bound:.3g}", bound, "mutual information, nats"
-    if len(names) > NAMED:
+    if len(names) > NAMED and (owner >= 0).any():
         counts = np.bincount(owner[owner >= 0], minlength=len(names))
         shown = np.sort(np.argsort(-counts, kind="stable")[:NAMED])
         filters = np.isin(owner, shown)

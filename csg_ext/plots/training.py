@@ -71,7 +71,7 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, tuple[bool,
     runs: list[tuple[int, int, tuple[bool, bool]]] = []
     for row in rows:
         path = (row.get("loss_std") is not None, row.get("loss_csg") is not None)
-        if not any(path):
+        if not any(path) or "loss_csg" not in row:
             continue
         if runs and runs[-1][2] == path and runs[-1][1] == row["epoch"] - 1:
             runs[-1] = (runs[-1][0], row["epoch"], path)
