@@ -89,7 +89,7 @@ def class_ticks(axis: Any, positions: NDArray[Any], names: Sequence[str], **text
     """Names at their positions: all, or TICKS of more than NAMED at equal distances."""
     count = len(names)
     shown = np.arange(count) if count <= NAMED else np.linspace(0, count - 1, TICKS).round().astype(np.int64)
-    axis.set_ticks(positions[shown], [names[i] for i in shown], **text)
+    axis.set_ticks(positions[shown], [names[i] for i in shown.tolist()], **text)
 
 
 def plain_axes(axes: Axes) -> None:
