@@ -20,6 +20,7 @@ from csg_ext.data.images import ImageData
 from csg_ext.evaluate import source_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.runs import checkpoint_files, read_checkpoint, restore, training_statistics
+from csg_ext.training.compare import rows
 from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY
 
 # Bytes of the page for all runs together, before base64 adds a third.
@@ -71,7 +72,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
     for file in (SUMMARY, *(f"{arm}/{name}" for arm in ARMS for name in (ARRAYS, METRICS_JSON))):
         if not (place / file).is_file():
             raise FileNotFoundError(f"report: RUN must be a finished run, got {place} without {file}")
-    summary = _read_json(place / SUMMARY)
+    summary = _read_summary(place / SUMMARY)
     stored = [read_checkpoint(file) for file in files]
     data = data or source_images(stored, {"data": None, "image_size": None})
     arms = []
@@ -110,6 +111,18 @@ def _read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON that csg-ext train wrote, got: {error}") from None
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    summary = _read_json(file)
+    try:
+        rows(summary)
+        missing = sorted({"config", "seconds", "finished", "machine", "versions"} - summary.keys())
+    except (KeyError, TypeError, ValueError) as error:
+        missing = [str(error)]
+    if missing:
+        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got a file that lacks {missing[0]}")
+    return summary
 
 
 def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray[Any]]:
