@@ -18,6 +18,7 @@ from csg_ext.training.files import (
     CHECKPOINT,
     METRICS_CSV,
     METRICS_JSON,
+    REPORT,
     RESULT,
     RUN,
     SUMMARY,
@@ -409,6 +410,7 @@ def _train(arguments: dict[str, Any]) -> int:
 
     from tqdm import tqdm
 
+    from csg_ext.report import read_run, write_report
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
@@ -459,10 +461,7 @@ def _train(arguments: dict[str, Any]) -> int:
     _draw(folder, data.classes, summary)
     print("\n" + compare.table(summary))
     print(f"Everything is in {folder}: summary.json, table.txt, gate.png, mutual_information.png, training.png")
-    from csg_ext.report import read_run, write_report
-
-    page = write_report([read_run(folder, data)], folder)
-    print(f"The report to look at: {page}")
+    print(f"The report, to open in a browser: {write_report([read_run(folder, data)], folder)}")
     return 0
 
 
@@ -482,7 +481,7 @@ def _clear(folder: Path) -> None:
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, "skipped.txt"):
+    for name in (SUMMARY, TABLE, REPORT, "skipped.txt"):
         (folder / name).unlink(missing_ok=True)
 
 

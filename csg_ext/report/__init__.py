@@ -7,16 +7,14 @@ from typing import Any
 
 from csg_ext.report.collect import Run, read_run
 from csg_ext.report.page import render
-from csg_ext.training.files import write_text
+from csg_ext.training.files import REPORT, write_text
 
-__all__ = ["NAME", "Run", "main", "read_run", "render", "write_report"]
-
-NAME = "report.html"
+__all__ = ["Run", "main", "read_run", "render", "write_report"]
 
 
 def write_report(runs: list[Run], folder: str | Path) -> Path:
     """Writes report.html about `runs` (at least one) into `folder`, which is made where it is missing."""
-    target = Path(folder) / NAME
+    target = Path(folder) / REPORT
     text = render(runs)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, text)

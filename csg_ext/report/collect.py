@@ -24,7 +24,7 @@ from csg_ext.training.compare import rows
 from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY
 
 # Bytes of the page for all runs together, before base64 adds a third.
-SPRITE_BYTES, MAP_BYTES = 1_500_000, 600_000
+SPRITE_BYTES, MAP_BYTES = 1_500_000, 500_000
 THUMBNAIL = 48  # largest side of an image in the page, pixels
 TOP = 6  # images of a filter
 GALLERY = 24  # images that can be picked
@@ -132,7 +132,9 @@ def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray
         with np.load(file, allow_pickle=False) as archive:
             found = {key: archive[key] for key in wanted}
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file}: expected the arrays of a finished arm, got a file that fails with: {error}") from None
+        raise ValueError(
+            f"{file}: expected the arrays of a finished arm, got a file that fails with: {error}"
+        ) from None
     for key, shape in wanted.items():
         if found[key].shape != shape or not np.isfinite(found[key]).all():
             raise ValueError(f"{file}: {key} must be finite and of shape {shape}, got shape {found[key].shape}")
@@ -208,6 +210,7 @@ class _Thumbnails:
         channels, height, width = data.test_images.shape[1:]
         self.data = data
         self.side = min(max(height, width), THUMBNAIL)
+        self.size = [max(1, round(extent * self.side / max(height, width))) for extent in (width, height)]
         self.most = max(len(first), size // (self.side * self.side * channels))
         self.places = {image: place for place, image in enumerate(first)}
 
@@ -229,15 +232,14 @@ class _Thumbnails:
         sheet = Image.new(mode, (columns * self.side, -(-len(images) // columns) * self.side))
         for place, index in enumerate(images):
             pixels = self.data.test_images[index].transpose(1, 2, 0).squeeze()
-            small = Image.fromarray(pixels, mode=None)
-            if max(small.size) > self.side:
-                small.thumbnail((self.side, self.side))
-            x, y = place % columns * self.side, place // columns * self.side
-            sheet.paste(small, (x + (self.side - small.width) // 2, y + (self.side - small.height) // 2))
+            sheet.paste(
+                Image.fromarray(pixels).resize(self.size), (place % columns * self.side, place // columns * self.side)
+            )
         file = io.BytesIO()
         sheet.save(file, format="PNG", optimize=True)
         return {
             "side": self.side,
+            "size": self.size,
             "columns": columns,
             "images": images,
             "labels": self.data.test_labels[images].tolist(),

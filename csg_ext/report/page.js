@@ -77,23 +77,24 @@
 
   /** An image of the sprite; overlay, when given, is a map whose bytes become the opacity of orange. */
   function picture(index, label, overlay = null, hidden = false) {
-    const side = run.sprite.side, pixels = Math.max(side, 96);
-    const canvas = element("canvas", { width: pixels, height: pixels });
+    const { side, size, columns: across } = run.sprite, scale = Math.ceil(96 / side);
+    const [width, height] = size.map((extent) => extent * scale);
+    const canvas = element("canvas", { width, height });
     if (hidden) canvas.setAttribute("aria-hidden", "true");
     else { canvas.setAttribute("role", "img"); canvas.setAttribute("aria-label", label); canvas.title = label; }
     const context = canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
-    const x = (index % run.sprite.columns) * side, y = Math.floor(index / run.sprite.columns) * side;
-    context.drawImage(run.sprite.picture, x, y, side, side, 0, 0, pixels, pixels);
+    const x = (index % across) * side, y = Math.floor(index / across) * side;
+    context.drawImage(run.sprite.picture, x, y, ...size, 0, 0, width, height);
     if (overlay) {
       const small = element("canvas", { width: overlay.width, height: overlay.height });
       const colours = new ImageData(overlay.width, overlay.height);
       overlay.values.forEach((v, i) => colours.data.set([255, 120, 0, v], 4 * i));
       small.getContext("2d").putImageData(colours, 0, 0);
       context.fillStyle = "rgba(0, 0, 0, 0.35)";
-      context.fillRect(0, 0, pixels, pixels);
+      context.fillRect(0, 0, width, height);
       context.imageSmoothingEnabled = true;
-      context.drawImage(small, 0, 0, pixels, pixels);
+      context.drawImage(small, 0, 0, width, height);
     }
     return canvas;
   }

@@ -15,6 +15,8 @@ from csg_ext import metrics, plots
 from csg_ext.report.collect import Run, contents, data_uri
 from csg_ext.training.compare import rows
 
+_SIMILAR = 512  # filters up to which the similarity of every two is drawn: beyond, no pixel shows one pair
+
 
 def render(runs: list[Run]) -> str:
     """The whole page as HTML."""
@@ -39,7 +41,13 @@ def render(runs: list[Run]) -> str:
         content=Markup(embedded_json({"runs": [contents(run, 1 / len(runs)) for run in runs]})),
         rows=_table(runs),
         runs=[
-            {"name": run.name, "facts": _facts(run), "settings": _settings(run), "pictures": _pictures(run)}
+            {
+                "name": run.name,
+                "facts": _facts(run),
+                "settings": _settings(run),
+                "pictures": _pictures(run),
+                "omitted": "" if _few_filters(run) else f"Similarity of kernels is drawn for up to {_SIMILAR} filters.",
+            }
             for run in runs
         ],
     )
@@ -79,6 +87,10 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     return [(key, "-" if value is None else str(value)) for key, value in run.summary["config"].items()]
 
 
+def _few_filters(run: Run) -> bool:
+    return len(run.arms[0].mi) <= _SIMILAR
+
+
 def _pictures(run: Run) -> list[dict[str, str]]:
     classes = run.data.classes
     std, csg = run.arms
@@ -101,11 +113,12 @@ def _pictures(run: Run) -> list[dict[str, str]]:
         text = f"Confusion matrix of {arm.name}: true classes down, predicted classes across"
         drawn.append((text, plots.plot_confusion(arm.confusion, classes)))
     similarities = []
-    for arm in run.arms:
+    compared = run.arms if _few_filters(run) else []
+    for arm in compared:
         kernels = metrics.last_convolution(arm.model, arm.mi.shape[0]).weight
         similarities.append(metrics.filter_similarity(kernels.detach().numpy()))
-    top = max(float((s - np.eye(len(s))).max()) for s in similarities)
-    for arm, similarity in zip(run.arms, similarities, strict=True):
+    top = max((float((s - np.eye(len(s))).max()) for s in similarities), default=1.0)
+    for arm, similarity in zip(compared, similarities, strict=True):
         owner = arm.mi.argmax(1) if arm.gate is None else arm.gate.argmax(0)
         by = "mutual information" if arm.gate is None else "the gate"
         text = f"Similarity of the kernels of the filters of {arm.name}, sorted by class (by {by})"
