@@ -319,7 +319,7 @@ def test_nothing_comes_from_the_network(browser, odd):
     assert shown.errors() == []
     for attempt in (
         "fetch('data:,x').then(() => done('loaded'), () => done('blocked'))",
-        "const i = new Image(); i.onload = () => done('loaded'); i.onerror = () => done('blocked'); i.src = 'x.png'",
+        "const i = new Image(); i.onload = () => done('loaded'); i.onerror = () => done('blocked'); i.src = 'training.png'",
         "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
         "done(window.ran ? 'loaded' : 'blocked')",
     ):
