@@ -319,7 +319,8 @@ def test_nothing_comes_from_the_network(browser, odd):
     assert shown.errors() == []
     for attempt in (
         "fetch('data:,x').then(() => done('loaded'), () => done('blocked'))",
-        "const i = new Image(); i.onload = () => done('loaded'); i.onerror = () => done('blocked'); i.src = 'training.png'",
+        "const i = new Image(); i.onload = () => done('loaded'); i.onerror = () => done('blocked');"
+        "i.src = 'training.png'",
         "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
         "done(window.ran ? 'loaded' : 'blocked')",
     ):
@@ -338,8 +339,8 @@ class _Wide(nn.Module):
         return self.conv(x).relu()
 
 
-def test_two_runs_and_two_thousand_filters(browser, odd, run, tmp_path):
-    """A page of the short run and of one with K = 2048, 50 classes and colour images."""
+def test_two_runs_and_two_thousand_filters(browser, run, tmp_path):
+    """A page of the short run and of one with K = 2048, 50 classes, the last without filters, and colour images."""
     rng = np.random.default_rng(int(torch.randint(2**31, ())))
     classes, count, filters = 50, 300, _Wide.num_filters
     images = rng.integers(0, 256, (count, 3, 64, 48)).astype(np.uint8)
@@ -348,6 +349,7 @@ def test_two_runs_and_two_thousand_filters(browser, odd, run, tmp_path):
     arms = []
     for name in ("STD", "CSG"):
         gate = rng.random((classes, filters), np.float32)
+        gate[-1] = 0
         arms.append(
             collect.Arm(
                 name=name,
@@ -383,6 +385,11 @@ def test_two_runs_and_two_thousand_filters(browser, odd, run, tmp_path):
     shown.choose("class", 7)
     mine = np.flatnonzero(arms[1].gate.argmax(0) == 7)
     assert len(shown.all("#class-filters button")) == min(len(mine), 60)
+    shown.choose("class", classes - 1)
+    assert shown.text("#class-note").startswith("0 of 2048 filters")
+    shown.js("document.getElementById('matrix-frame').focus()")
+    shown.press("ARROW_DOWN")
+    assert shown.text("#status") == ""
     shown.choose("run", 0)
     assert shown.text("#notes") == ""
     assert shown.errors() == []
@@ -436,6 +443,12 @@ def _without(name):
     return lambda folder: (folder / name).unlink()
 
 
+def _without_number(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["std"]["mis_bound"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -446,6 +459,8 @@ def _without(name):
         (lambda folder: (folder / "std/arrays.npz").write_bytes(b"PK\3\4 no"), "std/arrays.npz: expected the arrays"),
         (lambda folder: (folder / "summary.json").write_text("{"), "summary.json: expected JSON"),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json: expected the numbers"),
+        (_without_number, "summary.json: expected the numbers .* without std.mis_bound"),
+        (lambda folder: (folder / "csg/metrics.json").write_text("[1]"), "csg/metrics.json: expected the epochs"),
         (
             lambda folder: np.savez(folder / "csg/arrays.npz", mi=np.zeros((2, 2))),
             "csg/arrays.npz: expected the arrays",

@@ -30,6 +30,14 @@ TOP = 6  # images of a filter
 GALLERY = 24  # images that can be picked
 _EXACT = 2**19  # entries of a matrix up to which 16 bits each are spent, 8 beyond
 _GATE = "csg.gate"
+# What the page shows of summary.json beside its table.
+_SHOWN: dict[str, tuple[str, ...]] = {
+    "std": ("mis_bound",),
+    "csg": ("device", "precision"),
+    "data": ("name", "train", "test", "shape", "classes"),
+    "config": ("model", "epochs", "schedule"),
+    **dict.fromkeys(("seed", "seconds", "finished", "machine", "versions"), ()),
+}
 
 
 @dataclass
@@ -89,7 +97,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
                 model=model,
                 gate=None if note else gate,
                 gate_note=note,
-                history=_read_json(place / name / METRICS_JSON),
+                history=_read_history(place / name / METRICS_JSON),
                 statistics=training_statistics(checkpoint, data),
                 **arrays,
             )
@@ -117,12 +125,22 @@ def _read_summary(file: Path) -> dict[str, Any]:
     summary = _read_json(file)
     try:
         rows(summary)
-        missing = sorted({"config", "seconds", "finished", "machine", "versions"} - summary.keys())
+        missing = [key for key in _SHOWN if key not in summary] or [
+            f"{key}.{part}" for key, parts in _SHOWN.items() for part in parts if part not in summary[key]
+        ]
     except (KeyError, TypeError, ValueError) as error:
-        missing = [str(error)]
+        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got others: {error!r}") from None
     if missing:
-        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got a file that lacks {missing[0]}")
+        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got a file without {missing[0]}")
     return summary
+
+
+def _read_history(file: Path) -> list[dict[str, Any]]:
+    history = _read_json(file)
+    wanted = {"epoch", "loss_std", "train_accuracy", "l1_density"}
+    if not isinstance(history, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in history):
+        raise ValueError(f"{file}: expected the epochs that csg-ext train wrote, got other JSON")
+    return history
 
 
 def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray[Any]]:

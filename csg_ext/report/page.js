@@ -68,7 +68,8 @@
   }
 
   function facts(list, pairs) {
-    list.replaceChildren(...pairs.map(([key, value]) => element("div", {}, element("dt", {}, key), element("dd", {}, value))));
+    list.replaceChildren(...pairs.map(([key, value]) =>
+      element("div", {}, element("dt", {}, key), element("dd", {}, value))));
   }
 
   function number(value) {
@@ -100,7 +101,15 @@
   }
 
   function imageName(index) {
-    return `test image ${run.sprite.images[index]}, ${run.classes[run.sprite.labels[index]]}`;
+    return `test image ${run.sprite.images[index]}, ${className(index)}`;
+  }
+
+  function className(index) {
+    return run.classes[run.sprite.labels[index]];
+  }
+
+  function captioned(canvas, caption) {
+    return element("figure", {}, canvas, element("figcaption", {}, caption));
   }
 
   // ---- the heat map
@@ -141,13 +150,15 @@
       yaxis: { ...axis, ...ticks(matrix.classes, (c) => plain(run.classes[c])), autorange: "reversed" },
     }, { displaylogo: false, responsive: true, displayModeBar: false });
     const source = at("network").selectedOptions[0].text;
-    at("matrix-label").textContent = `${NAMES[kind]} of ${source}, ${matrix.classes} classes by ${columns.length} filters`;
+    at("matrix-label").textContent =
+      `${NAMES[kind]} of ${source}, ${matrix.classes} classes by ${columns.length} filters`;
     at("status").textContent = "";
   }
 
   function describe(c, k) {
     const kind = at("kind").value;
-    return `Filter ${k}, class ${run.classes[c]}: ${NAMES[kind]} ${number(matrix.value(c, k))}${kind === "mi" ? " nats" : ""}`;
+    const unit = kind === "mi" ? " nats" : "";
+    return `Filter ${k}, class ${run.classes[c]}: ${NAMES[kind]} ${number(matrix.value(c, k))}${unit}`;
   }
 
   function showCell(row, column) {
@@ -200,10 +211,9 @@
     pairs.push(["its class by mutual information", run.classes[mi.own[k]]]);
     facts(at("filter-facts"), pairs);
     const top = network.top[k];
-    const figures = (top ?? []).map((index) =>
-      element("figure", {}, picture(index, imageName(index)), element("figcaption", {}, run.classes[run.sprite.labels[index]])));
-    at("filter-images").replaceChildren(...(figures.length ? figures : [element("p", { class: "note" },
-      top ? "It is never active on the test images." : "Its top images are left out: they did not fit the page's size.")]));
+    const figures = (top ?? []).map((index) => captioned(picture(index, imageName(index)), className(index)));
+    const none = top ? "It is never active on the test images." : "Its top images did not fit the page's size.";
+    at("filter-images").replaceChildren(...(figures.length ? figures : [element("p", { class: "note" }, none)]));
   }
 
   function keep(k) {
@@ -224,13 +234,15 @@
       return;
     }
     at("class-title").textContent = `Filters of ${run.classes[c]}`;
-    at("class-note").textContent = `${columns.length} of ${matrix.filters} filters have their largest value (${NAMES[kind]}) here` +
+    at("class-note").textContent =
+      `${columns.length} of ${matrix.filters} filters have their largest value (${NAMES[kind]}) here` +
       (columns.length > MOST_CARDS ? `; the first ${MOST_CARDS} are listed.` : ".");
     at("class-filters").replaceChildren(...columns.slice(0, MOST_CARDS).map((k) => {
       const value = number(matrix.value(c, k));
       const images = (network.top[k] ?? []).slice(0, CARD_IMAGES).map((index) => picture(index, "", null, true));
       const button = element("button", { type: "button", "data-filter": k, "aria-pressed": String(k === kept),
-        "aria-label": `filter ${k}, ${NAMES[kind]} ${value}` }, `filter ${k} · ${value}`, element("div", { class: "row" }, ...images));
+        "aria-label": `filter ${k}, ${NAMES[kind]} ${value}` });
+      button.append(`filter ${k} · ${value}`, element("div", { class: "row" }, ...images));
       button.addEventListener("click", () => {
         cell = { row: c, column: columns.indexOf(k) };
         keep(k);
@@ -244,8 +256,8 @@
   function showGallery() {
     at("gallery").replaceChildren(...network.gallery.map((_, i) => {
       const index = run.gallery[i], name = imageName(index);
-      const button = element("button", { type: "button", "aria-label": name, "aria-pressed": String(i === image), title: name },
-        picture(index, "", null, true));
+      const button = element("button", { type: "button", "aria-label": name, "aria-pressed": String(i === image),
+        title: name }, picture(index, "", null, true));
       button.addEventListener("click", () => {
         image = i;
         [...at("gallery").children].forEach((other, j) => other.setAttribute("aria-pressed", String(i === j)));
@@ -262,8 +274,8 @@
     at("image-status").textContent = `${imageName(index).replace("test", "Test")}: predicted ${predicted} ` +
       `(${(100 * entry.probability).toFixed(1)} %)`;
     entry.decoded ??= bytes(entry.maps);
-    const map = (i) => ({ width, height, values: entry.decoded.subarray(i * width * height, (i + 1) * width * height) });
-    const captioned = (canvas, caption) => element("figure", {}, canvas, element("figcaption", {}, caption));
+    const size = width * height;
+    const map = (i) => ({ width, height, values: entry.decoded.subarray(i * size, (i + 1) * size) });
     const figures = [
       captioned(picture(index, imageName(index)), "the image"),
       captioned(picture(index, `class activation map of ${predicted}`, map(0)), `all filters, for ${predicted}`),

@@ -6,12 +6,12 @@ import base64
 import hashlib
 import io
 import json
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 import numpy as np
 
-from csg_ext import metrics, plots
+from csg_ext import __version__, metrics, plots
 from csg_ext.report.collect import Run, contents, data_uri
 from csg_ext.training.compare import rows
 
@@ -34,7 +34,7 @@ def render(runs: list[Run]) -> str:
     )
     return environment.from_string(template).render(
         title=f"csg-ext report: {', '.join(run.name for run in runs)}",
-        version=metadata.version("csg-ext"),
+        version=__version__,
         style=Markup(style),
         scripts=[Markup(s) for s in scripts],
         hashes=[Markup(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'") for s in scripts],
