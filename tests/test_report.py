@@ -264,7 +264,7 @@ def test_keyboard(opened, odd):
 
 
 def test_names_stay_text(opened, odd):
-    text = (odd / "report.html").read_text()
+    text = (odd / "report.html").read_text(encoding="utf-8")
     assert all(name not in text for name in ODD)
     assert opened.js("return window.ran") is None
     assert opened.all("img[src='x']") == []

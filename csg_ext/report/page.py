@@ -27,7 +27,9 @@ def render(runs: list[Run]) -> str:
     if not runs:
         raise ValueError("report: runs must hold at least one run, got none")
     files = resources.files(__package__)
-    template, style, script = (files.joinpath(n).read_text() for n in ("template.html", "style.css", "page.js"))
+    template, style, script = (
+        files.joinpath(name).read_text(encoding="utf-8") for name in ("template.html", "style.css", "page.js")
+    )
     scripts = [get_plotlyjs(), script]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
