@@ -1,4 +1,4 @@
-"""The command line: `csg-ext train`, `mis`, `evaluate`, `localize`, `detect` and `info`."""
+"""The command line: `csg-ext train`, `mis`, `evaluate`, `localize`, `detect`, `report` and `info`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from csg_ext.training.files import (
     CHECKPOINT,
     METRICS_CSV,
     METRICS_JSON,
+    REPORT,
     RESULT,
     RUN,
     SUMMARY,
@@ -356,6 +357,14 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument(
         "--output", metavar="DIR", default=_DETECT_OUTPUT, help=f"folder of the results (default {_DETECT_OUTPUT})"
     )
+    report = commands.add_parser(
+        "report",
+        help="one HTML page about finished runs",
+        description="Writes report.html, one file that needs no network: what was trained, the table CSG against STD, "
+        "all pictures, and the gate and mutual information to explore with the filters' top images and maps.",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run that csg-ext train finished")
+    report.add_argument("--output", metavar="DIR", help="folder of the page (default: that of a single run)")
     info = commands.add_parser("info", help="what was built and what runs here")
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
@@ -401,6 +410,7 @@ def _train(arguments: dict[str, Any]) -> int:
 
     from tqdm import tqdm
 
+    from csg_ext.report import read_run, write_report
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
@@ -451,6 +461,7 @@ def _train(arguments: dict[str, Any]) -> int:
     _draw(folder, data.classes, summary)
     print("\n" + compare.table(summary))
     print(f"Everything is in {folder}: summary.json, table.txt, gate.png, mutual_information.png, training.png")
+    print(f"The report, to open in a browser: {write_report([read_run(folder, data)], folder)}")
     return 0
 
 
@@ -470,7 +481,7 @@ def _clear(folder: Path) -> None:
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, "skipped.txt"):
+    for name in (SUMMARY, TABLE, REPORT, "skipped.txt"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -519,6 +530,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from csg_ext import detect
 
         return _guarded("detect", lambda: detect.main(arguments), lambda: "; nothing is written", "train,analysis")
+
+    if command == "report":
+        from csg_ext import report
+
+        return _guarded("report", lambda: report.main(arguments), lambda: "; nothing is written")
 
     output = arguments["output"]
 

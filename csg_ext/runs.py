@@ -21,6 +21,7 @@ from csg_ext.data.images import ImageData, load_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS
+from csg_ext.training.network import build_model
 
 # Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
 SOURCE: dict[str, Any] = {
@@ -95,8 +96,6 @@ def read_checkpoint(file: Path) -> StoredModel:
 
 def restore(stored: StoredModel, data: ImageData) -> GatedModel:
     """The model of a checkpoint, for the channels and classes of `data`; ValueError if its weights do not fit."""
-    from csg_ext.training.arm import build_model
-
     model = build_model(stored.config, data)
     wanted = model.state_dict()
     odd = sorted(wanted.keys() ^ stored.state.keys())

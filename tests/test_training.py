@@ -24,11 +24,12 @@ from csg_ext import cli
 from csg_ext.data import Batches, ImageData
 from csg_ext.nn import GatedModel, build_backbone
 from csg_ext.training import Schedule, TrainConfig
-from csg_ext.training.arm import build_model, fit_arm, train_arm
+from csg_ext.training.arm import fit_arm, train_arm
 from csg_ext.training.checkpoint import AtomicCheckpointIO, Interruption, TrainingInterrupted
 from csg_ext.training.files import ARRAYS, CHECKPOINT, METRICS_CSV, METRICS_JSON, RESULT, WEIGHTS, atomic_file
 from csg_ext.training.module import AlternateTraining
 from csg_ext.training.monitor import DensityWarning, DivergedError
+from csg_ext.training.network import build_model
 
 STEPS = 5  # per epoch, with the digits below
 

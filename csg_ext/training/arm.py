@@ -17,10 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
 from csg_ext import metrics
-from csg_ext.data.batches import Batches, derive_seed, normalise
+from csg_ext.data.batches import Batches, normalise
 from csg_ext.data.images import ImageData
 from csg_ext.nn.gate import GatedModel
-from csg_ext.nn.resnet import build_backbone
 from csg_ext.training.checkpoint import AtomicCheckpointIO, Interruption, TrainingInterrupted
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import (
@@ -36,13 +35,13 @@ from csg_ext.training.files import (
 )
 from csg_ext.training.logs import write_epoch
 from csg_ext.training.module import ROW, AlternateTraining
+from csg_ext.training.network import build_model
 from csg_ext.training.schedule import CSG
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Report = Callable[[dict[str, Any]], None]
-_INIT_STREAM = 4  # random stream of the initial weights: the same for both arms
 _REPORT_SECONDS = 0.2
 
 
@@ -53,14 +52,6 @@ def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-
-
-def build_model(config: TrainConfig, data: ImageData) -> GatedModel:
-    """The model with the initial weights that the seed gives."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, _INIT_STREAM))
-        model = GatedModel(build_backbone(config.model, data.channels), len(data.classes))
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
 
 
 class _Keeper(Callback):

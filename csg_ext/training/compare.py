@@ -205,11 +205,11 @@ def summarise(
     }
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The comparison as aligned text."""
+def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The comparison as rows (measure, STD, CSG) of text."""
     std, csg = summary["std"], summary["csg"]
     classes = len(summary["data"]["classes"])
-    rows = [
+    return [
         ("accuracy (STD path: no label is used)", f"{std['accuracy']:.2%}", f"{csg['accuracy']:.2%}"),
         ("MIS: mutual information filter-class, nats", f"{std['mis']:.4f}", f"{csg['mis']:.4f}"),
         ("  its ceiling: the network's own class scores", f"{std['mis_ceiling']:.4f}", f"{csg['mis_ceiling']:.4f}"),
@@ -219,9 +219,14 @@ def table(summary: dict[str, Any]) -> str:
         ("accuracy, each class scored by its own filters only", "", f"{csg['one_hot_accuracy']:.2%}"),
         ("training, seconds", f"{std['train_seconds']:.0f}", f"{csg['train_seconds']:.0f}"),
     ]
-    width = max(len(row[0]) for row in rows)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The comparison as aligned text."""
+    compared = rows(summary)
+    width = max(len(row[0]) for row in compared)
     lines = [f"{'':{width}}  {'STD':>8}  {'CSG':>8}"]
-    lines += [f"{name:{width}}  {a:>8}  {b:>8}" for name, a, b in rows]
+    lines += [f"{name:{width}}  {a:>8}  {b:>8}" for name, a, b in compared]
     data = summary["data"]
     lines.append(
         f"{data['name']}: {data['train']} train, {data['test']} test images; {summary['config']['model']}, "

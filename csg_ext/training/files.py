@@ -13,7 +13,7 @@ CHECKPOINT, WEIGHTS, RESULT, ARRAYS = "last.ckpt", "model.safetensors", "result.
 METRICS_CSV, METRICS_JSON, LOG, TENSORBOARD = "metrics.csv", "metrics.json", "log.txt", "tensorboard"
 # In the folder of the run.
 ARMS = ("std", "csg")
-RUN, SUMMARY, TABLE = "run.json", "summary.json", "table.txt"
+RUN, SUMMARY, TABLE, REPORT = "run.json", "summary.json", "table.txt", "report.html"
 
 
 def sentence(error: BaseException) -> str:

@@ -1,0 +1,31 @@
+"""The command `csg-ext report`: one self-contained HTML page about one or more runs of csg-ext train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from csg_ext.report.collect import Run, read_run
+from csg_ext.report.page import render
+from csg_ext.training.files import REPORT, write_text
+
+__all__ = ["Run", "main", "read_run", "render", "write_report"]
+
+
+def write_report(runs: list[Run], folder: str | Path) -> Path:
+    """Writes report.html about `runs` (at least one) into `folder`, which is made where it is missing."""
+    target = Path(folder) / REPORT
+    text = render(runs)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text)
+    return target
+
+
+def main(arguments: dict[str, Any]) -> int:
+    """Runs `csg-ext report` with the parsed arguments; returns the exit status."""
+    runs = [read_run(folder) for folder in arguments["runs"]]
+    if arguments["output"] is None and len(runs) > 1:
+        raise ValueError(f"--output must name the folder of the page of several runs, got {len(runs)} runs and none")
+    target = write_report(runs, arguments["output"] or arguments["runs"][0])
+    print(f"Written to {target} ({target.stat().st_size / 1e6:.1f} MB): open it in a browser")
+    return 0

@@ -1,0 +1,490 @@
+"""Tests of `csg-ext report`: the page in headless Chromium against the run's own arrays, bad input, size and labels."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from csg_ext import cli, plots
+from csg_ext.data import ImageData, load_images
+from csg_ext.data.batches import normalise
+from csg_ext.nn import GatedModel
+from csg_ext.report import collect, page, read_run, write_report
+from csg_ext.runs import read_checkpoint, restore
+
+ODD = ['<img src=x onerror="window.ran=1">', "</script><script>window.ran=1</script>", "<b>a</b> & 'b' {{ c }}"]
+
+
+def _report(*arguments) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(["report", *map(str, arguments)])
+    return status, out.getvalue(), err.getvalue()
+
+
+def _arrays(folder: Path, arm: str) -> dict[str, np.ndarray]:
+    with np.load(folder / arm / "arrays.npz") as archive:
+        return dict(archive)
+
+
+@pytest.fixture(scope="module")
+def odd(run, digits, tmp_path_factory) -> Path:
+    """The short run, its classes renamed to names with HTML in them, and its report."""
+    place = tmp_path_factory.mktemp("odd")
+    folder = shutil.copytree(run[0], place / "run")
+    data = load_images(digits)
+    data.classes = ODD
+    data.save(place / "odd.npz")
+    stored = json.loads((folder / "run.json").read_text())
+    stored["source"]["data"] = str(place / "odd.npz")
+    (folder / "run.json").write_text(json.dumps(stored))
+    status, out, err = _report(folder)
+    assert status == 0, err
+    assert str(folder / "report.html") in out
+    return folder
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from selenium import webdriver
+
+    programs = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+    missing = [name for name, found in programs.items() if found is None]
+    if missing:
+        pytest.fail(f"{' and '.join(missing)} must be on PATH (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs["chromium"]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs["chromedriver"]))
+    yield _Page(driver)
+    driver.quit()
+
+
+class _Page:
+    """What the tests do with a page."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def open(self, file: Path) -> _Page:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.driver.get_log("browser")
+        self.driver.get(file.absolute().as_uri())
+        WebDriverWait(self.driver, 30).until(lambda _: self.js("return document.documentElement.dataset.ready"))
+        return self
+
+    def js(self, script: str, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self.find(selector).get_property("textContent")
+
+    def choose(self, name: str, value) -> None:
+        from selenium.webdriver.support.ui import Select
+
+        Select(self.find(f"#{name}")).select_by_value(str(value))
+
+    def press(self, *keys: str) -> None:
+        from selenium.webdriver import ActionChains, Keys
+
+        ActionChains(self.driver).send_keys(*(getattr(Keys, key) for key in keys)).perform()
+
+    def point(self, row: int, column: int, click: bool = False) -> None:
+        """The mouse onto a cell of the heat map, after a detour that makes its arrival an event."""
+        from selenium.webdriver import ActionChains
+
+        self.js("document.getElementById('matrix-frame').scrollIntoView({block: 'center'})")
+        x, y = self.js(
+            "const p = document.getElementById('matrix'), b = p.getBoundingClientRect(), l = p._fullLayout;"
+            "return [b.left + l.xaxis._offset + l.xaxis.d2p(arguments[1]), "
+            "b.top + l.yaxis._offset + l.yaxis.d2p(arguments[0])]",
+            row,
+            column,
+        )
+        actions = ActionChains(self.driver, duration=0)
+        actions.w3c_actions.pointer_action.move_to_location(1, 1).pause(0.12)  # Plotly skips events that come faster
+        actions.w3c_actions.pointer_action.move_to_location(round(x), round(y)).pause(0.12)
+        if click:
+            actions.w3c_actions.pointer_action.click()
+        actions.perform()
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture
+def opened(browser, odd):
+    """The odd run's page, which must have loaded, and be left, without a message on the console."""
+    shown = browser.open(odd / "report.html")
+    yield shown
+    assert shown.errors() == []
+
+
+def _matrices(folder: Path, arm: str) -> dict[str, np.ndarray]:
+    arrays = _arrays(folder, arm)
+    return {"gate": arrays["gate"].astype(np.float64), "mi": arrays["mi"].T}
+
+
+UNIT = {"gate": ("gate", ""), "mi": ("mutual information", " nats")}
+
+
+@pytest.mark.parametrize(("network", "kind"), [("csg", "gate"), ("csg", "mi"), ("std", "mi")])
+def test_hovering_shows_the_filter_the_class_the_value_and_the_top_images(opened, odd, network, kind):
+    opened.choose("network", ["std", "csg"].index(network))
+    opened.choose("kind", kind)
+    arrays, matrix = _arrays(odd, network), _matrices(odd, network)[kind]
+    order = plots.class_order(np.float32(matrix) if kind == "gate" else matrix)
+    for _ in range(4):
+        row, column = int(torch.randint(3, ())), int(torch.randint(64, ()))
+        opened.point(row, column)
+        text = opened.text("#status")
+        found = re.fullmatch(r"Filter (\d+), class (.*): ([a-z ]+) (-?[\d.]+)( nats)?", text)
+        assert found, text
+        k, (name, unit) = int(found[1]), UNIT[kind]
+        assert matrix[:, k].max() == pytest.approx(matrix[:, order[column]].max(), abs=2e-4)  # ties may be in any order
+        assert (found[2], found[3], found[5] or "") == (ODD[row], name, unit)
+        assert float(found[4]) == pytest.approx(matrix[row, k], abs=1e-4)
+        assert opened.text("#tip") == text and opened.find("#tip").is_displayed()
+        assert opened.text("#filter-title") == f"Filter {k}"
+        images = [
+            int(re.match(r"test image (\d+)", canvas.get_attribute("aria-label"))[1])
+            for canvas in opened.all("#filter-images canvas")
+        ]
+        feature = arrays["features"][:, k]
+        best = -np.sort(-feature)[: collect.TOP]
+        np.testing.assert_array_equal(feature[images], best[best > 0])
+
+
+@pytest.mark.parametrize("kind", ["gate", "mi"])
+def test_sorting(opened, odd, kind):
+    matrix = _matrices(odd, "csg")[kind]
+    opened.choose("kind", kind)
+    best, own = matrix.max(0), matrix.argmax(0)
+    for order in ("number", "value", "class"):
+        opened.choose("order", order)
+        z = np.array(opened.js("return document.getElementById('matrix').data[0].z.map((row) => Array.from(row))"))
+        assert z.shape == matrix.shape
+        if order == "number":
+            np.testing.assert_allclose(z, matrix, atol=1e-5)
+        elif order == "value":
+            np.testing.assert_allclose(z.max(0), -np.sort(-best), atol=1e-5)
+        else:
+            np.testing.assert_array_equal(z.argmax(0), np.sort(own))
+            within = np.diff(z.max(0))[np.diff(z.argmax(0)) == 0]
+            assert (within <= 0).all()
+
+
+def test_a_class_and_its_filters(opened, odd):
+    matrix = _matrices(odd, "csg")["mi"]
+    opened.choose("kind", "mi")
+    for c in range(3):
+        opened.choose("class", c)
+        mine = np.flatnonzero(matrix.argmax(0) == c)
+        buttons = opened.all("#class-filters button")
+        listed = [int(b.get_attribute("data-filter")) for b in buttons]
+        assert sorted(listed) == mine.tolist()
+        np.testing.assert_allclose(matrix[c, listed], -np.sort(-matrix[c, mine]), atol=1e-5)
+        assert opened.text("#class-title") == f"Filters of {ODD[c]}"
+        if listed:
+            buttons[0].click()
+            assert opened.text("#filter-title") == f"Filter {listed[0]} (kept)"
+            assert buttons[0].get_attribute("aria-pressed") == "true"
+
+
+def test_an_image_and_its_maps(opened, odd):
+    data = load_images(odd.parent / "odd.npz")
+    button = opened.all("#gallery button")[5]
+    index = int(re.match(r"test image (\d+)", button.get_attribute("aria-label"))[1])
+    stored = read_checkpoint(odd / "csg" / "model.safetensors")
+    model = restore(stored, data).eval().double()
+    x = normalise(data.test_images[index : index + 1], *data.statistics(), torch.device("cpu")).double()
+    with torch.inference_mode():
+        maps = model.forward_features(x)[0]
+    added = model.classifier.weight @ torch.diag(maps.mean((1, 2)))
+    scores = added.sum(1) + model.classifier.bias
+    c = int(scores.argmax())
+    button.click()
+    share = 100 * scores.softmax(0)[c].item()
+    text = opened.text("#image-status")
+    assert text.startswith(f"Test image {index}, {ODD[data.test_labels[index]]}: predicted {ODD[c]} (")
+    assert float(re.search(r"([\d.]+) %\)$", text)[1]) == pytest.approx(share, abs=0.06)
+    captions = [figure.get_property("textContent") for figure in opened.all("#maps figcaption")][2:]
+    best = added[c].sort(descending=True)
+    for caption, value in zip(captions, best.values.tolist(), strict=False):
+        found = re.fullmatch(r"filter (\d+): ([+−])([\d.]+)", caption)
+        assert added[c, int(found[1])].item() == pytest.approx(value, abs=1e-4)
+        assert float(found[3]) * (1 if found[2] == "+" else -1) == pytest.approx(value, abs=0.006)
+    # The brightest cell of the strongest filter's map lies where that filter is strongest.
+    shown = opened.js(
+        "const c = document.querySelectorAll('#maps canvas')[2], d = c.getContext('2d').getImageData(0, 0, c.width, "
+        "c.height).data; return [c.width, Array.from(d).filter((_, i) => i % 4 === 0).map((r, i) => r - d[4 * i + 2])]"
+    )
+    red = np.array(shown[1]).reshape(shown[0], shown[0])
+    top = maps[int(best.indices[0])]
+    blocks = red.reshape(top.shape[0], shown[0] // top.shape[0], top.shape[1], -1).mean((1, 3))
+    assert blocks.argmax() == int(top.argmax())
+
+
+def test_keyboard(opened, odd):
+    opened.js("document.getElementById('matrix-frame').focus()")
+    opened.choose("order", "number")
+    matrix = _matrices(odd, "csg")["gate"]
+    opened.js("document.getElementById('matrix-frame').focus()")
+    for keys, row, column in ((["ARROW_UP"], 0, 0), (["ARROW_RIGHT", "ARROW_DOWN"], 1, 1), (["END"], 1, 63)):
+        opened.press(*keys)
+        text = opened.text("#status")
+        assert text.startswith(f"Filter {column}, class {ODD[row]}: gate ")
+        assert float(text.rsplit(" ", 1)[1]) == pytest.approx(matrix[row, column], abs=1e-4)
+        assert opened.find("#cursor").is_displayed()
+    opened.press("HOME", "ENTER")
+    assert opened.text("#filter-title") == "Filter 0 (kept)"
+
+
+def test_names_stay_text(opened, odd):
+    text = (odd / "report.html").read_text(encoding="utf-8")
+    assert all(name not in text for name in ODD)
+    assert opened.js("return window.ran") is None
+    assert opened.all("img[src='x']") == []
+    assert [o.get_property("textContent") for o in opened.all("#class option")][1:] == ODD
+    ticks = [t.get_property("textContent") for t in opened.all("#matrix .ytick text")]
+    assert ticks == [name if len(name) <= 24 else name[:23] + "…" for name in ODD]
+
+
+def test_screen_readers_and_the_table(opened, odd):
+    opened.all("#gallery button")[0].click()
+    opened.choose("class", 1)
+    for element in opened.all("select, button, #matrix-frame, canvas[role=img], .plot img, .wide"):
+        if element.is_displayed():
+            assert element.accessible_name.strip(), element.get_attribute("outerHTML")[:200]
+    assert opened.find("html").get_attribute("lang") == "en"
+    levels = [int(h.tag_name[1]) for h in opened.all("h1, h2, h3")]
+    assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) == 1
+    summary = json.loads((odd / "summary.json").read_text())
+    cells = [
+        [c.get_property("textContent") for c in row.find_elements("css selector", "th, td")]
+        for row in opened.all("tbody tr")
+    ]
+    assert cells[0][1:] == [f"{summary[arm]['accuracy']:.2%}" for arm in ("std", "csg")]
+    assert cells[1][1:] == [f"{summary[arm]['mis']:.4f}" for arm in ("std", "csg")]
+    assert opened.js("return [...document.images].every((i) => i.complete && i.naturalWidth > 100)")
+    assert len(opened.all(".plot img")) == 7
+
+
+def test_light_and_dark(browser, odd):
+    def brightness(shown: _Page, selector: str, style: str) -> float:
+        colour = shown.js(f"return getComputedStyle(document.querySelector('{selector}')).{style}")
+        return float(np.mean([float(v) for v in re.findall(r"[\d.]+", colour)[:3]]))
+
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        shown = browser.open(odd / "report.html")
+        dark = scheme == "dark"
+        assert (brightness(shown, "body", "backgroundColor") < 80) == dark
+        assert (brightness(shown, "#matrix .ytick text", "fill") > 150) == dark
+        shown.find("#theme").click()
+        assert (brightness(shown, "body", "backgroundColor") < 80) != dark
+        assert (brightness(shown, "#matrix .ytick text", "fill") > 150) != dark
+        assert shown.errors() == []
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_nothing_comes_from_the_network(browser, odd):
+    shown = browser.open(odd / "report.html")
+    names = shown.js("return performance.getEntriesByType('resource').map((e) => e.name)")
+    assert all(name.startswith("data:") for name in names)
+    assert shown.errors() == []
+    for attempt in (
+        "fetch('data:,x').then(() => done('loaded'), () => done('blocked'))",
+        "const i = new Image(); i.onload = () => done('loaded'); i.onerror = () => done('blocked');"
+        "i.src = 'training.png'",
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s);"
+        "done(window.ran ? 'loaded' : 'blocked')",
+    ):
+        assert shown.driver.execute_async_script(f"const done = arguments[0]; {attempt}") == "blocked"
+    assert sum("Content Security Policy" in message for message in shown.errors()) >= 3
+
+
+class _Wide(nn.Module):
+    num_filters = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, self.num_filters, 3, 8, 1)
+
+    def forward(self, x):
+        return self.conv(x).relu()
+
+
+def test_two_runs_and_two_thousand_filters(browser, run, tmp_path):
+    """A page of the short run and of one with K = 2048, 50 classes, the last without filters, and colour images."""
+    rng = np.random.default_rng(int(torch.randint(2**31, ())))
+    classes, count, filters = 50, 300, _Wide.num_filters
+    images = rng.integers(0, 256, (count, 3, 64, 48)).astype(np.uint8)
+    labels = np.arange(count) % classes
+    data = ImageData("noise", images, labels, images, labels, [f"class {c}" for c in range(classes)])
+    arms = []
+    for name in ("STD", "CSG"):
+        gate = rng.random((classes, filters), np.float32)
+        gate[-1] = 0
+        arms.append(
+            collect.Arm(
+                name=name,
+                model=GatedModel(_Wide(), classes).eval(),
+                gate=gate if name == "CSG" else None,
+                gate_note="",
+                mi=rng.random((filters, classes)),
+                features=rng.random((count, filters), np.float32),
+                confusion=np.eye(classes, dtype=np.int64) * 6,
+                history=[{"epoch": 1, "loss_std": 1.0, "train_accuracy": 0.5, "l1_density": 0.5}],
+                statistics=data.statistics(),
+            )
+        )
+    short = read_run(run[0])
+    wide = collect.Run("wide", json.loads(json.dumps(short.summary)), data, arms)
+    file = write_report([short, wide], tmp_path)
+    assert file.stat().st_size < 10e6
+    shown = browser.open(file)
+    shown.choose("run", 1)
+    assert "Top images are shown for" in shown.text("#notes")
+    assert shown.text(".plot ~ .note") == "Similarity of kernels is drawn for up to 512 filters."
+    assert shown.js("const c = document.querySelector('#gallery canvas'); return c.width / c.height") == 0.75
+    shown.choose("order", "number")
+    row, column = int(rng.integers(classes)), int(rng.integers(filters))
+    shown.point(row, column)
+    found = re.fullmatch(r"Filter (\d+), class class (\d+): gate ([\d.]+)", shown.text("#status"))
+    k, c = int(found[1]), int(found[2])
+    assert abs(k - column) <= 2 and c == row  # a filter is half a pixel wide
+    assert float(found[3]) == pytest.approx(arms[1].gate[c, k], abs=1e-4)
+    began = shown.js("return performance.now()")
+    shown.choose("order", "class")
+    assert shown.js("return performance.now()") - began < 5000
+    shown.choose("class", 7)
+    mine = np.flatnonzero(arms[1].gate.argmax(0) == 7)
+    assert len(shown.all("#class-filters button")) == min(len(mine), 60)
+    shown.choose("class", classes - 1)
+    assert shown.text("#class-note").startswith("0 of 2048 filters")
+    shown.js("document.getElementById('matrix-frame').focus()")
+    shown.press("ARROW_DOWN")
+    assert shown.text("#status") == ""
+    shown.choose("run", 0)
+    assert shown.text("#notes") == ""
+    assert shown.errors() == []
+
+
+# ---- without a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (600, 1000)])
+def test_quantised_matrices_are_the_matrices(shape):
+    matrix = torch.randn(shape, dtype=torch.float64).numpy()
+    stored = collect.quantise(matrix)
+    integers = np.frombuffer(base64.b64decode(stored["values"]), "<u2" if stored["bits"] == 16 else "u1").reshape(shape)
+    assert np.abs(stored["low"] + stored["step"] * integers - matrix).max() <= stored["step"] / 2 * (1 + 1e-9)
+    assert stored["step"] * (2 ** stored["bits"] - 1) == pytest.approx(np.ptp(matrix))
+    constant = collect.quantise(np.full((2, 2), 0.3))
+    assert constant["low"] == 0.3 and base64.b64decode(constant["values"]) == bytes(8)
+
+
+def test_training_ends_by_naming_the_report(run):
+    folder, out, _ = run
+    assert out.strip().splitlines()[-1].endswith(str(folder / "report.html"))
+    assert (folder / "report.html").stat().st_size < 10e6
+
+
+def test_json_cannot_end_its_script():
+    text = page.embedded_json({"</script>": ["<!--", "é\u2028"]})
+    assert "<" not in text and json.loads(text) == {"</script>": ["<!--", "é\u2028"]}
+    with pytest.raises(ValueError):
+        page.embedded_json(float("nan"))
+
+
+def test_a_checkpoint_without_a_gate(browser, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    weights = load_file(folder / "csg" / "model.safetensors")
+    del weights["csg.gate"]
+    save_file(weights, folder / "csg" / "model.safetensors")
+    status, _, err = _report(folder)
+    assert status == 0, err
+    shown = browser.open(folder / "report.html")
+    assert "The checkpoint holds no gate." in shown.text("#notes")
+    assert [o.get_attribute("value") for o in shown.all("#kind option")] == ["mi"]
+    shown.point(1, 3)
+    assert re.fullmatch(r"Filter \d+, class 1: mutual information [\d.]+ nats", shown.text("#status"))
+    shown.choose("network", 0)
+    assert "trained without a gate" in shown.text("#notes")
+    assert shown.errors() == []
+
+
+def _without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _without_number(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["std"]["mis_bound"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such file"),
+        (_without("run.json"), "expected model.safetensors or last.ckpt"),
+        (_without("summary.json"), "must be a finished run, got .* without summary.json"),
+        (_without("csg/arrays.npz"), "must be a finished run, got .* without csg/arrays.npz"),
+        (lambda folder: (folder / "std/arrays.npz").write_bytes(b"PK\3\4 no"), "std/arrays.npz: expected the arrays"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json: expected JSON"),
+        (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json: expected the numbers"),
+        (_without_number, "summary.json: expected the numbers .* without std.mis_bound"),
+        (lambda folder: (folder / "csg/metrics.json").write_text("[1]"), "csg/metrics.json: expected the epochs"),
+        (
+            lambda folder: np.savez(folder / "csg/arrays.npz", mi=np.zeros((2, 2))),
+            "csg/arrays.npz: expected the arrays",
+        ),
+        (
+            lambda folder: np.savez(folder / "csg/arrays.npz", **_arrays(folder, "csg") | {"mi": np.zeros((2, 3))}),
+            r"mi must be finite and of shape \(64, 3\), got shape \(2, 3\)",
+        ),
+    ],
+)
+def test_bad_runs(run, tmp_path, damage, expected):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    (folder / "report.html").unlink()
+    damage(folder)
+    status, _, err = _report(folder, "--output", tmp_path / "page")
+    assert status == 2
+    assert re.fullmatch(rf"csg-ext report: error: .*{expected}.*\n", err), err
+    assert not (tmp_path / "page").exists()
+
+
+def test_bad_arguments(run, tmp_path):
+    status, _, err = _report(run[0], run[0])
+    assert status == 2 and "--output must name the folder" in err
+    status, _, err = _report(run[0] / "csg")
+    assert status == 2 and "without run.json" in err
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([], tmp_path)
