@@ -1,0 +1,316 @@
+"""The reproduction study: STD against CSG over seeds, and what each setting of the method does.
+
+    python examples/reproduction/study.py run [--only NAME ...] [--jobs 2]   trains what is not there yet
+    python examples/reproduction/study.py report                             writes docs/results.md
+
+Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
+is stopped goes on where it was. `main` is measured on the test part with the default settings, fixed before; every
+other study varies one setting and is measured on images held out of the train part: the test part chooses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+HOLD_OUT = 2000  # images of the train part that the ablations are measured on
+MAIN_SEEDS, ABLATION_SEEDS = range(5), range(2)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One setting of the method, trained with several seeds."""
+
+    name: str
+    text: str  # what differs from the default, for the table
+    settings: dict[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("csg",)
+    seeds: range = ABLATION_SEEDS
+    hold_out: int | None = HOLD_OUT
+
+
+STUDIES = [
+    Study("main", "default settings", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
+    Study("default", "default", arms=("std", "csg")),
+    Study("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
+    Study("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
+    Study("steps6", "schedule: by steps, period 6, 1/3 CSG", {"schedule": "steps", "period": 6}),
+    Study("epochs3", "schedule: by epochs (the paper's), period 3, 1/3 CSG", {"schedule": "epochs", "period": 3}),
+    Study("warmup", "first quarter STD only", {"warmup": 0.25}),
+    Study("lambda1-low", "lambda_1 = 0.3", {"lambda_1": 0.3}),
+    Study("lambda1-high", "lambda_1 = 3", {"lambda_1": 3.0}),
+    Study("lambda2-low", "lambda_2 = 0.001", {"lambda_2": 0.001}),
+    Study("lambda2-high", "lambda_2 = 0.1", {"lambda_2": 0.1}),
+    Study("budget2", "budget g = 2 K", {"budget": 128.0}),
+    Study("budget3", "budget g = 3 K", {"budget": 192.0}),
+    Study("psi-l2", "psi: L2", {"penalty": "l2"}),
+    Study("psi-smooth", "psi: smooth L1", {"penalty": "smooth_l1"}),
+    Study("gate-lr-low", "gate learning rate 0.5", {"gate_lr": 0.5}),
+    Study("gate-lr-high", "gate learning rate 8", {"gate_lr": 8.0}),
+    Study("decay-low", "weight decay 5e-4", {"weight_decay": 5e-4}, arms=("std", "csg")),
+    Study("decay-high", "weight decay 2e-3", {"weight_decay": 2e-3}, arms=("std", "csg")),
+    Study("epochs24", "24 epochs", {"epochs": 24}, arms=("std", "csg")),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm of one study with one seed."""
+
+    study: Study
+    arm: str
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where its numbers are kept."""
+        return RESULTS / self.study.name / f"{self.arm}-{self.seed}.json"
+
+    def start(self, data: Path, folder: Path) -> subprocess.Popen[str]:
+        """The process that trains and measures it."""
+        from csg_ext.training.config import TrainConfig
+
+        config = TrainConfig(seed=self.seed, **self.study.settings)
+        job = {
+            "arm": self.arm,
+            "config": config.as_dict(),
+            "data": str(data),
+            "folder": str(folder),
+            "resume": True,
+            "device": "cpu",
+            "threads": 1,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "csg_ext.training.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / "log.txt").open("w"),
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            json.dump(job, pipe)
+        return process
+
+    def keep(self, folder: Path) -> None:
+        """Stores the numbers of a finished run, and which images it had right (as hexadecimal digits)."""
+        import numpy as np
+        from safetensors.numpy import load_file
+
+        result = json.loads((folder / "result.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+        with np.load(folder / "arrays.npz") as arrays:
+            logits = arrays["features"] @ weights["classifier.weight"].T + weights["classifier.bias"]
+            right = logits.argmax(axis=1) == arrays["labels"]
+        result |= {"seed": self.seed, "images": len(right), "right": np.packbits(right).tobytes().hex()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def jobs(only: list[str]) -> Iterator[Job]:
+    """What is to be trained, seed by seed, so that a study that is stopped early has something for every setting."""
+    chosen = [study for study in STUDIES if not only or study.name in only]
+    for seed in MAIN_SEEDS:
+        for study in chosen:
+            if seed in study.seeds:
+                yield from (Job(study, arm, seed) for arm in study.arms)
+
+
+def run(only: list[str], count: int) -> None:
+    """Trains the jobs that have no result, `count` at a time."""
+    unknown = set(only) - {study.name for study in STUDIES}
+    if unknown:
+        raise SystemExit(f"study: NAME must be one of {', '.join(s.name for s in STUDIES)}, got {sorted(unknown)}")
+    sys.path.insert(0, str(ROOT))
+    from csg_ext.data import load_images
+
+    scratch = ROOT / "runs" / "reproduction"
+    scratch.mkdir(parents=True, exist_ok=True)
+    data = load_images()
+    files = {None: scratch / "data.npz", HOLD_OUT: scratch / "held_out.npz"}
+    data.save(files[None])
+    data.hold_out(HOLD_OUT).save(files[HOLD_OUT])
+    waiting = [job for job in jobs(only) if not job.path.exists()]
+    running: list[tuple[Job, subprocess.Popen[str], Path]] = []
+    while waiting or running:
+        while waiting and len(running) < count:
+            job = waiting.pop(0)
+            folder = scratch / job.study.name / f"{job.arm}-{job.seed}"
+            running.append((job, job.start(files[job.study.hold_out], folder), folder))
+        time.sleep(1)
+        ended = [entry for entry in running if entry[1].poll() is not None]
+        running = [entry for entry in running if entry not in ended]
+        for job, process, folder in ended:
+            if process.returncode:
+                raise SystemExit(f"study: {job.study.name} {job.arm} seed {job.seed} failed, see {folder}/log.txt")
+            job.keep(folder)
+            print(
+                f"{job.study.name}: arm {job.arm}, seed {job.seed} done, {len(waiting) + len(running)} to go",
+                flush=True,
+            )
+
+
+def load(study: Study, arm: str) -> dict[int, dict[str, Any]]:
+    """The results that are there, by seed."""
+    found = {}
+    for seed in study.seeds:
+        path = Job(study, arm, seed).path
+        if path.exists():
+            found[seed] = json.loads(path.read_text())
+    return found
+
+
+def t_interval(values: list[float], level: float = 0.95) -> float:
+    """Half the width of the confidence interval of the mean of a few values (Student's t)."""
+    from scipy.stats import t
+
+    return float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def closed(std: dict[str, Any], csg: dict[str, Any]) -> float:
+    """The share of the gap between STD's MIS and its ceiling that CSG closes."""
+    return (csg["mis"] - std["mis"]) / (std["mis_ceiling"] - std["mis"])
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and standard deviation, or the one value."""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+
+
+def verdict(held: bool) -> str:
+    """How a table says it."""
+    return "yes" if held else "no"
+
+
+def main_table(study: Study) -> list[str]:
+    """STD beside CSG, seed by seed, and what holds over the seeds."""
+    import numpy as np
+
+    std, csg = load(study, "std"), load(study, "csg")
+    seeds = sorted(set(std) & set(csg))
+    lines = [
+        "| seed | STD accuracy | CSG accuracy | difference, points | standard error | STD MIS | CSG MIS | "
+        "STD ceiling | gap closed | L1-density | gate class = MI class | own filters only |",
+        "|---" * 12 + "|",
+    ]
+    differences = []
+    for seed in seeds:
+        a, b = std[seed], csg[seed]
+        right = [np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["images"]] for r in (a, b)]
+        paired = 100 * (right[1].astype(float) - right[0].astype(float))
+        differences.append(float(paired.mean()))
+        cells = [
+            seed,
+            f"{a['accuracy']:.2%}",
+            f"{b['accuracy']:.2%}",
+            f"{paired.mean():+.2f}",
+            f"{paired.std() / len(paired) ** 0.5:.2f}",
+            *(f"{v:.4f}" for v in (a["mis"], b["mis"], a["mis_ceiling"])),
+            f"{closed(a, b):.2f}",
+            f"{b['l1_density']:.4f}",
+            f"{b['class_agreement']:.1%}",
+            f"{b['one_hot_accuracy']:.2%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    both = [(std[seed], csg[seed]) for seed in seeds]
+    columns = [
+        spread([a["accuracy"] for a, _ in both], ".2%"),
+        spread([b["accuracy"] for _, b in both], ".2%"),
+        spread(differences, "+.2f"),
+        "",
+        spread([a["mis"] for a, _ in both], ".4f"),
+        spread([b["mis"] for _, b in both], ".4f"),
+        spread([a["mis_ceiling"] for a, _ in both], ".4f"),
+        spread([closed(a, b) for a, b in both], ".2f"),
+        spread([b["l1_density"] for _, b in both], ".4f"),
+        spread([b["class_agreement"] for _, b in both], ".1%"),
+        spread([b["one_hot_accuracy"] for _, b in both], ".2%"),
+    ]
+    lines.append("| mean ± sd | " + " | ".join(columns) + " |")
+    if len(seeds) > 1:
+        low, high = (statistics.mean(differences) + sign * t_interval(differences) for sign in (-1, 1))
+        gaps = [closed(a, b) for a, b in both]
+        lines += [
+            "",
+            f"Accuracy of CSG less that of STD over {len(seeds)} seeds: {statistics.mean(differences):+.2f} points, 95 "
+            f"% interval of the mean [{low:+.2f}, {high:+.2f}] (Student's t, seeds as the units). Gap closed: "
+            f"{statistics.mean(gaps):.2f}, interval [{statistics.mean(gaps) - t_interval(gaps):.2f}, "
+            f"{statistics.mean(gaps) + t_interval(gaps):.2f}].",
+            "",
+            "| held to, by the means over the seeds | |",
+            "|---|---|",
+            f"| the interval of the accuracy's difference holds 0 | {verdict(low <= 0 <= high)} |",
+            f"| at least 0.65 of the gap closed | {verdict(statistics.mean(gaps) >= 0.65)} |",
+            f"| L1-density at most 1.05 / C | {verdict(max(b['l1_density'] for _, b in both) <= 0.105)} |",
+            "| the classes of gate and MI agree for at least 85 % of the filters | "
+            f"{verdict(statistics.mean(b['class_agreement'] for _, b in both) >= 0.85)} |",
+        ]
+    return lines
+
+
+def ablation_table(studies: list[Study]) -> list[str]:
+    """One row for every setting: means over the seeds that are there, against the same seeds' STD arm."""
+    lines = [
+        "| setting | seeds | STD accuracy | CSG accuracy | CSG MIS | gap closed | L1-density | gate class = MI class |",
+        "|---" * 8 + "|",
+    ]
+    default = next(study for study in studies if study.name == "default")
+    for study in studies:
+        std, csg = load(study if "std" in study.arms else default, "std"), load(study, "csg")
+        seeds = sorted(set(std) & set(csg))
+        if not seeds:
+            continue
+        both = [(std[seed], csg[seed]) for seed in seeds]
+        cells = [
+            study.text,
+            ", ".join(map(str, seeds)),
+            spread([a["accuracy"] for a, _ in both], ".2%"),
+            spread([b["accuracy"] for _, b in both], ".2%"),
+            spread([b["mis"] for _, b in both], ".4f"),
+            spread([closed(a, b) for a, b in both], ".2f"),
+            spread([b["l1_density"] for _, b in both], ".3f"),
+            spread([b["class_agreement"] for _, b in both], ".0%"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def report() -> None:
+    """Writes docs/results.md from the results that are there."""
+    head, *ablations = STUDIES
+    text = (Path(__file__).resolve().parent / "results.md.in").read_text()
+    text = text.replace("{{main}}", "\n".join(main_table(head)))
+    text = text.replace("{{ablations}}", "\n".join(ablation_table(ablations)))
+    (ROOT / "docs" / "results.md").write_text(text)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("run", "report"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="studies to run (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (default 2)")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(arguments.only, arguments.jobs)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
