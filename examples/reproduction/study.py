@@ -90,6 +90,7 @@ class Job:
             "resume": True,
             "device": "cpu",
             "threads": 1,
+            "tensorboard": False,
         }
         folder.mkdir(parents=True, exist_ok=True)
         process = subprocess.Popen(
