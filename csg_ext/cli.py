@@ -44,6 +44,7 @@ _HELP = {
     "lambda_2": "weight of the gate's sparsity penalty",
     "budget": "the gate's L1 norm beyond which the penalty acts; K when not given",
     "penalty": "l1, l2 or smooth_l1",
+    "projection": "scale (divide by the column's largest entry and clip) or euclidean (the nearest feasible gate)",
     "schedule": "steps (alternate by steps), epochs (the paper's) or joint",
     "period": "length of one alternation, in steps or epochs",
     "csg_share": "share of a period that takes the CSG path",

@@ -148,6 +148,7 @@ def test_a_schedule_needs_a_run():
         ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\], got 2.0"),
         ({"lambda_1": -1.0}, "lambda_1 must be a non-negative number, got -1.0"),
         ({"penalty": "l0"}, "penalty must be one of l1, l2, smooth_l1, got 'l0'"),
+        ({"projection": "l2"}, "projection must be one of scale, euclidean, got 'l2'"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
         ({"mixup": -1.0}, "mixup must be a non-negative number, got -1.0"),
         ({"schedule": "random"}, "schedule must be one of steps, epochs, joint, got 'random'"),
@@ -172,14 +173,14 @@ def test_sizes():
 # ---- one step, against plain PyTorch
 
 
-@pytest.mark.parametrize("schedule", ["steps", "joint"])
-def test_steps_are_the_methods(tmp_path, schedule):
+@pytest.mark.parametrize("schedule, projection", [("steps", "scale"), ("joint", "scale"), ("joint", "euclidean")])
+def test_steps_are_the_methods(tmp_path, schedule, projection):
     """The trainer's steps equal the method written out: losses, SGD with momentum, projected gate, rates.
 
     Four steps, as rounding grows fast from step to step: one flipped ReLU is seen in the fourth digit.
     """
     config = replace(CONFIG, epochs=1, batch_size=80, schedule=schedule, period=2, final_std=0.25, precision="fp32")
-    config = replace(config, penalty="l2", lambda_1=0.7, gate_lr=0.1, lr=0.02)
+    config = replace(config, penalty="l2", lambda_1=0.7, gate_lr=0.1, lr=0.02, projection=projection)
     module = fit_arm("csg", config, DATA, tmp_path)
     model, total = build_model(config, DATA), 4
     mean, std = DATA.statistics()
@@ -210,7 +211,8 @@ def test_steps_are_the_methods(tmp_path, schedule):
                 moved = model.gate - config.gate_lr * rates.gate_lr_factor(step) * model.gate.grad
                 top = moved.max(0).values
                 assert (top > 0).all()  # else the projection has a special case
-                model.gate.copy_((moved / top).clamp(0, 1))
+                projected = moved / top if projection == "scale" else torch.where(moved == top, 1, moved)
+                model.gate.copy_(projected.clamp(0, 1))
     assert gate_steps == (3 if schedule == "joint" else 1)
     for (name, ours), theirs in zip(module.model.state_dict().items(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)

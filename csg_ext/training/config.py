@@ -12,6 +12,7 @@ from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
+PROJECTIONS = ("scale", "euclidean")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class TrainConfig:
     Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the run
     and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which falls
     with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm: largest
-    norms of the weights' and of the gate's gradient (None: any).
+    norms of the weights' and of the gate's gradient (None: any). projection: how the gate is kept in V_G, "scale" or
+    "euclidean" (see csg_ext.project_gate).
     Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images scaled
     by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see Mix).
     precision: "bf16" (autocast), "fp32" or "auto": bf16 where the processor has instructions for it.
@@ -65,11 +67,16 @@ class TrainConfig:
     cutmix: float = 0.0
     clip_norm: float | None = None
     gate_clip_norm: float | None = None
+    projection: str = "scale"
 
     def __post_init__(self) -> None:
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
-        for name, choices in (("model", tuple(DEPTHS)), ("precision", PRECISIONS)):
+        for name, choices in (
+            ("model", tuple(DEPTHS)),
+            ("precision", PRECISIONS),
+            ("projection", PROJECTIONS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):

@@ -87,7 +87,7 @@ class AlternateTraining(pl.LightningModule):
         """SGD for the weights, projected SGD for the gate."""
         c = self.config
         weights = torch.optim.SGD(self.model.weights(), lr=c.lr, momentum=c.momentum, weight_decay=c.weight_decay)
-        return [weights, ProjectedSGD([self.model.gate], lr=c.gate_lr)]
+        return [weights, ProjectedSGD([self.model.gate], lr=c.gate_lr, method=c.projection)]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """One step on the path that the schedule names."""

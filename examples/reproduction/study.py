@@ -4,8 +4,8 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `main` is measured on the test part with the default settings, fixed before; every
-other study varies one setting and is measured on images held out of the train part: the test part chooses nothing.
+is stopped goes on where it was. `main` and `demo` are measured on the test part with settings fixed before; every other
+study varies one setting and is measured on images held out of the train part: the test part chooses nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Study:
 
 
 STUDIES = [
-    Study("main", "default settings", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
+    Study("main", "24 epochs", {"epochs": 24}, arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
+    Study("demo", "12 epochs, the default", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
     Study("default", "default", arms=("std", "csg")),
     Study("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     Study("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
@@ -56,6 +57,7 @@ STUDIES = [
     Study("budget3", "budget g = 3 K", {"budget": 192.0}),
     Study("psi-l2", "psi: L2", {"penalty": "l2"}),
     Study("psi-smooth", "psi: smooth L1", {"penalty": "smooth_l1"}),
+    Study("euclidean", "Euclidean projection", {"projection": "euclidean"}),
     Study("gate-lr-low", "gate learning rate 0.5", {"gate_lr": 0.5}),
     Study("gate-lr-high", "gate learning rate 8", {"gate_lr": 8.0}),
     Study("decay-low", "weight decay 5e-4", {"weight_decay": 5e-4}, arms=("std", "csg")),
