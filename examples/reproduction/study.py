@@ -245,6 +245,8 @@ def main_table(study: Study) -> list[str]:
             f"{b['one_hot_accuracy']:.2%}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if not seeds:
+        return ["Not trained yet."]
     both = [(std[seed], csg[seed]) for seed in seeds]
     columns = [
         spread([a["accuracy"] for a, _ in both], ".2%"),
