@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from csg_ext.ops.gate_step import _METHODS, gate_step_, project_gate_
+from csg_ext.ops.gate_step import METHODS, gate_step_, project_gate_
 
 __all__ = ["ProjectedOptimizer", "ProjectedSGD"]
 
@@ -48,7 +48,7 @@ class ProjectedSGD(Optimizer):
                 f"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got momentum = {momentum} and "
                 f"dampening = {dampening}"
             )
-        if method not in _METHODS:
+        if method not in METHODS:
             raise ValueError(f"ProjectedSGD: method must be 'scale' or 'euclidean', got {method!r}")
         options = {
             "lr": lr,
@@ -104,7 +104,7 @@ class ProjectedOptimizer(Optimizer):
     """
 
     def __init__(self, optimizer: Optimizer, gates: Iterable[Tensor], method: str = "scale") -> None:
-        if method not in _METHODS:
+        if method not in METHODS:
             raise ValueError(f"ProjectedOptimizer: method must be 'scale' or 'euclidean', got {method!r}")
         self.optimizer = optimizer
         self.method = method

@@ -1,7 +1,8 @@
-"""The reproduction study's script: one small job from start to table."""
+"""The reproduction study's scripts: one small job from start to table, and a short fine-tuning."""
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,18 @@ import pytest
 from csg_ext.data import ImageData
 
 
+def load_script(name, monkeypatch):
+    path = Path(__file__).parents[1] / "examples" / "reproduction" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    path = Path(__file__).parents[1] / "examples" / "reproduction" / "study.py"
-    spec = importlib.util.spec_from_file_location("study", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "study", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load_script("study", monkeypatch)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return module
 
@@ -50,3 +56,30 @@ def test_every_study_has_settings_that_exist(study):
     for s in study.STUDIES:
         TrainConfig(**s.settings)
     assert all((s.hold_out is None) == (s.name in ("main", "demo", "scenes")) for s in study.STUDIES)
+
+
+def test_tables_say_what_is_missing(study):
+    assert study.main_table(study.STUDIES[0]) == ["Not trained yet."]
+    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+    half = replace(study.STUDIES[0], seeds=range(6))
+    assert "5 of 6 seeds so far" in study.main_table(half)[-1]
+    assert not any("verdict" in line or "| yes |" in line for line in study.main_table(half)[:-1])
+    assert any("| yes |" in line for line in study.main_table(study.STUDIES[0]))
+
+
+def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
+    finetune = load_script("finetune", monkeypatch)
+    monkeypatch.setattr(finetune, "IMAGES", 64)
+    data = finetune.load_images()
+    data = replace(data, test_images=data.test_images[:100], test_labels=data.test_labels[:100])
+    model = finetune.fine_tune("csg", 0, data, finetune.SETTINGS | {"epochs": 1})
+    assert model.gate.shape == (10, 1280) and model.gate.max(0).values.eq(1).all()
+    result = finetune.measure(model, "csg", data)
+    right = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8))[: result["images"]]
+    assert result["images"] == 100 and right.mean() == pytest.approx(result["accuracy"])
+    assert 0.1 <= result["l1_density"] <= 1 and 0 < result["mis"] < result["mis_ceiling"] + 0.325
+
+    monkeypatch.setattr(sys, "argv", ["finetune.py", "csg", "0", "--set", "rate=1"])
+    with pytest.raises(SystemExit):
+        finetune.main()
+    assert "--set must be NAME=NUMBER with NAME one of epochs, " in capsys.readouterr().err

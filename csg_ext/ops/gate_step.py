@@ -8,7 +8,7 @@ from torch import Tensor
 from csg_ext import reference
 from csg_ext.ops._errors import explained
 
-_METHODS = {"scale": False, "euclidean": True}
+METHODS = {"scale": False, "euclidean": True}
 
 
 def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
@@ -37,7 +37,7 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
     """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``."""
     _check_gate("project_gate_", gate, method)
-    return _step("project_gate_", gate, None, None, 0.0, 0.0, 0.0, 0.0, False, False, _METHODS[method])
+    return _step("project_gate_", gate, None, None, 0.0, 0.0, 0.0, 0.0, False, False, METHODS[method])
 
 
 def gate_step_(
@@ -88,12 +88,12 @@ def gate_step_(
         )
     return _step(
         "gate_step_", gate, grad, momentum_buffer, lr, momentum, dampening, weight_decay, nesterov, first_step,
-        _METHODS[method],
+        METHODS[method],
     )  # fmt: skip
 
 
 def _check_gate(op: str, gate: Tensor, method: str) -> None:
-    if method not in _METHODS:
+    if method not in METHODS:
         raise ValueError(f"{op}: method must be 'scale' or 'euclidean', got {method!r}")
     if not isinstance(gate, Tensor):
         raise TypeError(f"{op}: gate must be a torch.Tensor, got {type(gate).__name__}")

