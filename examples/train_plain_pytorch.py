@@ -16,7 +16,7 @@ from csg_ext.nn import GatedModel, build_backbone
 from csg_ext.optim import ProjectedSGD
 
 
-def train(model, batches, steps, lr=0.05, gate_lr=2.0, lambda_1=1.0, lambda_2=0.01):
+def train(model, batches, steps, lr=0.05, gate_lr=2.0, lambda_1=1.0, lambda_2=0.1):
     """Trains a gated model; every third step takes the CSG path, the last tenth of the run the STD path alone."""
     weights_optimizer = torch.optim.SGD(model.weights(), lr=lr, momentum=0.9, weight_decay=5e-4)
     gate_optimizer = ProjectedSGD([model.gate], lr=gate_lr)  # projects the gate onto V_G after its update

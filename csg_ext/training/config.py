@@ -43,7 +43,7 @@ class TrainConfig:
     lr_warmup: float = 0.3
     gate_lr: float = 2.0
     lambda_1: float = 1.0
-    lambda_2: float = 0.01
+    lambda_2: float = 0.1
     budget: float | None = None
     penalty: str = "l1"
     schedule: str = "joint"

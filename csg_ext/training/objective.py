@@ -43,7 +43,7 @@ class Objective:
     """
 
     lambda_1: float = 1.0
-    lambda_2: float = 0.01
+    lambda_2: float = 0.1
     budget: float | None = None
     penalty: str = "l1"
     label_smoothing: float = 0.0
