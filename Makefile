@@ -13,7 +13,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format pins compile_commands clean
+.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format pins wheels audit \
+  compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -25,6 +26,8 @@ help:
 	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
 	@echo "                   make instruction-baseline writes a new baseline"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make wheels        a manylinux wheel in dist/, checked; with the CUDA kernels: make wheels WHEEL_OPTIONS=--cuda"
+	@echo "make audit         look the pinned packages up among the known vulnerabilities (asks PyPI)"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter of .venv, CSG_EXT_CUDA=0 leaves the CUDA kernels out."
@@ -79,6 +82,13 @@ format: $(VENV)/.requirements-dev
 pins: $(VENV)/.requirements-dev
 	$(PIP) uv
 	PATH=$(CURDIR)/$(BIN):$$PATH requirements/pin.sh
+
+wheels: $(VENV)/.requirements-dev $(VENV)/.requirements-release
+	$(BIN)/python tools/build_wheels.py dist $(WHEEL_OPTIONS)
+
+# --strict: a package that cannot be looked up is a failure, not a pass.
+audit: $(VENV)/.requirements-release
+	for file in requirements/*.txt; do $(BIN)/pip-audit --strict --no-deps --disable-pip -r $$file || exit 1; done
 
 compile_commands: $(VENV)/.requirements-dev
 	@$(CONFIGURE) -DCSG_EXTENSION=ON

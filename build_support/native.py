@@ -350,7 +350,13 @@ def _object(source: Path, folder: Path, command: Iterable[str]) -> Object:
 
 
 def _stable_abi(torch: Torch) -> list[str]:
-    return [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", str(torch.include)]
+    # torch's checks carry their headers' paths: those of the machine that built are nobody's business.
+    return [
+        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+        "-isystem",
+        str(torch.include),
+        f"-ffile-prefix-map={torch.root}=torch",
+    ]
 
 
 def cpu_library(torch: Torch, host: Host, paths: Iterable[Path], build_dir: Path) -> Library:
@@ -396,9 +402,14 @@ def cuda_library(
     device.append(f"-Xcompiler={','.join([*host.hide, *host.warn])}")
     binding = [*host.compile, *_stable_abi(torch), *define, "-isystem", str(toolkit.home / "include")]
     stub = _stand_in_for_torch_cuda(torch, host, build_dir)
+
+    def command(path: Path) -> list[str]:
+        # Without a seed nvcc takes its process number into the names of symbols: no two builds would be the same.
+        return [*device, f"-frandom-seed={path.name}"] if path.suffix == ".cu" else binding
+
     return Library(
         build_dir / "_cuda.so",
-        tuple(_object(path, build_dir / "_cuda", device if path.suffix == ".cu" else binding) for path in paths),
+        tuple(_object(path, build_dir / "_cuda", command(path)) for path in paths),
         (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
         ("-Xlinker=--no-as-needed", f"-L{torch.lib}", *stub, "-ltorch_cuda", "-ltorch_cpu"),
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes train.txt and dev.txt: every package pinned, for each Python from 3.10 on. Needs uv. Run by `make pins`.
+# Writes train.txt, dev.txt and release.txt: every package pinned, for each Python from 3.10 on. Needs uv. Run by `make pins`.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -9,13 +9,14 @@ pin() {  # FILE COMMAND EXTRAS...
   {
     echo "# Pinned versions of all that \`make $command\` installs, for Python 3.10 and later (torch brings its own CUDA"
     echo "# packages where it needs them). Written by \`make pins\`."
-    # setuptools builds the package; nvidia-*, cuda-* and triton belong to some builds of torch only.
+    # setuptools builds the package; nvidia-*, cuda-* and triton belong to some builds of torch only; pip is there already.
     uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header \
       --constraint <(echo "torch==2.13.0") ../pyproject.toml "$@" <(echo "setuptools>=77") |
-      grep -vE "^(nvidia|cuda|triton|colorama|pywin)"
+      grep -vE "^(nvidia|cuda|triton|colorama|pywin|pip==)"
   } >"$file.new"
   mv "$file.new" "$file"
 }
 
 pin train.txt demo --extra train
 pin dev.txt test --extra train --extra dev
+pin release.txt wheels --extra release --constraint dev.txt

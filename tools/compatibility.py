@@ -1,22 +1,23 @@
 """Tests the built wheel under several Pythons and torches: writes docs/compatibility.md.
 
-    python tools/compatibility.py PYTHON:TORCH [PYTHON:TORCH ...]      e.g. python3.10:2.10.0 python3.13:2.14.1
+    python tools/compatibility.py [--wheels DIR] PYTHON:TORCH ...      e.g. python3.10:2.10.0 python3.13:2.14.1
 
-For each pair: a fresh environment, that torch, the wheel built there (CPU kernels) and installed, then the operators'
-tests and the smoke test run from outside the source tree, so that the installed package is what is tested. Results are
-kept in benchmarks/results/compatibility.json, one per pair; the page lists all that is there. A pair that cannot be
-installed is listed with the reason. Folders are removed again: a CUDA build of torch takes several GB.
+For each pair: a fresh environment, that torch, the wheel for that Python that tools/build_wheels.py put into DIR, or
+without --wheels one built there (CPU kernels), then the operators' tests run from outside the source tree, so that the
+installed package is what is tested. Results are kept in benchmarks/results/compatibility.json, one per pair; the page
+lists all that is there. A pair that cannot be installed is listed with the reason. Folders are removed again: a CUDA
+build of torch takes several GB.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -45,7 +46,28 @@ def run(step: str, *command: str | Path, cwd: Path, **environment: str) -> str:
     return output
 
 
-def measure(python: str, torch: str) -> dict[str, str]:
+def build(pip: tuple[str | Path, ...], folder: Path) -> Path:
+    """A wheel of this checkout, built with the torch of the environment that `pip` belongs to."""
+    source = folder / "source"
+    ignored = (".git", ".venv", "build", "runs", "*.so", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist")
+    run("build", *pip, "wheel", *options, source, cwd=folder, CSG_EXT_CUDA="0")
+    shutil.rmtree(source)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+def given(wheels: Path, version: str) -> Path:
+    """The wheel for one Python, such as 3.12.1, among those that were built before."""
+    tag = "cp" + "".join(version.split(".")[:2])
+    found = sorted(wheels.glob(f"csg_ext-*-{tag}-{tag}-*.whl"))
+    if len(found) != 1:
+        raise Failed(f"--wheels: one wheel for {tag} was expected in {wheels.name}, got {len(found)}")
+    return found[0]
+
+
+def measure(python: str, torch: str, wheels: Path | None) -> dict[str, str]:
     """What the tests say under one Python and one torch."""
     folder = Path(tempfile.mkdtemp(prefix="csg_ext_compatibility_"))
     result = {"date": datetime.date.today().isoformat()}
@@ -58,16 +80,7 @@ def measure(python: str, torch: str) -> dict[str, str]:
         ).strip()
         run("install torch", *pip, "install", f"torch=={torch}", *TOOLS, cwd=folder)
         result["torch"] = run("torch", own, "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
-        source = folder / "source"
-        shutil.copytree(
-            ROOT,
-            source,
-            ignore=shutil.ignore_patterns(".git", ".venv", "build", "runs", "*.so", "__pycache__", "*.egg-info"),
-        )
-        build = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist", source)
-        run("build", *pip, *build, cwd=folder, CSG_EXT_CUDA="0")
-        shutil.rmtree(source)
-        (wheel,) = (folder / "dist").glob("*.whl")
+        wheel = build(pip, folder) if wheels is None else given(wheels, result["python"])
         run("install wheel", *pip, "install", "--no-deps", wheel, cwd=folder)
         tests = folder / "tests"
         tests.mkdir()
@@ -88,33 +101,40 @@ def page(results: dict[str, dict[str, str]]) -> str:
     lines = [
         "# Compatibility",
         "",
-        "Written by `python tools/compatibility.py PYTHON:TORCH ...`; do not edit. Each line: a fresh environment with",
-        "that Python and torch, the wheel built in it (CPU kernels), installed, and the operators' tests run on the",
-        f"installed package from outside the source tree ({', '.join(TESTS)}).",
+        "Written by `python tools/compatibility.py [--wheels DIR] PYTHON:TORCH ...`; do not edit. Each line: a fresh",
+        "environment with that Python and torch, a wheel installed, and the operators' tests run on what is installed",
+        f"from outside the source tree ({', '.join(TESTS)}).",
+        "A wheel tagged manylinux is one of `make wheels`, compiled against one torch and run under another; a wheel",
+        "tagged linux was built in that environment (CPU kernels).",
         "The CUDA kernels are compiled in CI against the torch there; nothing on this page ran on a GPU.",
         "",
-        "| Python | torch | result | date |",
-        "|---|---|---|---|",
+        "| Python | torch | wheel | result | date |",
+        "|---|---|---|---|---|",
     ]
     for pair, result in sorted(results.items()):
         python, torch = pair.split(":")
         outcome = result.get("tests") or f"failed: {result['failure']}"
         lines.append(
-            f"| {result.get('python', python)} | {result.get('torch', torch)} | {outcome} | {result['date']} |"
+            f"| {result.get('python', python)} | {result.get('torch', torch)} | {result.get('wheel', '')} | {outcome} "
+            f"| {result['date']} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measures the pairs on the command line and rewrites the page."""
-    pairs = sys.argv[1:]
-    if not pairs or any(pair.count(":") != 1 for pair in pairs):
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="+", metavar="PYTHON:TORCH")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="test the wheels that lie there")
+    arguments = parser.parse_args()
+    pairs = arguments.pairs
+    if any(pair.count(":") != 1 for pair in pairs):
+        parser.error(f"a pair must be PYTHON:TORCH, got {' '.join(pairs)}")
     results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for pair in pairs:
         python, torch = pair.split(":")
         name = f"{Path(python).name}:{torch}"
-        results[name] = measure(python, torch)
+        results[name] = measure(python, torch, arguments.wheels)
         print(name, results[name], flush=True)
         KEPT.parent.mkdir(parents=True, exist_ok=True)
         KEPT.write_text(json.dumps(results, indent=1) + "\n")
