@@ -13,8 +13,8 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format pins wheels audit \
-  compile_commands clean
+.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format docs pins wheels \
+  audit compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
 
@@ -28,6 +28,7 @@ help:
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
 	@echo "make wheels        a manylinux wheel in dist/, checked; with the CUDA kernels: make wheels WHEEL_OPTIONS=--cuda"
 	@echo "make audit         look the pinned packages up among the known vulnerabilities (asks PyPI)"
+	@echo "make docs          build the documentation's site, build/docs/index.html; a warning is an error"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter of .venv, CSG_EXT_CUDA=0 leaves the CUDA kernels out."
@@ -78,6 +79,12 @@ format: $(VENV)/.requirements-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# From nothing every time, in seconds: a page that is gone leaves no trace, and a warning is never hidden by what is there.
+docs: $(VENV)/.package-docs
+	@rm -rf build/docs
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 pins: $(VENV)/.requirements-dev
 	$(PIP) uv

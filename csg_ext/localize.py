@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 from csg_ext.analysis import localization as loc
 from csg_ext.data import ImageData
 from csg_ext.data.batches import normalise
+from csg_ext.data.formats import load_numpy
 from csg_ext.evaluate import chosen_files, source_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.runs import read_checkpoint, restore, training_statistics
@@ -87,17 +86,14 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     if file.suffix not in (".npy", ".npz"):
         raise ValueError(f"masks: expected an .npy or .npz file, got {file}")
     try:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"test_masks": loaded}
-        with loaded as archive:
-            found = {key: archive[key] for key in wanted if key in archive.files}
-            names = ", ".join(sorted(archive.files)) or "none"
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        loaded = load_numpy(file, only=wanted)
+    except ValueError as error:
         raise ValueError(f"masks: expected a readable NumPy file, got {file}, which fails with: {error}") from None
-    if "test_masks" not in found:
-        raise ValueError(f"masks: expected the array test_masks in {file}, got {names}")
-    return found
+    if not isinstance(loaded, dict):
+        return {"test_masks": loaded}
+    if "test_masks" not in loaded:
+        raise ValueError(f"masks: expected the array test_masks in {file}, got {', '.join(sorted(loaded)) or 'none'}")
+    return {key: loaded[key] for key in wanted if key in loaded}
 
 
 def _masks(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from csg_ext._extension import CUDA_ERROR
+from csg_ext.data.formats import load_numpy
 from csg_ext.metrics import best_class, mutual_information_score
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info
 from csg_ext.runs import read_safetensors
@@ -90,12 +90,8 @@ def _read_arm(folder: Path) -> FeatureSet:
 def _load(file: Path) -> Any:
     """An .npy as a memory map, or an .npz as a dictionary."""
     try:
-        loaded = np.load(file, mmap_mode="r" if file.suffix == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        return load_numpy(file, mmap=True)
+    except ValueError as error:
         raise ValueError(f"{file}: expected a readable NumPy file, got one that fails with: {error}") from None
 
 

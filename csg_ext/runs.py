@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS
 from csg_ext.training.network import build_model
+from csg_ext.training.weights import load_checkpoint
 
 # Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
 SOURCE: dict[str, Any] = {
@@ -143,13 +143,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise ValueError(f"{expected}, got a file that is none: {error}") from None
     if packed:  # torch never compresses; a small file could unfold to any size
         raise ValueError(f"{expected}, got a compressed archive")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch's own message recommends to execute what the file holds
-        raise ValueError(f"{expected}, got one that holds more than tensors and plain values, or is damaged") from None
-    except Exception as error:  # a damaged zip or pickle can raise almost anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{expected}, got one that fails with: {reason[0]}") from None
+    content = load_checkpoint(file)
     if not isinstance(content, dict):
         raise ValueError(f"{expected}, got a {type(content).__name__}")
     extra = content.get("csg_ext")

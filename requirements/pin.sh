@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Writes train.txt, dev.txt and release.txt: every package pinned, for each Python from 3.10 on. Needs uv. Run by `make pins`.
+# Writes train.txt, dev.txt, docs.txt and release.txt: every package pinned, for each Python from 3.10 on. Needs uv. Run by
+# `make pins`.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,3 +21,5 @@ pin() {  # FILE COMMAND EXTRAS...
 pin train.txt demo --extra train
 pin dev.txt test --extra train --extra dev
 pin release.txt wheels --extra release --constraint dev.txt
+# One .venv serves tests and site, so the same versions; myst-parser for Python 3.10 needs an older markdown-it-py.
+pin docs.txt docs --extra train --extra docs --constraint <(grep -v "^markdown-it-py" dev.txt)

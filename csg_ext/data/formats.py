@@ -6,6 +6,7 @@ import gzip
 import pickle
 import zipfile
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,36 @@ import numpy as np
 from csg_ext.data.images import ImageData
 
 
+def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = False) -> Any:
+    """The array of an .npy (mmap: left on the disk), or the arrays of an .npz by name; of those not in `only`, None.
+
+    Nothing is unpickled. Raises OSError, or ValueError with the reason alone, for the caller's sentence.
+    """
+    try:
+        loaded = np.load(path, mmap_mode="r" if mmap and path.suffix == ".npy" else None, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            if path.suffix == ".npz":
+                raise ValueError("it is no archive of arrays")
+            return loaded
+        if path.suffix == ".npy":
+            raise ValueError("it is an archive, not one array")
+        with loaded as archive:
+            found = {key: archive[key] if only is None or key in only else None for key in archive.files}
+    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error):  # NumPy's own message recommends to execute what the file holds
+            raise ValueError("it holds pickled objects, which are never read") from None
+        raise ValueError(str(error) or type(error).__name__) from None
+    for key, array in found.items():
+        if isinstance(array, bytes):  # a member without NumPy's header
+            raise ValueError(f"{key!r} is no array")
+    return found
+
+
 def read_npz(path: Path, name: str | None = None) -> ImageData:
     """An .npz with train_images, train_labels, test_images, test_labels and classes; (N, H, W) means grey."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = load_numpy(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a readable .npz file, got one that fails with: {error}") from None
     missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
     if missing:

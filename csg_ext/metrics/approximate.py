@@ -66,7 +66,7 @@ def approximate_class_mutual_info(
         device, chunk_size, progress: as for class_mutual_info.
 
     Returns:
-        (K, C) in float64: a tensor on the features' device if features is a tensor, else an array.
+        (K, C) in float64, a tensor on the features' device if features is a tensor, else an array.
 
     Raises:
         ValueError: shapes or values that do not fit. TypeError: an argument of the wrong type.

@@ -83,9 +83,10 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.Scr
 class AttachedModel(TwoPaths):
     """A model with a class-specific gate inside it: what `csg_ext.attach` returns.
 
-    g(x)                        STD path: the model's own logits (N, C), bit for bit
-    g(x, labels)                CSG path: logits (N, C) with the features multiplied by G[labels]
-    g(x, labels, path="both")   (STD logits, CSG logits), from one pass through what lies before the gate where possible
+    - ``g(x)``: STD path, the model's own logits (N, C), bit for bit;
+    - ``g(x, labels)``: CSG path, logits (N, C) with the features multiplied by G[labels];
+    - ``g(x, labels, path="both")``: (STD logits, CSG logits), from one pass through what lies before the gate where
+      possible.
 
     `g.model` is the model; calling it gives whatever it returns, on the STD path. `g.csg` is the gate. As a context
     manager, g detaches itself at the end. The state dict holds the model's entries under "model." and "csg.gate".
@@ -208,7 +209,7 @@ def attach(
         init: the gate's first value.
 
     Returns:
-        A module g: ``g(x)`` the model's logits, ``g(x, labels)`` the gated ones, ``g(x, labels, path="both")`` both.
+        A module g, ``g(x)`` the model's logits, ``g(x, labels)`` the gated ones, ``g(x, labels, path="both")`` both.
 
     Raises:
         ValueError: a name that does not exist, a layer without a feature map, a model without global pooling, a class

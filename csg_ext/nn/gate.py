@@ -120,9 +120,9 @@ class TwoPaths(nn.Module):
 class GatedModel(TwoPaths):
     """A backbone, a class-specific gate and a linear classifier: the two forward paths of the method.
 
-    forward(x)                       STD path: classifier(avgpool(features)); evaluate with it (labels are unknown then)
-    forward(x, labels)               CSG path: classifier(G[labels] * avgpool(features))
-    forward(x, labels, path="both")  the logits of both, from one pass through backbone and pooling
+    - ``forward(x)``: STD path, classifier(avgpool(features)); evaluate with it (labels are unknown then);
+    - ``forward(x, labels)``: CSG path, classifier(G[labels] * avgpool(features));
+    - ``forward(x, labels, path="both")``: the logits of both, from one pass through backbone and pooling.
 
     Arguments: backbone maps x to a feature map (N, K, *spatial); num_filters is K, taken from `backbone.num_filters`
     when not given. The state dict holds the gate beside the weights.

@@ -6,11 +6,18 @@ import torch
 
 from csg_ext import _extension
 
+# What the numbers of cudaError mean for a user of a compiled package.
+_LAUNCH_FAILURES = {
+    "(cudaError 209)": "nothing in this build runs on the GPU: csg-ext info shows what it was built for",
+    "(cudaError 222)": "the driver is older than the CUDA that the kernels were built with",
+}
+
 
 def explained(error: Exception, op: str, device: torch.device) -> Exception:
     """The exception to raise for `error`, which a kernel of `op` raised on `device`.
 
-    The kernels' own sentences become TypeError or ValueError; anything else (out of memory, ...) stays as it is.
+    The kernels' own sentences about arguments become TypeError or ValueError; a kernel that cannot be launched is a
+    RuntimeError; anything else (out of memory, ...) stays as it is.
     """
     if isinstance(error, NotImplementedError):  # no kernel for this device
         if device.type == "cuda":
@@ -20,5 +27,8 @@ def explained(error: Exception, op: str, device: torch.device) -> Exception:
     if not text.startswith(("gated_pool: ", "gate_step_: ", "column_max: ", "class_mutual_info: ")):
         return error
     text = f"{op}: {text.split(': ', 1)[1]}"
+    if "could not be launched" in text:
+        meaning = next((meaning for code, meaning in _LAUNCH_FAILURES.items() if code in text), None)
+        return RuntimeError(text if meaning is None else f"{text}: {meaning}")
     about_types = any(word in text for word in ("dtype", "must be float32", "must be int64"))
     return TypeError(text) if about_types else ValueError(text)

@@ -109,7 +109,7 @@ def class_mutual_info(
         progress: called as ``progress(columns_done, K)`` after each chunk.
 
     Returns:
-        (K, C) in float64: a tensor on the features' device if features is a tensor, else an array.
+        (K, C) in float64, a tensor on the features' device if features is a tensor, else an array.
 
     Raises:
         ValueError: shapes or values that do not fit: features that are not finite, labels that are no class indices,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from csg_ext.data.batches import normalise
+from csg_ext.data.formats import load_numpy
 from csg_ext.data.images import ImageData
 from csg_ext.evaluate import source_images
 from csg_ext.nn.gate import GatedModel
@@ -147,9 +146,9 @@ def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray
     classes, count = len(data.classes), len(data.test_labels)
     wanted = {"mi": (filters, classes), "features": (count, filters), "confusion": (classes, classes)}
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in wanted}
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        loaded = load_numpy(file, only=wanted.keys())
+        found = {key: loaded[key] for key in wanted}
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{file}: expected the arrays of a finished arm, got a file that fails with: {error}"
         ) from None

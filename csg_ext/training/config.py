@@ -19,18 +19,19 @@ PRECISIONS = ("auto", "bf16", "fp32")
 class TrainConfig:
     """Settings of one run; both arms share them.
 
-    Schedule (see Schedule): schedule, period, csg_share, csg_at, warmup, gate_warmup, final_std, lambda_1_ramp,
-    lambda_2_ramp.
-    Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
-    penalty (psi) and label_smoothing.
-    Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the run
-    and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which falls
-    with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm: largest
-    norms of the weights' and of the gate's gradient (None: any). projection: how the gate is kept in V_G, "scale" or
-    "euclidean" (see csg_ext.project_gate).
-    Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images scaled
-    by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see Mix).
-    precision: "bf16" (autocast), "fp32" or "auto": bf16 where the processor has instructions for it.
+    - Schedule (see Schedule): schedule, period, csg_share, csg_at, warmup, gate_warmup, final_std, lambda_1_ramp,
+      lambda_2_ramp.
+    - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
+      penalty (psi) and label_smoothing.
+    - Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the
+      run and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which
+      falls with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm:
+      largest norms of the weights' and of the gate's gradient (None: any). projection: how the gate is kept in V_G,
+      "scale" or "euclidean" (see csg_ext.project_gate).
+    - Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images
+      scaled by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see
+      Mix).
+    - precision: "bf16" (autocast), "fp32" or "auto": bf16 where the processor has instructions for it.
     """
 
     model: str = "resnet20"

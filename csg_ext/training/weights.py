@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,16 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     """torch.load with weights_only=True: raises ValueError with one sentence when the file is damaged or hostile."""
+    expected = f"{path}: expected a checkpoint of csg-ext"
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise
+    except pickle.UnpicklingError:  # torch's own message recommends to execute what the file holds
+        raise ValueError(f"{expected}, got one that holds more than tensors and plain values, or is damaged") from None
     except Exception as error:  # a damaged zip or pickle can raise almost anything
-        raise ValueError(f"{path}: expected a checkpoint of csg-ext, got one that fails with: {error}") from None
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{expected}, got one that fails with: {reason[0]}") from None
 
 
 def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
