@@ -28,6 +28,14 @@ class ProjectedSGD(Optimizer):
 
     Raises:
         ValueError: a parameter that is not a matrix, or an option outside its range.
+
+    Example:
+        >>> gate = torch.full((3, 4), 0.5, requires_grad=True)
+        >>> optimizer = ProjectedSGD([gate], lr=0.5)
+        >>> (gate * torch.arange(3.0)[:, None]).sum().backward()
+        >>> optimizer.step()
+        >>> gate.detach()[:, 0]                                         # 0.5, 0 and -0.5 before the projection
+        tensor([1., 0., 0.])
     """
 
     def __init__(

@@ -28,7 +28,11 @@ maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 default_role = "code"  # `single` backquotes, as in Markdown
 
+toc_object_entries_show_parents = "hide"
+
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_title = f"csg_ext {release}"
 html_copy_source = False
 html_show_sourcelink = False
@@ -38,6 +42,8 @@ html_show_copyright = False
 def escape(app, what, name, obj, options, lines):
     """Docstrings are plain text but for their code and roles: (N, K, *spatial) and |cosine| mean what they show."""
     for i, line in enumerate(lines):
+        if line.lstrip().startswith((">>>", "...")):
+            continue
         code_apart = re.split(r"(``.*?``|`.*?`)", line)
         lines[i] = "".join(p if p.startswith("`") else re.sub(r"([*|])", r"\\\1", p) for p in code_apart)
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import gc
 import pickle
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -576,17 +575,6 @@ def test_distributed_data_parallel(tmp_path):
             assert (got[-1] is None) == (wanted[-1] is None) == (path == "std")
             for a, b in zip(got, wanted, strict=True):
                 torch.testing.assert_close(a, b)
-
-
-def test_the_documents_code_runs(monkeypatch, capsys):
-    """Every block of docs/attach.md, one after the other, and what it says is printed."""
-    text = (ROOT / "docs" / "attach.md").read_text()
-    space: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        exec(block, space)
-    printed = capsys.readouterr().out
-    for said in re.findall(r"^# (attach: .*)|  # (torch\.Size.*)", text, re.M):
-        assert "".join(said) in printed
 
 
 def test_example(monkeypatch, capsys):

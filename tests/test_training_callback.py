@@ -547,18 +547,3 @@ def test_a_run_without_end():
     callback = ClassSpecificGateCallback()
     with pytest.raises(ValueError, match="max_epochs or max_steps must be given, got a run without end"):
         trainer(-1, callbacks=[callback]).fit(Own(tiny()), loader(batches()))
-
-
-def test_the_guides_code_runs(tmp_path, monkeypatch):
-    """Every Python block of docs/training.md, in order."""
-    monkeypatch.chdir(tmp_path)
-    guide = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh())
-    net.num_filters = 8
-    data = loader(batches(torch.float32, count=12))
-    names = {"backbone": net, "train_loader": data, "val_loader": data}
-    blocks = guide.split("```python\n")[1:]
-    assert len(blocks) == 5
-    for block in blocks:
-        exec(block.split("```")[0], names)
-    assert names["model"].gate.amax(0).eq(1).all() and not names["model"].backbone[0].weight.requires_grad

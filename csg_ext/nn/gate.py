@@ -15,6 +15,10 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
     budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
     entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
     Source: Liang et al., ECCV 2020, section 3.3.
+
+    Example:
+        >>> gate_penalty(torch.eye(4)), gate_penalty(torch.ones(4, 4)), gate_penalty(torch.ones(4, 4), budget=10)
+        (tensor(0.), tensor(12.), tensor(6.))
     """
     if gate.dim() != 2:
         raise ValueError(f"gate_penalty: gate must be (C, K), got shape {tuple(gate.shape)}")
@@ -29,7 +33,12 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
 
 
 def l1_density(gate: Tensor) -> Tensor:
-    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar."""
+    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar.
+
+    Example:
+        >>> l1_density(torch.eye(4)), l1_density(torch.ones(4, 8))
+        (tensor(0.2500), tensor(1.))
+    """
     if gate.dim() != 2:
         raise ValueError(f"l1_density: gate must be (C, K), got shape {tuple(gate.shape)}")
     return gate.abs().sum() / gate.numel()

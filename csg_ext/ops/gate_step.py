@@ -27,6 +27,15 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 
     Raises:
         ValueError: a gate that is not a matrix, or an unknown method. TypeError: a dtype that is not floating point.
+
+    Example:
+        >>> gate = torch.tensor([[0.5, -1.0], [0.25, -2.0]])
+        >>> project_gate(gate)
+        tensor([[1.0000, 1.0000],
+                [0.5000, 0.0000]])
+        >>> project_gate(gate, "euclidean")
+        tensor([[1.0000, 1.0000],
+                [0.2500, 0.0000]])
     """
     _check_gate("project_gate", gate, method)
     if torch.is_grad_enabled() and gate.requires_grad:
@@ -72,6 +81,12 @@ def gate_step_(
 
     Raises:
         ValueError: shapes, options or devices that do not fit. TypeError: dtypes that do not fit.
+
+    Example:
+        >>> gate = torch.tensor([[0.5], [0.5]])
+        >>> gate_step_(gate, torch.tensor([[-0.5], [1.5]]), lr=0.1)     # 0.55 and 0.35, divided by 0.55
+        tensor([[1.0000],
+                [0.6364]])
     """
     _check_gate("gate_step_", gate, method)
     if not isinstance(grad, Tensor):

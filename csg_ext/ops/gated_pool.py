@@ -81,6 +81,15 @@ def gated_pool(
     Raises:
         ValueError: shapes, labels or devices that do not fit.
         TypeError: an argument of the wrong type or dtype.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 3.0], [4.0, 8.0]]])                # one sample, two filters, two positions
+        >>> gate = torch.tensor([[1.0, 0.0], [0.5, 1.0]])               # two classes
+        >>> gated_pool(x, gate, torch.tensor([1]))
+        tensor([[1., 6.]])
+        >>> gated, pooled = gated_pool(x, gate, torch.tensor([0]), pool="max", return_pooled=True)
+        >>> gated, pooled
+        (tensor([[3., 0.]]), tensor([[3., 8.]]))
     """
     mode = _POOLS.get(pool)
     if mode is None:

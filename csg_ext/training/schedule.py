@@ -30,6 +30,12 @@ class Schedule:
     lr_warmup: the share of the run over which the weights' learning rate rises.
     lambda_1_ramp, lambda_2_ramp: the share of the run, counted from the end of `warmup`, over which a lambda rises
     linearly.
+
+    Example:
+        >>> schedule = Schedule(kind="steps", period=3, csg_share=1 / 3, final_std=0.2)
+        >>> run = schedule.for_run(total_steps=10, steps_per_epoch=5)
+        >>> [run.path(step) for step in range(10)]
+        ['std', 'std', 'csg', 'std', 'std', 'csg', 'std', 'std', 'std', 'std']
     """
 
     kind: str = "joint"

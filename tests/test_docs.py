@@ -1,0 +1,167 @@
+"""README and docs/: their code runs, their commands and links exist, every public name is on an API page."""
+
+from __future__ import annotations
+
+import argparse
+import doctest
+import importlib.util
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import model_zoo  # noqa: F401  (torchvision, for docs/attach.md)
+import pytest
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.parsers.rest import DocTestParser
+
+import csg_ext.data
+from csg_ext import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = ["csg_ext", *(f"csg_ext.{name}" for name in "nn optim training data metrics analysis plots report".split())]
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# ---- code
+
+
+def with_code(pattern: str, pages: list[Path]) -> list[Path]:
+    return [page for page in pages if re.search(pattern, page.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", with_code("^```python", PAGES), ids=page_id)
+def test_python_blocks_run(page, run, digits, tmp_path, monkeypatch, capsys):
+    """All blocks of a page, in order, as one program; the comments that repeat what `attach` prints are true."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run[0])
+    monkeypatch.chdir(tmp_path)
+    embedded = csg_ext.data.load_images(None)
+    # The pages speak of the demo's run; here it is one of seconds, on other images.
+    monkeypatch.setattr(csg_ext.data, "load_images", lambda path: csg_ext.data.images.load_images(path or digits))
+    assert embedded.classes[0] == "T-shirt/top"
+    document = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()]).parse(page)
+    examples = list(document.examples())
+    assert len(examples) >= page.read_text().count("\n```python")
+    for example in examples:
+        example.evaluate()
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^# (attach: .*)|  # (torch\.Size\(.*?\) .*)", page.read_text(), re.MULTILINE):
+        assert "".join(said) in printed
+
+
+MODULES = with_code(r"^ +>>> ", sorted((ROOT / "csg_ext").rglob("*.py")))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=page_id)
+def test_docstring_examples_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    parser = Sybil(parsers=[DocTestParser(flags)], document_types={".py": PythonDocStringDocument})
+    examples = list(parser.parse(module).examples())
+    assert len(examples) == len(re.findall(r"^ +>>> ", module.read_text(), re.MULTILINE))
+    for example in examples:
+        example.evaluate()
+
+
+# ---- commands
+
+
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    action = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def shell_lines(page: Path) -> list[list[str]]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    return [[word for i, word in enumerate(line) if "=" not in word or i] for line in lines if line]
+
+
+@pytest.mark.parametrize("page", with_code("^```sh", PAGES), ids=page_id)
+def test_shell_blocks_name_what_exists(page, capsys):
+    targets = re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in shell_lines(page):
+        while line and re.fullmatch(r"[A-Z_]+=.*", line[0]):
+            line = line[1:]
+        if not line:
+            continue
+        if line[0] == "csg-ext":
+            try:
+                cli._parser().parse_args(line[1:])
+            except SystemExit:
+                pytest.fail(f"{shlex.join(line)}: {capsys.readouterr().err}")
+        elif line[0] == "make":
+            assert set(line[1:]) <= set(targets), line
+        elif line[0] in ("python", "torchrun") and "-m" in line:
+            assert importlib.util.find_spec(line[line.index("-m") + 1]), line
+        elif line[0] in ("python", "torchrun"):
+            script = next(word for word in line[1:] if word.endswith(".py"))
+            assert (ROOT / script).is_file(), line
+
+
+@pytest.mark.parametrize("page", with_code("`csg-ext ", PAGES), ids=page_id)
+def test_inline_commands_have_the_options_named(page):
+    known = {name: set(parser._option_string_actions) for name, parser in subcommands().items()}
+    for command in re.findall(r"`csg-ext ([^`]*)`", page.read_text()):
+        name, *words = command.split()
+        name = name.rstrip(":,")
+        assert name in known, command
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            assert option in known[name], command
+
+
+# ---- links
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=page_id)
+def test_links_and_images_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.is_file(), target
+        assert not anchor or anchor in anchors(place), target
+
+
+# ---- API pages
+
+
+def documented() -> dict[str, object]:
+    """What the directives of docs/api/ name: full name to object."""
+    found: dict[str, object] = {}
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        module = ""
+        for directive, argument in re.findall(r"^\.\. (\w+):: ([\w.]+)", page.read_text(), re.MULTILINE):
+            if directive == "currentmodule":
+                module = argument
+            else:
+                found[f"{module}.{argument}"] = getattr(importlib.import_module(module), argument)
+    return found
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_on_an_api_page_and_has_a_docstring(module):
+    objects = list(documented().values())
+    space = importlib.import_module(module)
+    assert inspect.getdoc(space)
+    lazy = [name for name in ("ImageLoader", "image_loader", "MutualInformationScore") if hasattr(space, name)]
+    for name in [*space.__all__, *lazy]:
+        public = getattr(space, name)
+        assert inspect.ismodule(public) or any(public is known for known in objects), f"{module}.{name} has no page"
+        doc = public.__doc__ or ""
+        assert doc and not doc.startswith(f"{name}("), f"{module}.{name} has no docstring"  # that of any dataclass
