@@ -262,7 +262,7 @@ def localize(
         queries = scenes.pairs.labels.to(device).unbind(1)
         queried = [of_classes(scenes.pairs, maps, q) for q in queries]
         report["query"] = {"images": len(scenes.pairs.labels)} | {
-            name: _query(torch.stack([q[name] for q in queried], 1), scenes.pairs, len(weight)) for name in queried[0]
+            name: query(torch.stack([q[name] for q in queried], 1), scenes.pairs, len(weight)) for name in queried[0]
         }
     if not trained:
         reason = no_gate or f"the checkpoint has no trained gate: its entries are all {float(gate[0, 0]):g}"
@@ -371,12 +371,17 @@ def score_maps(
     }
 
 
-def _query(maps: Tensor, pairs: Part, classes: int) -> dict[str, Any]:
-    """How much of the energy on both objects lies on the queried one; maps (M, 2, h, w)."""
+def query(maps: Tensor, pairs: Part, classes: int) -> dict[str, Any]:
+    """How much of the energy on both objects lies on the queried one; maps (M, 2, h, w).
+
+    energy: its mean over scenes and queries, with its standard error over the scenes; picked: how often it is more than
+    half, one that is exactly half counted as half.
+    """
     energy = loc.query_energy(maps, pairs.masks.to(maps.device)).cpu().double()
     picked = (energy > 0.5).double() + 0.5 * (energy == 0.5).double()
     return {
         "energy": float(energy.mean()),
+        "standard_error": float(energy.mean(1).std(correction=0)) / len(energy) ** 0.5,
         "picked": float(picked.mean()),
         "per_class": {"energy": _class_means(energy.flatten(), pairs.labels.flatten(), classes)},
     }
