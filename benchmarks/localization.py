@@ -1,30 +1,28 @@
-"""Seconds of scoring every filter's map on every image, beside a loop over the filters, and CAM beside Grad-CAM.
+"""Seconds of scoring every filter's map on every image, beside a loop over the filters.
 
-    python benchmarks/localization.py [--images N] [--filters K] [--slice K] [--threads T]
-    python benchmarks/localization.py --run RUN --data SCENES.npz
+    python benchmarks/localization.py [--images N] [--filters K] [--slice K] [--threads T] [--write]
 
-The first form scores random maps (4 x 4, at 128 x 128: IoU, AP, pointing game, energy, per class) of K filters, with a
-bar, and the same on a slice of the filters beside a loop that upsamples and thresholds one filter's maps at a time;
-the slice's ratio is the median over three turns. The second scores Grad-CAM of the library pytorch-grad-cam on a
-run's checkpoints with the same thresholds and masks as csg-ext localize. It needs what `make test` installs.
+Scores random maps (4 x 4, at 128 x 128: IoU, AP, pointing game, energy, per class) of K filters, with a bar, and the
+same on a slice of them beside a loop that upsamples and thresholds one filter's maps at a time; the slice's ratio is
+the median over three turns. --write puts the result into docs/localization.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from csg_ext import localize
 from csg_ext.analysis import localization as loc
 
 SIZE, CLASSES, SUCCESS = (128, 128), 20, 0.3
+PAGE = Path(__file__).parents[1] / "docs" / "localization.md"
 
 
 def loop_over_filters(maps, thresholds, masks):
@@ -41,8 +39,8 @@ def loop_over_filters(maps, thresholds, masks):
     return [torch.stack(s, 1) for s in scores]
 
 
-def speed(images: int, filters: int, part: int) -> None:
-    """Prints the seconds for all filters and the ratio on a slice."""
+def speed(images: int, filters: int, part: int) -> list[str]:
+    """What was measured, as sentences: the seconds for all filters, and the ratio on a slice."""
     from tqdm import tqdm
 
     torch.manual_seed(0)
@@ -60,10 +58,10 @@ def speed(images: int, filters: int, part: int) -> None:
         )
     seconds = time.perf_counter() - begun
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(
+    lines = [
         f"{filters} filters, {images} images, {SIZE[0]} x {SIZE[1]}, {torch.get_num_threads()} threads: "
         f"{seconds:.1f} s; peak memory {grown:.0f} MiB above that of the maps ({maps.nbytes / 2**20:.0f} MiB)"
-    )
+    ]
     few, ratios = maps[:, :part].contiguous(), []
     limits = loc.activation_thresholds(few)
     for _ in range(3):
@@ -75,37 +73,29 @@ def speed(images: int, filters: int, part: int) -> None:
         share = loc.energy(few, masks)
         ratios.append((middle - begun) / (time.perf_counter() - middle))
     assert (loop[0] - iou).abs().max() < 1e-3 and (loop[2] - share).abs().max() < 1e-3
-    print(f"{part} filters: a loop over the filters takes {statistics.median(ratios):.1f} times as long")
+    ratio = statistics.median(ratios)
+    return [*lines, f"{part} of the filters: a loop over the filters takes {ratio:.1f} times as long"]
 
 
-def grad_cam(run: Path, data_file: Path) -> None:
-    """Prints the scores of pytorch-grad-cam's GradCAM on both arms of a run, true classes as targets."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import model_zoo  # makes torchvision, which the library imports, importable
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
 
-    sys.path.append(str(model_zoo.ZOO))
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    from csg_ext.data.batches import normalise
-    from csg_ext.runs import checkpoint_files, load_source, read_checkpoint, restore, training_statistics
-
-    for file in checkpoint_files(run):
-        stored = read_checkpoint(file)
-        data = load_source(stored.run["source"] | {"data": str(data_file), "imbalance": None, "hold_out": None})
-        model = restore(stored, data).eval()
-        part = localize.masked_scenes(data, localize.read_arrays(data_file)).scored
-        found = []
-        with GradCAM(model=model, target_layers=[model.backbone]) as method:
-            for start in range(0, len(part.labels), 250):
-                rows = slice(start, start + 250)
-                x = normalise(part.images[rows], *training_statistics(stored, data))
-                targets = [ClassifierOutputTarget(int(c)) for c in part.labels[rows]]
-                found.append(torch.from_numpy(method(input_tensor=x, targets=targets)))
-        settings = localize.Settings()
-        scores = localize.score_maps(torch.cat(found), part.masks, part.labels, len(data.classes), None, settings)
-        numbers = "  ".join(f"{name} {scores[name]:.3f}" for name, _ in localize.SCORES)
-        print(f"{file.parent.name}: Grad-CAM of pytorch-grad-cam: {numbers}")
+def write(lines: list[str]) -> None:
+    """Puts the measurement between the marks in docs/localization.md."""
+    begin, end = "<!-- begin: benchmarks/localization.py --write -->", "<!-- end -->"
+    text = PAGE.read_text()
+    if begin not in text or end not in text.split(begin)[1]:
+        raise SystemExit(f"{PAGE} must hold the lines {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    measured = "\n".join(f"- {line}" for line in [*lines, f"{processor()}, torch {torch.__version__}, {date}"])
+    PAGE.write_text(f"{head}{begin}\n\n{measured}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def main() -> None:
@@ -115,16 +105,13 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=2048)
     parser.add_argument("--slice", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the result into docs/localization.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.run:
-        if args.data is None:
-            parser.error("--run needs --data SCENES.npz")
-        grad_cam(args.run, args.data)
-    else:
-        speed(args.images, args.filters, args.slice)
+    lines = speed(args.images, args.filters, args.slice)
+    print("\n".join(lines))
+    if args.write:
+        write(lines)
 
 
 if __name__ == "__main__":

@@ -85,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train STD and CSG under one budget and compare them",
         description="Trains a network twice under the same budget and seed, without (STD) and with (CSG) a "
-        "class-specific gate, and compares accuracy and mutual information between filters and classes. "
-        "Ctrl-C saves the state.",
+        "class-specific gate, and compares accuracy and mutual information between filters and classes. Writes into "
+        "--output: the table, the pictures of csg_ext.plots (gate, mutual information, where both agree, filters per "
+        "class, similarity of kernels, training, a filter's top images, an image's filters, confusions) as PNG, and "
+        "report.html with all of it. Ctrl-C saves the state.",
     )
     train.add_argument("--output", metavar="DIR", default=_OUTPUT, help=f"folder of the results (default {_OUTPUT})")
     train.add_argument("--resume", action="store_true", help="continue the run in --output")
@@ -411,7 +413,7 @@ def _train(arguments: dict[str, Any]) -> int:
 
     from tqdm import tqdm
 
-    from csg_ext.report import read_run, write_report
+    from csg_ext.report import draw, read_run, write_report
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
@@ -459,15 +461,21 @@ def _train(arguments: dict[str, Any]) -> int:
         results = compare.run_arms(config, data, folder, display=display, **options)
     summary = compare.summarise(results, config, data, time.monotonic() - begun)
     compare.save_summary(folder, summary)
-    _draw(folder, data.classes, summary)
-    print("\n" + compare.table(summary))
-    print(f"Everything is in {folder}: summary.json, table.txt, gate.png, mutual_information.png, training.png")
-    print(f"The report, to open in a browser: {write_report([read_run(folder, data)], folder)}")
+    print("\n" + compare.table(summary), flush=True)
+    run = read_run(folder, data)
+    pictures = draw(run)
+    for picture in pictures:
+        with atomic_file(folder / f"{picture.name}.png") as file:
+            file.write(picture.png)
+    report = write_report([run], folder, [pictures])
+    print(f"Everything is in {folder}: {', '.join([SUMMARY, TABLE, *(f'{picture.name}.png' for picture in pictures)])}")
+    print(f"The report, to open in a browser: {report}")
     return 0
 
 
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left where this one will write, and nothing else."""
+    from csg_ext.report.pictures import NAMES
     from csg_ext.training.compare import ARMS
 
     for arm in ARMS:
@@ -482,25 +490,8 @@ def _clear(folder: Path) -> None:
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, REPORT, "skipped.txt"):
+    for name in (SUMMARY, TABLE, REPORT, "skipped.txt", *(f"{name}.png" for name in NAMES)):
         (folder / name).unlink(missing_ok=True)
-
-
-def _draw(folder: Path, classes: list[str], summary: dict[str, Any]) -> None:
-    from csg_ext import plots
-    from csg_ext.training import compare
-
-    arrays = {arm: compare.load_arrays(folder, arm) for arm in compare.ARMS}
-    histories = {arm: json.loads((folder / arm / METRICS_JSON).read_text()) for arm in compare.ARMS}
-    for name, (figure, _) in {
-        "gate": plots.plot_gate(arrays["csg"]["gate"], classes),
-        "mutual_information": plots.plot_mutual_information(
-            arrays["std"]["mi"], arrays["csg"]["mi"], classes, summary["std"]["mis_bound"]
-        ),
-        "training": plots.plot_training(histories, len(classes)),
-    }.items():
-        with atomic_file(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

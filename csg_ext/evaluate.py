@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from csg_ext import metrics
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
+from csg_ext.remarks import filter_remarks
 from csg_ext.runs import (
     SOURCE,
     StoredModel,
@@ -40,7 +41,9 @@ class Evaluation:
 
     numbers: every measure by its name, NaN where it has no value. hits: whether each sample is right, (N,) bool, for
     every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters,
-    filter_classes (K,): by the gate where one was trained, else by mutual information.
+    filter_classes (K,): by the gate where one was trained, else by mutual information; -1 for dead filters.
+    dead (K,): those with one and the same feature on all test samples. remarks: what is said of them and of classes
+    without a filter.
     """
 
     numbers: dict[str, float]
@@ -50,6 +53,8 @@ class Evaluation:
     confusion: NDArray[np.int64]
     similarity: NDArray[np.float64]
     filter_classes: NDArray[np.int64]
+    dead: NDArray[np.bool_]
+    remarks: list[str]
 
 
 def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, seed: int = 0) -> Evaluation:
@@ -70,15 +75,18 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
     )
     scores, targets = torch.from_numpy(logits), torch.from_numpy(labels)
     mi = metrics.class_mutual_info(features, labels, num_classes=classes)
+    dead = metrics.dead_filters(features)
+    mi[dead] = 0
     calibration = multiclass_calibration_error(scores.softmax(1), targets, classes, n_bins=BINS, norm="l1")
     numbers = _mutual_information(mi, logits, labels) | {
         "mis_bound": float(metrics.class_entropy(labels, classes).max()),
         "calibration_error": float(calibration),
+        "dead_filters": int(dead.sum()),
     }
     hits = {"accuracy": logits.argmax(1) == labels}
     owners = {"mi": _classes_on_train_part(model, data, statistics, seed)}
     if (gate != gate[0, 0]).any():
-        owners["gate"] = gate.argmax(0)
+        owners["gate"] = np.where(dead, -1, gate.argmax(0))
         hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi)
@@ -92,12 +100,15 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         ):
             found = metrics.cluster_predictions(features, weight, bias, owner, kept, complement=complement)
             hits[f"{name}_{key}"] = found == labels
-        block = metrics.block_score(similarity, owner, permutations=PERMUTATIONS, seed=seed)
+        live = owner >= 0
+        block = metrics.block_score(similarity[live][:, live], owner[live], permutations=PERMUTATIONS, seed=seed)
         numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
-        numbers[f"classes_without_filter_{key}"] = classes - len(np.unique(owner))
+        numbers[f"classes_without_filter_{key}"] = classes - len(np.unique(owner[live]))
     numbers |= {name: float(hit.mean()) for name, hit in hits.items()}
     confusion = multiclass_confusion_matrix(scores.argmax(1), targets, classes).numpy()
-    return Evaluation(numbers, hits, features, logits, confusion, similarity, owners.get("gate", owners["mi"]))
+    key = "gate" if "gate" in owners else "mi"
+    said = filter_remarks(owners[key], dead, data.classes, _OWNERS[key])
+    return Evaluation(numbers, hits, features, logits, confusion, similarity, owners[key], dead, said)
 
 
 def _mutual_information(mi: NDArray[Any], logits: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, float]:
@@ -112,14 +123,14 @@ def _mutual_information(mi: NDArray[Any], logits: NDArray[Any], labels: NDArray[
 
 
 def _classes_on_train_part(model: GatedModel, data: ImageData, statistics: Statistics, seed: int) -> NDArray[np.int64]:
-    """The class that every filter tells most about on train images: as many as there are test images, at most."""
+    """The class that every filter tells most about on train images, -1 for one that is dead on them: as many as there
+    are test images, at most."""
     from csg_ext.training.arm import predict
 
     rows = np.random.default_rng(seed).permutation(len(data.train_labels))[: len(data.test_labels)]
     features, _ = predict(model, data.train_images[rows], statistics)
-    return metrics.best_class(
-        metrics.class_mutual_info(features, data.train_labels[rows], num_classes=len(data.classes))
-    )
+    mi = metrics.class_mutual_info(features, data.train_labels[rows], num_classes=len(data.classes))
+    return np.where(metrics.dead_filters(features), -1, metrics.best_class(mi))
 
 
 def differences(
@@ -143,6 +154,7 @@ def differences(
 
     def scores(e: Evaluation, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         mi = metrics.class_mutual_info(e.features[rows], labels[rows], num_classes=e.logits.shape[1])
+        mi[metrics.dead_filters(e.features[rows])] = 0
         measured = _mutual_information(mi, e.logits[rows], labels[rows])
         return np.array([measured[name] for name in _SPLIT_HALF])
 
@@ -174,6 +186,7 @@ _ROWS = (
     ("complement_accuracy_gate", "  those filters removed", "%"),
     ("cluster_accuracy_mi", "filters of the true class only (the label is used), by MI", "%"),
     ("complement_accuracy_mi", "  those filters removed", "%"),
+    ("dead_filters", "dead filters: one activation on all test images", "d"),
     ("block_score_gate", "similarity of kernels, within less between classes, by the gate", ".4f"),
     ("block_score_p_value_gate", "  p-value (permutation)", ".4f"),
     ("classes_without_filter_gate", "  classes without a filter", "d"),
@@ -217,7 +230,7 @@ def table(report: dict[str, Any]) -> str:
     for line in lines:
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
         text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
-    return text
+    return text + "".join(f"{c['name']}: {said}\n" for c in checkpoints for said in c["remarks"])
 
 
 def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
@@ -291,6 +304,8 @@ def main(arguments: dict[str, Any]) -> int:
                 "file": str(file),
                 "model": s.config.model,
                 "measures": m.numbers,
+                "dead": np.flatnonzero(m.dead).tolist(),
+                "remarks": ([f"No measure by the gate: {why}."] if (why := s.why_no_gate()) else []) + m.remarks,
                 "confusion": m.confusion.tolist(),
             }
             for (name, file), s, m in zip(files.items(), stored, measured, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.evaluate import chosen_files, source_images
 from csg_ext.nn.gate import GatedModel
+from csg_ext.remarks import filter_remarks
 from csg_ext.runs import read_checkpoint, restore, training_statistics
 from csg_ext.training.files import ARMS, write_text
 
@@ -199,13 +201,22 @@ class _Network:
         )
 
 
-def localize(model: GatedModel, scenes: Scenes, statistics: Statistics, settings: Settings) -> dict[str, Any]:
+def localize(
+    model: GatedModel,
+    scenes: Scenes,
+    statistics: Statistics,
+    settings: Settings,
+    names: Sequence[str] | None = None,
+    no_gate: str = "",
+) -> dict[str, Any]:
     """Scores a network's maps against the masks; docs/localization.md says what every number is.
 
-    statistics: mean and deviation of the channels that the model was trained with.
+    statistics: mean and deviation of the channels that the model was trained with. names: those of the classes for
+    the remarks, numbers when not given. no_gate: why there is none, for the report; a constant gate says so itself.
     """
     network, device = _Network(model, statistics), model.gate.device
     weight, gate = model.classifier.weight.detach(), model.gate.detach()
+    names = names or [str(c) for c in range(len(weight))]
     trained = bool((gate != gate[0, 0]).any())
     maps, predicted = network.maps(scenes.scored.images)
     right = predicted.cpu() == scenes.scored.labels
@@ -230,23 +241,27 @@ def localize(model: GatedModel, scenes: Scenes, statistics: Statistics, settings
     methods: dict[str, Any] = {}
     for name, found in of_classes(scored, maps, labels).items():
         methods[name] = score_maps(found, masks, labels, len(weight), 1.0 if name == "gradient" else None, settings)
+    dead = loc.dead_filters(maps)
+    by = "the gate" if trained else "ActivMap"
+    belongs = torch.where(dead, -1, gate.argmax(0)) if trained else owner
     report: dict[str, Any] = {
+        "remarks": filter_remarks(belongs.cpu().numpy(), dead.cpu().numpy(), names, by),
         "images": len(labels),
         "images_wrong": int((~right).sum()),
         "mask_area": float(masks.double().mean()),
         "methods": methods,
         "filters": _filters(maps, thresholds, masks, labels, owner, gate_class, len(weight), settings),
-        "classes_without_filter": torch.nonzero(~own.bool().any(1))[:, 0].tolist(),
+        "classes_without_filter": sorted(set(range(len(weight))) - set(belongs.tolist())),
     }
     if scenes.pairs is not None:
         maps, _ = network.maps(scenes.pairs.images)
         queries = scenes.pairs.labels.to(device).unbind(1)
         queried = [of_classes(scenes.pairs, maps, q) for q in queries]
         report["query"] = {"images": len(scenes.pairs.labels)} | {
-            name: _query(torch.stack([q[name] for q in queried], 1), scenes.pairs, len(weight)) for name in queried[0]
+            name: query(torch.stack([q[name] for q in queried], 1), scenes.pairs, len(weight)) for name in queried[0]
         }
     if not trained:
-        reason = f"the checkpoint has no trained gate: its entries are all {float(gate[0, 0]):g}"
+        reason = no_gate or f"the checkpoint has no trained gate: its entries are all {float(gate[0, 0]):g}"
         methods["gate"] = {"unavailable": reason}
         if "query" in report:
             report["query"]["gate"] = {"unavailable": reason}
@@ -352,12 +367,17 @@ def score_maps(
     }
 
 
-def _query(maps: Tensor, pairs: Part, classes: int) -> dict[str, Any]:
-    """How much of the energy on both objects lies on the queried one; maps (M, 2, h, w)."""
+def query(maps: Tensor, pairs: Part, classes: int) -> dict[str, Any]:
+    """How much of the energy on both objects lies on the queried one; maps (M, 2, h, w).
+
+    energy: its mean over scenes and queries, with its standard error over the scenes; picked: how often it is more than
+    half, one that is exactly half counted as half.
+    """
     energy = loc.query_energy(maps, pairs.masks.to(maps.device)).cpu().double()
     picked = (energy > 0.5).double() + 0.5 * (energy == 0.5).double()
     return {
         "energy": float(energy.mean()),
+        "standard_error": float(energy.mean(1).std(correction=0)) / len(energy) ** 0.5,
         "picked": float(picked.mean()),
         "per_class": {"energy": _class_means(energy.flatten(), pairs.labels.flatten(), classes)},
     }
@@ -430,7 +450,8 @@ def table(report: dict[str, Any]) -> str:
         for a in arms
         if "unavailable" in a["methods"]["gate"]
     }
-    return "\n".join([*lines, *sorted(notes)]) + "\n"
+    remarks = [f"{a['name']}: {said}" for a in arms for said in a["remarks"]]
+    return "\n".join([*lines, *sorted(notes), *remarks]) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -461,7 +482,7 @@ def main(arguments: dict[str, Any]) -> int:
     for (name, file), s in zip(files.items(), stored, strict=True):
         print(f"  {name}: {file}", flush=True)
         model = restore(s, data).to(device)
-        found = localize(model, scenes, training_statistics(s, data), settings)
+        found = localize(model, scenes, training_statistics(s, data), settings, data.classes, s.why_no_gate())
         reports.append({"name": name, "file": str(file), "model": s.config.model} | found)
     report = {
         "checkpoints": reports,

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from csg_ext._extension import CUDA_ERROR
 from csg_ext.data.formats import load_numpy
-from csg_ext.metrics import best_class, mutual_information_score
+from csg_ext.metrics import best_class, dead_filters, mutual_information_score
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info
+from csg_ext.remarks import filter_remarks
 from csg_ext.runs import read_safetensors
 from csg_ext.training.files import ARMS, ARRAYS, CHECKPOINT, SUMMARY, WEIGHTS, atomic_file, write_text
 
@@ -109,10 +110,12 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
     finally:
         bar.close()
     seconds = time.perf_counter() - begun
+    dead = dead_filters(data.features)
+    mi[dead] = 0
     bound = np.asarray(class_entropy(data.labels, num_classes, options["protocol"]))
     normalized = np.divide(mi, bound, out=np.zeros_like(mi), where=bound > 0)
     classes = data.classes or [str(c) for c in range(mi.shape[1])]
-    best = best_class(mi)
+    best = np.where(dead, -1, best_class(mi))
     numbers = {
         "mis": mutual_information_score(mi),
         "bound": float(bound.max()),
@@ -120,7 +123,8 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
         "samples": len(data.labels),
         "filters": len(mi),
         "classes": len(classes),
-        "filters_per_class": np.bincount(best, minlength=len(classes)).tolist(),
+        "filters_per_class": np.bincount(best[~dead], minlength=len(classes)).tolist(),
+        "dead_filters": np.flatnonzero(dead).tolist(),
         "settings": {key: str(v) if key == "device" else v for key, v in options.items()} | {"normalize": normalize},
         "seconds": round(seconds, 2),
     }
@@ -133,7 +137,8 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
     try:
         from csg_ext import plots
 
-        figure, _ = plots.plot_class_mutual_information(shown, classes, None if normalize else float(bound.max()))
+        top = None if normalize else float(bound.max())
+        figure, _ = plots.plot_class_mutual_information(shown, classes, top, dead=dead)
         with atomic_file(output / PICTURE) as file:
             figure.savefig(file, format="png")
         written.append(PICTURE)
@@ -141,10 +146,12 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
         print(f"no picture: it needs {error.name}, which is missing: pip install 'csg-ext[train]'", file=sys.stderr)
     if data.classes is None:
         classes = [f"class {c}" for c in classes]
-    return _text(data.name, numbers, mi, classes) + f"Written to {output}: {', '.join(written)}\n"
+    return _text(data.name, numbers, mi, best, classes) + f"Written to {output}: {', '.join(written)}\n"
 
 
-def _text(name: str, numbers: dict[str, Any], mi: NDArray[np.float64], classes: list[str]) -> str:
+def _text(
+    name: str, numbers: dict[str, Any], mi: NDArray[np.float64], best: NDArray[np.int64], classes: list[str]
+) -> str:
     settings, counts = numbers["settings"], np.array(numbers["filters_per_class"])
     drawn = settings["ties"] == "noise" or settings["protocol"] == "balanced"
     lines = [
@@ -161,17 +168,18 @@ def _text(name: str, numbers: dict[str, Any], mi: NDArray[np.float64], classes: 
     ]
     order = np.lexsort((np.arange(len(counts)), -counts))
     listed = [c for c in order[:_LISTED] if counts[c] > 0]
-    width = max(len(classes[c]) for c in listed)
-    digits = len(f"{counts[listed[0]]:,}")
+    width = max((len(classes[c]) for c in listed), default=0)
+    digits = len(f"{counts.max():,}")
     for c in listed:
-        mean = mi[mi.argmax(axis=1) == c, c].mean()
+        mean = mi[best == c, c].mean()
         lines.append(
             f"  {classes[c]:{width}}  {counts[c]:{digits},}  {counts[c] / len(mi):6.1%}  mean MI {mean:.4f} nats"
         )
     others, none = int((counts > 0).sum()) - len(listed), int((counts == 0).sum())
     if others:
-        lines.append(f"  in {others:,} other classes: {len(mi) - counts[listed].sum():,}")
+        lines.append(f"  in {others:,} other classes: {counts.sum() - counts[listed].sum():,}")
     lines.append(f"classes without a filter: {none:,}")
+    lines += filter_remarks(best, best < 0, classes, "mutual information")
     return "\n".join(lines) + "\n\n"
 
 

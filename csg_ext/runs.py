@@ -37,6 +37,7 @@ SOURCE: dict[str, Any] = {
     "hold_out": None,
 }
 _PREFIX = "model."  # of the weights in a Lightning checkpoint
+_GATE = "csg.gate"
 
 
 @dataclass
@@ -47,6 +48,21 @@ class StoredModel:
     state: dict[str, Tensor]
     config: TrainConfig
     run: dict[str, Any] | None
+
+    @property
+    def holds_gate(self) -> bool:
+        """Whether the file has a gate, trained or not."""
+        return _GATE in self.state
+
+    def why_no_gate(self) -> str:
+        """Why there is no trained gate, as a part of a sentence; empty where there is one."""
+        if not self.holds_gate:
+            return "the checkpoint holds no gate"
+        gate = self.state[_GATE]
+        constant = gate.numel() and bool((gate == gate.flatten()[0]).all())
+        return (
+            f"the checkpoint has no trained gate: its entries are all {float(gate.flatten()[0]):g}" if constant else ""
+        )
 
 
 def checkpoint_files(path: str | Path) -> list[Path]:
@@ -95,18 +111,22 @@ def read_checkpoint(file: Path) -> StoredModel:
 
 
 def restore(stored: StoredModel, data: ImageData) -> GatedModel:
-    """The model of a checkpoint, for the channels and classes of `data`; ValueError if its weights do not fit."""
+    """The model of a checkpoint, for the channels and classes of `data`; ValueError if its weights do not fit.
+
+    Weights without a gate get the constant one of a new model, which counts as none.
+    """
     model = build_model(stored.config, data)
     wanted = model.state_dict()
-    odd = sorted(wanted.keys() ^ stored.state.keys())
+    state = stored.state if stored.holds_gate else stored.state | {_GATE: wanted[_GATE]}
+    odd = sorted(wanted.keys() ^ state.keys())
     if odd:
-        state = "lacks" if odd[0] in wanted else "has beside it"
+        kind = "lacks" if odd[0] in wanted else "has beside it"
         raise ValueError(
-            f"{stored.file}: expected the weights of {stored.config.model} with a gate, which it {state}: "
+            f"{stored.file}: expected the weights of {stored.config.model}, which it {kind}: "
             f"{odd[0]} (in all {len(odd)} names differ)"
         )
     for name, tensor in wanted.items():
-        got = stored.state[name]
+        got = state[name]
         if got.shape != tensor.shape or got.is_floating_point() != tensor.is_floating_point():
             raise ValueError(
                 f"{stored.file}: {name} must be {_kind(tensor)} for {len(data.classes)} classes and {data.channels} "
@@ -114,7 +134,7 @@ def restore(stored: StoredModel, data: ImageData) -> GatedModel:
             )
         if not bool(torch.isfinite(got).all()):
             raise ValueError(f"{stored.file}: {name} must be finite, got NaN or infinite values")
-    model.load_state_dict(stored.state)
+    model.load_state_dict(state)
     return model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 # Idle OpenMP threads that spin take the other core from whatever runs beside the tests; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import browser_page
 import numpy as np
 import pytest
 import torch
@@ -84,3 +85,11 @@ def run(digits, tmp_path_factory):
         status = cli.main(["train", "--data", str(digits), "--output", str(folder), *SHORT])
     assert status == 0, err.getvalue()
     return folder, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, a browser_page.BrowserPage."""
+    page = browser_page.start()
+    yield page
+    page.driver.quit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from short_run import SHORT
 
 import csg_ext
 from csg_ext import cli, mis
+from csg_ext.report.pictures import NAMES
 from csg_ext.training import compare
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.display import Progress
@@ -56,9 +58,12 @@ def test_train_writes_and_prints_the_comparison(run):
     assert summary["data"]["train"] == 400 and len(summary["data"]["sha256"]) == 64
     table = (folder / "table.txt").read_text()
     assert table in out and f"{csg['mis']:.4f}" in table and f"{std['accuracy']:.2%}" in table
-    for name in ("gate.png", "mutual_information.png", "training.png"):
-        with Image.open(folder / name) as picture:
-            assert picture.size[0] > 500
+    page = (folder / "report.html").read_text()
+    for name in NAMES:
+        assert f" {name}.png" in out
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 150 and len(np.unique(picture.convert("L"))) > 20
+        assert base64.b64encode((folder / f"{name}.png").read_bytes()).decode() in page
     for arm in ("std", "csg"):
         assert "csg.gate" in load_file(folder / arm / "model.safetensors")
         assert len((folder / arm / "metrics.csv").read_text().splitlines()) == 7

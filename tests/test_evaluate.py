@@ -520,7 +520,7 @@ DATA = ["--data", "DIGITS"]
         (["vgg.ckpt", *DATA], "vgg.ckpt: expected the settings of a run, .* model must be one of resnet20"),
         (["depth.ckpt", *DATA], "depth.ckpt: expected the settings of a run, .* 'depth'"),
         (["seven.ckpt", *DATA], "seven.ckpt: expected the settings of a run"),
-        (["deeper.ckpt", *DATA], "deeper.ckpt: expected the weights of resnet32 with a gate, which it lacks: "),
+        (["deeper.ckpt", *DATA], "deeper.ckpt: expected the weights of resnet32, which it lacks: "),
         (["wide.ckpt", *DATA], r"csg.gate must be float32 \(3, 64\) for 3 .*, got float32 \(1000000, 1000000\)"),
         (["nan.ckpt", *DATA], "nan.ckpt: classifier.bias must be finite, got NaN"),
         (["run/csg", *DATA], "model.safetensors: expected a readable .safetensors file, got one that fails with"),

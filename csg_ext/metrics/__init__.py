@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from csg_ext.metrics.agreement import class_agreement, own_filter_accuracy, own_filter_predictions
+from csg_ext.metrics.agreement import (
+    class_agreement,
+    dead_filters,
+    own_filter_accuracy,
+    own_filter_predictions,
+)
 from csg_ext.metrics.approximate import approximate_class_mutual_info
 from csg_ext.metrics.bootstrap import Interval, paired_bootstrap, split_half_interval
 from csg_ext.metrics.cluster import (
@@ -41,6 +46,7 @@ __all__ = [
     "cluster_accuracy",
     "cluster_predictions",
     "complement_accuracy",
+    "dead_filters",
     "entropy_bound",
     "filter_similarity",
     "gap_closed",

@@ -1,4 +1,4 @@
-"""How far the gate's classes, the filters' classes and the network's decisions agree."""
+"""How far the gate's classes, the filters' classes and the network's decisions agree; which filters are dead."""
 
 from __future__ import annotations
 
@@ -6,21 +6,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from csg_ext.metrics.mutual_information import best_class
+
+
+def dead_filters(features: Any) -> NDArray[np.bool_]:
+    """The filters with one and the same activation on all samples, bool (K,), from features (N, K), array or tensor.
+
+    They tell nothing about any class: their mutual information is 0, whatever the noise against ties estimates.
+    """
+    if len(features.shape) != 2 or 0 in features.shape:
+        raise ValueError(f"dead_filters: features must be (N, K) and not empty, got {tuple(features.shape)}")
+    if isinstance(features, Tensor):
+        return (features.amax(0) == features.amin(0)).cpu().numpy()
+    return np.asarray(features.max(axis=0) == features.min(axis=0))
 
 
 def class_agreement(gate: ArrayLike, mi: ArrayLike) -> float:
     """Share of filters whose largest gate entry and largest MI name the same class; gate (C, K), mi (K, C).
 
-    1/C is what chance gives. Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
+    Filters without any mutual information, such as dead ones, are left out; 0 where none is left. 1/C is what chance
+    gives. Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
     """
     g, m = np.asarray(gate), np.asarray(mi)
     if g.ndim != 2 or g.T.shape != m.shape or g.size == 0:
         raise ValueError(
             f"class_agreement: mi must be the gate's transposed shape, got gate {g.shape} and mi {m.shape}"
         )
-    return float(np.mean(g.argmax(axis=0) == best_class(m)))
+    live = m.max(axis=1) > 0
+    return float(np.mean(g.argmax(axis=0)[live] == best_class(m)[live])) if live.any() else 0.0
 
 
 def own_filter_predictions(

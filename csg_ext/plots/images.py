@@ -54,6 +54,7 @@ def plot_top_images(
     classes: Sequence[str] | None = None,
     filter_class: int | None = None,
     count: int = 8,
+    chosen_from: int | None = None,
     axes: Sequence[Axes] | None = None,
 ) -> tuple[Figure, NDArray[Any]]:
     """The images with a filter's highest mean activation, its map laid over in orange, opaque at its maximum.
@@ -68,6 +69,7 @@ def plot_top_images(
         labels, classes: int (N,) and the names, for a title over each image.
         filter_class: the filter's class, named in the first title.
         count: how many images, fewer where there are fewer.
+        chosen_from: of how many these are the strongest, for the title; N when not given.
         axes: as many as images are shown.
     """
     name = "plot_top_images"
@@ -99,7 +101,9 @@ def plot_top_images(
         ax.set_title(f"{label} {'dead' if dead else f'{mean[i]:.3g}'}".strip(), fontsize=8)
     if own:
         owner = "" if filter_class is None else f", class {_name_of(filter_class, names)}"
-        text = "dead, one activation everywhere" if dead else f"highest mean activation of {len(m)} images"
+        text = (
+            "dead, one activation everywhere" if dead else f"highest mean activation of {chosen_from or len(m)} images"
+        )
         figure.suptitle(f"Filter {filter}{owner}: {text}", fontsize=10)
     return figure, panels
 

@@ -7,15 +7,18 @@ from typing import Any
 
 from csg_ext.report.collect import Run, read_run
 from csg_ext.report.page import render
+from csg_ext.report.pictures import Picture, draw
 from csg_ext.training.files import REPORT, write_text
 
-__all__ = ["Run", "main", "read_run", "render", "write_report"]
+__all__ = ["Picture", "Run", "draw", "main", "read_run", "render", "write_report"]
 
 
-def write_report(runs: list[Run], folder: str | Path) -> Path:
-    """Writes report.html about `runs` (at least one) into `folder`, which is made where it is missing."""
+def write_report(runs: list[Run], folder: str | Path, pictures: list[list[Picture]] | None = None) -> Path:
+    """Writes report.html about `runs` (at least one) into `folder`, which is made where it is missing.
+
+    pictures: what draw gives for every run, where it is drawn already."""
     target = Path(folder) / REPORT
-    text = render(runs)
+    text = render(runs, pictures)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, text)
     return target

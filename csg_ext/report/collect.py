@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from csg_ext import metrics
 from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.data.images import ImageData
 from csg_ext.evaluate import source_images
 from csg_ext.nn.gate import GatedModel
+from csg_ext.remarks import filter_remarks
 from csg_ext.runs import checkpoint_files, read_checkpoint, restore, training_statistics
 from csg_ext.training.compare import rows
 from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY
@@ -28,7 +31,6 @@ THUMBNAIL = 48  # largest side of an image in the page, pixels
 TOP = 6  # images of a filter
 GALLERY = 24  # images that can be picked
 _EXACT = 2**19  # entries of a matrix up to which 16 bits each are spent, 8 beyond
-_GATE = "csg.gate"
 # What the page shows of summary.json beside its table.
 _SHOWN: dict[str, tuple[str, ...]] = {
     "std": ("mis_bound",),
@@ -55,6 +57,22 @@ class Arm:
     confusion: NDArray[np.int64]
     history: list[dict[str, Any]]
     statistics: tuple[list[float], list[float]]
+
+    @cached_property
+    def dead(self) -> NDArray[np.bool_]:
+        """The filters with one and the same feature on all test images, (K,)."""
+        return metrics.dead_filters(self.features)
+
+    @property
+    def classes_by(self) -> str:
+        """What gives the filters their classes."""
+        return "mutual information" if self.gate is None else "the gate"
+
+    @property
+    def filter_classes(self) -> NDArray[np.int64]:
+        """The class of every filter, (K,); -1 for dead ones."""
+        owner = self.mi.argmax(axis=1) if self.gate is None else self.gate.argmax(axis=0)
+        return np.where(self.dead, -1, owner)
 
 
 @dataclass
@@ -84,7 +102,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
     data = data or source_images(stored, {"data": None, "image_size": None})
     arms = []
     for name, checkpoint in zip(ARMS, stored, strict=True):
-        note = _complete_gate(checkpoint.state)
+        note = "" if checkpoint.holds_gate else "The checkpoint holds no gate."
         model = restore(checkpoint, data).eval()
         gate = model.gate.detach().numpy()
         if not note and (gate == gate[0, 0]).all():
@@ -102,15 +120,6 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
             )
         )
     return Run(place.resolve().name, summary, data, arms)
-
-
-def _complete_gate(state: dict[str, torch.Tensor]) -> str:
-    """Gives weights that lack a gate a constant one, which counts as none; returns what the page says about it."""
-    weight = state.get("classifier.weight")
-    if _GATE in state or weight is None:
-        return ""
-    state[_GATE] = torch.full_like(weight, 0.5)
-    return "The checkpoint holds no gate."
 
 
 def _read_json(file: Path) -> Any:
@@ -158,6 +167,11 @@ def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray
     return found
 
 
+def remarks(arm: Arm, classes: list[str]) -> list[str]:
+    """What the page says of the arm's dead filters and of classes without a filter."""
+    return filter_remarks(arm.filter_classes, arm.dead, classes, arm.classes_by)
+
+
 # ---- what the page's script gets
 
 
@@ -180,6 +194,7 @@ def contents(run: Run, share: float = 1.0) -> dict[str, Any]:
                 "notes": notes,
                 "gate": None if arm.gate is None else quantise(arm.gate),
                 "mi": quantise(arm.mi.T),
+                "dead": np.flatnonzero(arm.dead).tolist(),
                 "top": top,
                 **_maps(arm, data.test_images[gallery], int(share * MAP_BYTES / len(run.arms))),
             }
@@ -266,14 +281,14 @@ class _Thumbnails:
 
 def _top_images(arms: list[Arm], thumbnails: _Thumbnails) -> list[dict[int, list[int]]]:
     """For every arm {filter: places of the images with its largest pooled features}, the filters with most mutual
-    information first, of all arms in turn, until the sheet is full. A filter that is never active has no images."""
+    information first, of all arms in turn, until the sheet is full. Dead and never active filters have no images."""
     count = min(TOP, len(arms[0].features))
     best = [np.argsort(-arm.features, axis=0, kind="stable")[:count].T for arm in arms]
     ranks = [np.argsort(-arm.mi.max(axis=1), kind="stable") for arm in arms]
     found: list[dict[int, list[int]]] = [{} for _ in arms]
     for turn in zip(*ranks, strict=True):
         for arm, images, k, places in zip(arms, best, turn, found, strict=True):
-            chosen = [int(i) for i in images[k] if arm.features[i, k] != 0]
+            chosen = [int(i) for i in images[k] if arm.features[i, k] != 0 and not arm.dead[k]]
             if not thumbnails.add(chosen):
                 return found
             places[int(k)] = [thumbnails.places[i] for i in chosen]

@@ -18,7 +18,7 @@
     return Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   }
 
-  /** A quantised matrix (classes, filters) with every filter's own class (its largest value) and that value. */
+  /** A quantised matrix (classes, filters) with every filter's own class (its largest value; -1: dead) and that value. */
   function decode(stored) {
     const raw = bytes(stored.values);
     const quanta = stored.bits === 16 ? new Uint16Array(raw.buffer) : raw;
@@ -31,6 +31,7 @@
         if (value > best[k]) { best[k] = value; own[k] = c; }
       }
     }
+    for (const k of network.dead) own[k] = -1;
     return { values, classes, filters, own, best, value: (c, k) => values[c * filters + k] };
   }
 
@@ -45,7 +46,8 @@
     const filters = [];
     for (let k = 0; k < matrix.filters; k++) if (only < 0 || matrix.own[k] === only) filters.push(k);
     const byValue = (a, b) => matrix.best[b] - matrix.best[a] || a - b;
-    if (order === "class") filters.sort((a, b) => matrix.own[a] - matrix.own[b] || byValue(a, b));
+    const rank = (k) => (matrix.own[k] < 0 ? matrix.classes : matrix.own[k]);  // dead ones come last
+    if (order === "class") filters.sort((a, b) => rank(a) - rank(b) || byValue(a, b));
     if (order === "value") filters.sort(byValue);
     return filters;
   }
@@ -158,7 +160,7 @@
   function describe(c, k) {
     const kind = at("kind").value;
     const unit = kind === "mi" ? " nats" : "";
-    return `Filter ${k}, class ${run.classes[c]}: ${NAMES[kind]} ${number(matrix.value(c, k))}${unit}`;
+    return `Filter ${k}${matrix.own[k] < 0 ? " (dead)" : ""}, class ${run.classes[c]}: ${NAMES[kind]} ${number(matrix.value(c, k))}${unit}`;
   }
 
   function showCell(row, column) {
@@ -207,18 +209,21 @@
     const pairs = [["class", run.classes[c]]];
     if (gate) pairs.push(["gate entry", number(gate.value(c, k))]);
     pairs.push(["mutual information", `${number(mi.value(c, k))} nats`]);
-    if (gate) pairs.push(["its class by the gate", run.classes[gate.own[k]]]);
-    pairs.push(["its class by mutual information", run.classes[mi.own[k]]]);
+    const dead = mi.own[k] < 0;
+    if (dead) pairs.push(["its class", "none: it is dead"]);
+    if (gate && !dead) pairs.push(["its class by the gate", run.classes[gate.own[k]]]);
+    if (!dead) pairs.push(["its class by mutual information", run.classes[mi.own[k]]]);
     facts(at("filter-facts"), pairs);
     const top = network.top[k];
     const figures = (top ?? []).map((index) => captioned(picture(index, imageName(index)), className(index)));
-    const none = top ? "It is never active on the test images." : "Its top images did not fit the page's size.";
+    const none = dead ? "It is dead: one activation on all test images."
+      : top ? "It is never active on the test images." : "Its top images did not fit the page's size.";
     at("filter-images").replaceChildren(...(figures.length ? figures : [element("p", { class: "note" }, none)]));
   }
 
   function keep(k) {
     kept = k;
-    showFilter(k, cell ? cell.row : matrix.own[k]);
+    showFilter(k, cell ? cell.row : Math.max(0, matrix.own[k]));
     for (const button of at("class-filters").querySelectorAll("button")) {
       button.setAttribute("aria-pressed", String(Number(button.dataset.filter) === k));
     }

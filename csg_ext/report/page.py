@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
-from csg_ext import __version__, metrics, plots
-from csg_ext.report.collect import Run, contents, data_uri
+from csg_ext import __version__
+from csg_ext.report.collect import Run, contents, data_uri, remarks
+from csg_ext.report.pictures import Picture, draw
 from csg_ext.training.compare import rows
 
-_SIMILAR = 512  # filters up to which the similarity of every two is drawn: beyond, no pixel shows one pair
 
-
-def render(runs: list[Run]) -> str:
-    """The whole page as HTML."""
+def render(runs: list[Run], pictures: list[list[Picture]] | None = None) -> str:
+    """The whole page as HTML; pictures: those of every run, where they are drawn already."""
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -47,10 +43,10 @@ def render(runs: list[Run]) -> str:
                 "name": run.name,
                 "facts": _facts(run),
                 "settings": _settings(run),
-                "pictures": _pictures(run),
-                "omitted": "" if _few_filters(run) else f"Similarity of kernels is drawn for up to {_SIMILAR} filters.",
+                "remarks": [f"{arm.name}: {said}" for arm in run.arms for said in remarks(arm, run.data.classes)],
+                "pictures": [{"alt": p.text, "source": data_uri(p.png)} for p in drawn],
             }
-            for run in runs
+            for run, drawn in zip(runs, pictures or [draw(run) for run in runs], strict=True)
         ],
     )
 
@@ -87,48 +83,3 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _settings(run: Run) -> list[tuple[str, str]]:
     return [(key, "-" if value is None else str(value)) for key, value in run.summary["config"].items()]
-
-
-def _few_filters(run: Run) -> bool:
-    return len(run.arms[0].mi) <= _SIMILAR
-
-
-def _pictures(run: Run) -> list[dict[str, str]]:
-    classes = run.data.classes
-    std, csg = run.arms
-    drawn: list[tuple[str, Any]] = []
-    for arm in run.arms:
-        if arm.gate is not None:
-            text = f"The gate of {arm.name}: classes down, filters across, sorted by class"
-            drawn.append((text, plots.plot_gate(arm.gate, classes)))
-    drawn.append(
-        (
-            "Mutual information between filters and classes, STD on the left and CSG on the right",
-            plots.plot_mutual_information(std.mi, csg.mi, classes, run.summary["std"]["mis_bound"]),
-        )
-    )
-    histories = {arm.name.lower(): arm.history for arm in run.arms}
-    drawn.append(
-        ("Training by epoch: loss, accuracy and density of the gate", plots.plot_training(histories, len(classes)))
-    )
-    for arm in run.arms:
-        text = f"Confusion matrix of {arm.name}: true classes down, predicted classes across"
-        drawn.append((text, plots.plot_confusion(arm.confusion, classes)))
-    similarities = []
-    compared = run.arms if _few_filters(run) else []
-    for arm in compared:
-        kernels = metrics.last_convolution(arm.model, arm.mi.shape[0]).weight
-        similarities.append(metrics.filter_similarity(kernels.detach().numpy()))
-    top = max((float((s - np.eye(len(s))).max()) for s in similarities), default=1.0)
-    for arm, similarity in zip(compared, similarities, strict=True):
-        owner = arm.mi.argmax(1) if arm.gate is None else arm.gate.argmax(0)
-        by = "mutual information" if arm.gate is None else "the gate"
-        text = f"Similarity of the kernels of the filters of {arm.name}, sorted by class (by {by})"
-        drawn.append((text, plots.plot_filter_similarity(similarity, owner, classes, top)))
-    return [{"alt": text, "source": data_uri(_png(figure))} for text, (figure, _) in drawn]
-
-
-def _png(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()

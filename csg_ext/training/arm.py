@@ -143,12 +143,15 @@ def predict(
 def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
     """Measures a trained model on the test part through its STD path: (numbers, arrays).
 
-    numbers: accuracy, mis, mis_ceiling, mis_bound (nats) and, for the arm "csg", l1_density, class_agreement and
-    one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C), features (N, K), labels.
+    numbers: accuracy, mis, mis_ceiling, mis_bound (nats), dead_filters and, for the arm "csg", l1_density,
+    class_agreement and one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C),
+    features (N, K), labels.
     """
     features, logits = predict(model, data.test_images, data.statistics())
     labels, classes = data.test_labels, len(data.classes)
     mi = metrics.class_mutual_info(features, labels, num_classes=classes)
+    dead = metrics.dead_filters(features)
+    mi[dead] = 0
     gate = model.gate.detach().cpu().numpy()
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (labels, logits.argmax(1)), 1)
@@ -157,6 +160,7 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
         "mis": metrics.mutual_information_score(mi),
         "mis_ceiling": metrics.mis_ceiling(logits, labels),
         "mis_bound": metrics.entropy_bound(classes),
+        "dead_filters": int(dead.sum()),
     }
     if arm == CSG:
         weight, bias = (p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import queue
@@ -18,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 
 from csg_ext.data.images import ImageData
 from csg_ext.metrics import gap_closed
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARMS, ARRAYS, LOG, RESULT, SUMMARY, TABLE, write_text
+from csg_ext.training.files import ARMS, LOG, RESULT, SUMMARY, TABLE, write_text
 from csg_ext.training.worker import FAILED, INTERRUPTED
 
 Display = Callable[[str, dict[str, Any]], None]
@@ -186,7 +186,7 @@ def summarise(
     return {
         "std": std,
         "csg": csg,
-        "gap_closed": gap_closed(csg["mis"], std["mis"], std["mis_ceiling"]),
+        "gap_closed": None if math.isnan(gap := gap_closed(csg["mis"], std["mis"], std["mis_ceiling"])) else gap,
         "seed": config.seed,
         "config": config.as_dict(),
         "data": {
@@ -208,15 +208,17 @@ def summarise(
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The comparison as rows (measure, STD, CSG) of text."""
     std, csg = summary["std"], summary["csg"]
-    classes = len(summary["data"]["classes"])
+    classes, closed = len(summary["data"]["classes"]), summary["gap_closed"]
+    dead = [arm.get("dead_filters", 0) for arm in (std, csg)]  # an older run did not count them
     return [
         ("accuracy (STD path: no label is used)", f"{std['accuracy']:.2%}", f"{csg['accuracy']:.2%}"),
         ("MIS: mutual information filter-class, nats", f"{std['mis']:.4f}", f"{csg['mis']:.4f}"),
         ("  its ceiling: the network's own class scores", f"{std['mis_ceiling']:.4f}", f"{csg['mis_ceiling']:.4f}"),
-        ("  share of the gap to STD's ceiling closed", "", f"{summary['gap_closed']:.2f}"),
+        ("  share of the gap to STD's ceiling closed", "", "-" if closed is None else f"{closed:.2f}"),
         (f"L1-density of the gate (floor {1 / classes:.4g})", "", f"{csg['l1_density']:.4f}"),
         ("filters whose gate class is their MI class", "", f"{csg['class_agreement']:.1%}"),
         ("accuracy, each class scored by its own filters only", "", f"{csg['one_hot_accuracy']:.2%}"),
+        *([("dead filters: one activation on all test images", f"{dead[0]}", f"{dead[1]}")] if any(dead) else []),
         ("training, seconds", f"{std['train_seconds']:.0f}", f"{csg['train_seconds']:.0f}"),
     ]
 
@@ -252,9 +254,3 @@ def pick_device(name: str) -> str:
     if not torch.cuda.is_available():
         raise ValueError(f"device {name!r} needs a GPU that this torch can use, got none (torch {torch.__version__})")
     return name
-
-
-def load_arrays(folder: Path, arm: str) -> dict[str, np.ndarray]:
-    """mi (K, C), gate (C, K), confusion (C, C), features (N, K) and labels (N,) of a finished arm."""
-    with np.load(folder / arm / ARRAYS) as archive:
-        return {key: archive[key] for key in archive.files}

@@ -1,0 +1,31 @@
+"""What every command says, in the same words, of dead filters and of classes without a filter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NAMED = 20  # classes that a sentence names
+
+
+def filter_remarks(
+    filter_classes: NDArray[np.int64], dead: NDArray[np.bool_], classes: Sequence[str], by: str
+) -> list[str]:
+    """Sentences, none where there is nothing to say: which filters are dead, which classes have no filter.
+
+    filter_classes (K,): the class of every filter, -1 for none; dead bool (K,); by: what chose the classes.
+    """
+    said = []
+    if dead.any():
+        which = ", ".join(map(str, np.flatnonzero(dead)))
+        said.append(
+            f"{dead.sum()} of {len(dead)} filters are dead (one activation on all images) and have no class: {which}."
+        )
+    without = np.setdiff1d(np.arange(len(classes)), filter_classes)
+    if len(without):
+        names = ", ".join(classes[c] for c in without[:_NAMED])
+        names += f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+        said.append(f"{len(without)} of {len(classes)} classes have no filter by {by}: {names}.")
+    return said
