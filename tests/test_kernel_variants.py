@@ -100,7 +100,10 @@ def test_one_gradient_is_absent(cpu_level, types, layout):
 @pytest.mark.parametrize("dtype", [F32, F64, F16, BF16], ids=str)
 @pytest.mark.parametrize("method", ["scale", "euclidean"])
 def test_gate_step_options(cpu_level, dtype, method):
-    """Without momentum and decay, with each of them; one block of 128 columns, its rest, several."""
+    """Without momentum and decay, with each of them; single elements, vectors, strips of four and all three in one row.
+
+    The fp32 maxima of 4096 columns make a panel, the fp64 maxima of 2048.
+    """
     options = [
         dict(lr=0.1),
         dict(lr=0.1, weight_decay=0.1),
@@ -108,6 +111,6 @@ def test_gate_step_options(cpu_level, dtype, method):
         dict(lr=0.1, momentum=0.9, dampening=0.5),
         dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.05),
     ]
-    for shape, option in itertools.product([(3, 5), (10, 128), (4, 300)], options):
+    for shape, option in itertools.product([(3, 5), (10, 128), (4, 300), (2, 4200)], options):
         gate = gates(shape, dtype)
         step_and_compare(gate.nan_to_num(0.25), torch.randn(*shape).to(dtype), method, option, dtype)

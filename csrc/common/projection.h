@@ -1,4 +1,4 @@
-// The projection of one gate entry: the one formula that every kernel, CPU and CUDA, uses.
+// The projection of one gate entry, for every kernel but gate_step's on the CPU, which has the formulas for vectors.
 #pragma once
 
 #if defined(__CUDACC__)

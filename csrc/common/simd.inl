@@ -81,16 +81,44 @@ struct Simd<Half> {
   CSG_INLINE Vec load(const Half* p) { return opaque((Vec)_mm256_cvtph_ps(load_bits<__m128i>(p))); }
   CSG_INLINE void store(Half* p, Vec v) { store_bits(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
 #else
+  // to_float and to_half of half.h, lane by lane.
   CSG_INLINE Vec load(const Half* p) {
-    Vec v;
-    for (int i = 0; i < CSG_WIDTH / 4; ++i) v[i] = to_float(p[i]);
-    return v;
+    const VecI32 bits = __builtin_convertvector(load_bits<VecU16Half>(p), VecI32), magnitude = bits & 0x7fff;
+    const VecI32 subnormal = (VecI32)(__builtin_convertvector(magnitude, VecF) * 0x1p-24f);
+    const VecI32 inf_or_nan = magnitude >= 0x7c00, normal = (magnitude << 13) + 0x38000000 + (inf_or_nan & 0x38000000);
+    return (Vec)((bits & 0x8000) << 16 | (magnitude < 0x0400 ? subnormal : normal));
   }
   CSG_INLINE void store(Half* p, Vec v) {
-    for (int i = 0; i < CSG_WIDTH / 4; ++i) p[i] = to_half(v[i]);
+    const VecI32 bits = (VecI32)v, magnitude = bits & 0x7fffffff;
+    const VecI32 subnormal = (VecI32)((VecF)magnitude + 0.5f) - 0x3f000000;
+    const VecI32 normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    VecI32 half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x477ff000 ? VecI32{} + 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? VecI32{} + 0x7e00 : half;
+    store_bits(p, __builtin_convertvector((VecU32)(half | (bits >> 16 & 0x8000)), VecU16Half));
   }
 #endif
 };
+
+// One element, with the same instructions as a vector of them.
+template <typename T>
+CSG_INLINE Accumulator<T> widen_element(T v) {
+  return widen(v);
+}
+template <typename T>
+CSG_INLINE T narrow_element(Accumulator<T> v) {
+  return narrow<T>(v);
+}
+#if CSG_LEVEL > 0
+template <>
+CSG_MEMBER float widen_element(Half v) {
+  return _cvtsh_ss(v.bits);
+}
+template <>
+CSG_MEMBER Half narrow_element(float v) {
+  return {_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT)};
+}
+#endif
 
 template <typename T>
 constexpr int kLanes = CSG_WIDTH / int(sizeof(Accumulator<T>));

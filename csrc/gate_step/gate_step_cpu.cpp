@@ -2,7 +2,6 @@
 #include "gate_step_cpu.h"
 
 #include "../common/half.h"
-#include "../common/projection.h"
 
 #define CSG_KERNELS "../gate_step/gate_step_cpu.inl"
 #include "../common/cpu_levels.h"

@@ -1,127 +1,244 @@
 // gate_step's CPU kernels for one instruction set; see ../common/simd.inl for how this file is compiled.
-// Bytes that must move: gate and buffer read and written once, grad read once. A block of columns is updated row by
-// row while its maxima are kept in L1, then scaled in a second pass over the same, still cached, block.
+// Bytes that must move: gate and buffer read and written once, grad read once. A panel of columns, as wide as a
+// thread's share, is updated row by row while its maxima stay in L1, then projected in a second pass. Of a panel beyond
+// the cache the gate moves twice, but in the order in which memory is read fastest: narrow panels were slower.
 
-constexpr int64_t kColumnBlock = 128;
+constexpr int64_t kColumnBlock = 32;       // columns that threads do not share
+constexpr int64_t kPanelBytes = 16 << 10;  // maxima in L1
+constexpr int kStripVectors = 4;           // of a row, side by side in registers
 
-// First maximum of each column so far; a NaN wins over every number, the first NaN over later ones.
-template <typename A>
-CSG_INLINE void update_top(const A* value, int64_t c, int64_t len, A* top, int64_t* where) {
-  if (c == 0) {
-    for (int64_t j = 0; j < len; ++j) top[j] = value[j], where[j] = 0;
-    return;
-  }
-  for (int64_t j = 0; j < len; ++j) {
-    const bool better = (value[j] > top[j]) | ((value[j] != value[j]) & (top[j] == top[j]));
-    top[j] = better ? value[j] : top[j];
-    where[j] = better ? c : where[j];
-  }
+// How a strip of a row is read and written: `count` vectors of `lanes` elements, or one element alone. The formulas
+// below take either.
+template <typename T, int N>
+struct Vectors {
+  using Vec = typename Simd<T>::Vec;
+  static constexpr int count = N, lanes = kLanes<T>;
+  CSG_MEMBER Vec load(const T* from) const { return Simd<T>::load(from); }
+  CSG_MEMBER void store(T* to, Vec v) const { Simd<T>::store(to, v); }
+};
+template <typename T>
+struct Element {
+  using Vec = Accumulator<T>;
+  static constexpr int count = 1, lanes = 1;
+  CSG_MEMBER Vec load(const T* from) const { return widen_element(*from); }
+  CSG_MEMBER void store(T* to, Vec v) const { *to = narrow_element<T>(v); }
+};
+
+// Calls f(first column, access) for the strips of a row of `len` columns.
+template <typename T, typename F>
+CSG_INLINE void for_strips(int64_t len, F f) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
+  for (; j + kStripVectors * lanes <= len; j += kStripVectors * lanes) f(j, Vectors<T, kStripVectors>{});
+  for (; j + lanes <= len; j += lanes) f(j, Vectors<T, 1>{});
+  for (; j < len; ++j) f(j, Element<T>{});
 }
 
-// The updated values wait for their columns' maxima in the gate itself, half types in fp32 in `scratch` [C, len]: they
-// are rounded once.
-template <typename T>
-CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len, Accumulator<T>* scratch) {
+// Where `value` takes the place of the maximum `top` of the rows above: the first of equals stays, the first NaN wins.
+template <typename V>
+CSG_INLINE auto exceeds(V value, V top) {
+  return (value > top) | ((value != value) & (top == top));
+}
+
+// What one strip of a row becomes before its projection; its momentum is written where `keep` says so.
+template <typename T, typename Access>
+CSG_INLINE void update_strip(const GateStep& p, int64_t at, Access access, bool keep, typename Access::Vec* gate) {
   using A = Accumulator<T>;
-  A gate[kColumnBlock], d[kColumnBlock], buffer[kColumnBlock], top[kColumnBlock];
-  int64_t where[kColumnBlock];
+  using V = typename Access::Vec;
+  constexpr int n = Access::count, lanes = Access::lanes;
   const A lr = A(p.lr), momentum = A(p.momentum), fresh = A(1 - p.dampening), decay = A(p.weight_decay);
-  for (int64_t c = 0; c < p.c; ++c) {
-    T* row = static_cast<T*>(p.gate) + c * p.k + k0;
-    widen_block(gate, row, len);
-    if (p.grad) {
-      widen_block(d, static_cast<const T*>(p.grad) + c * p.k + k0, len);
-      if (decay != 0)
-        for (int64_t j = 0; j < len; ++j) d[j] += decay * gate[j];
-      if (p.buffer) {
-        T* kept = static_cast<T*>(p.buffer) + c * p.k + k0;
-        if (p.first_step) {
-          for (int64_t j = 0; j < len; ++j) buffer[j] = d[j];
-        } else {
-          widen_block(buffer, kept, len);
-          for (int64_t j = 0; j < len; ++j) buffer[j] = momentum * buffer[j] + fresh * d[j];
-        }
-        narrow_block(kept, buffer, len);
-        for (int64_t j = 0; j < len; ++j) d[j] = p.nesterov ? d[j] + momentum * buffer[j] : buffer[j];
-      }
-      for (int64_t j = 0; j < len; ++j) gate[j] -= lr * d[j];
-    }
-    if (scratch) {
-      __builtin_memcpy(scratch + c * len, gate, size_t(len) * sizeof(A));
-    } else if (p.grad) {
-      narrow_block(row, gate, len);
-    }
-    update_top(gate, c, len, top, where);
-  }
-  for (int64_t c = 0; c < p.c; ++c) {
-    T* row = static_cast<T*>(p.gate) + c * p.k + k0;
-    if (scratch) {
-      __builtin_memcpy(gate, scratch + c * len, size_t(len) * sizeof(A));
+  const T* from = static_cast<const T*>(p.gate) + at;
+  for (int i = 0; i < n; ++i) gate[i] = access.load(from + i * lanes);
+  if (!p.grad) return;
+  const T* grad = static_cast<const T*>(p.grad) + at;
+  V d[n];
+  for (int i = 0; i < n; ++i) d[i] = access.load(grad + i * lanes);
+  if (decay != 0)
+    for (int i = 0; i < n; ++i) d[i] += decay * gate[i];
+  if (p.buffer) {
+    T* kept = static_cast<T*>(p.buffer) + at;
+    V buffer[n];
+    if (p.first_step) {
+      for (int i = 0; i < n; ++i) buffer[i] = d[i];
     } else {
-      widen_block(gate, row, len);
+      for (int i = 0; i < n; ++i) buffer[i] = momentum * access.load(kept + i * lanes) + fresh * d[i];
     }
-    if (p.projection == Projection::Scale) {
-      for (int64_t j = 0; j < len; ++j) gate[j] = project_scale(gate[j], top[j], where[j] == c);
+    if (keep)
+      for (int i = 0; i < n; ++i) access.store(kept + i * lanes, buffer[i]);
+    if (p.nesterov) {
+      for (int i = 0; i < n; ++i) d[i] += momentum * buffer[i];
     } else {
-      for (int64_t j = 0; j < len; ++j) gate[j] = project_euclidean(gate[j], top[j], where[j] == c);
+      for (int i = 0; i < n; ++i) d[i] = buffer[i];
     }
-    narrow_block(row, gate, len);
   }
+  for (int i = 0; i < n; ++i) gate[i] -= lr * d[i];
 }
+
+// projection.h's formulas for a vector or an element. `wanted` names the (first) largest entry of a column that has
+// none above zero (Scale) or none of 1 or more (Euclidean): the maximum until it is met, else NaN.
+template <typename V>
+CSG_INLINE V one_where_met(V g, V* wanted) {
+  const auto met = g == *wanted;
+  *wanted = met ? V{} + __builtin_nanf("") : *wanted;
+  return met ? V{} + 1 : V{};
+}
+template <typename V>
+CSG_INLINE V clipped(V v) {
+  v = v < 0 ? V{} : v;
+  return v > 1 ? V{} + 1 : v;
+}
+template <typename V>
+CSG_INLINE V project_scale_vector(V g, V top, V* wanted) {
+  const V one_hot = one_where_met(g, wanted);
+  const V dead = top != top ? top : one_hot;
+  return top > 0 ? clipped(V(g / top)) : dead;
+}
+template <typename V>
+CSG_INLINE V project_euclidean_vector(V g, V top, V* wanted) {
+  const V one_hot = one_where_met(g, wanted);
+  const V v = one_hot > 0 ? one_hot : clipped(g);
+  return top != top ? top : v;
+}
+
+// A panel's columns: their maxima and what project_*_vector wants, and by vector, whether it wants anything.
 template <typename T>
-CSG_INLINE void step_columns(const GateStep& p, int64_t k0, int64_t len) {
-  constexpr bool beside = sizeof(T) < sizeof(Accumulator<T>);
-  const Scratch scratch(beside ? p.c * len * int64_t(sizeof(Accumulator<T>)) : 0);
-  step_columns<T>(p, k0, len, beside ? static_cast<Accumulator<T>*>(scratch.get()) : nullptr);
+struct Panel {
+  using A = Accumulator<T>;
+  static constexpr int64_t columns = kPanelBytes / int64_t(sizeof(A));
+  A top[columns], wanted[columns];
+  bool wants[columns / kLanes<T>];
+  static constexpr int64_t padded(int64_t len) { return (len + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
+};
+
+template <typename T>
+CSG_INLINE void step_panel(const GateStep& p, int64_t k0, int64_t len, Panel<T>& panel) {
+  using V = typename Simd<T>::Vec;
+  constexpr int64_t lanes = kLanes<T>;
+  // Rounded once: half types are updated again in the second pass instead of being kept in fp32 until then.
+  constexpr bool again = sizeof(T) < sizeof(Accumulator<T>);
+  T* const gate = static_cast<T*>(p.gate) + k0;
+  for (int64_t j = 0; j < Panel<T>::padded(len); ++j) panel.top[j] = -__builtin_inff();
+  for (int64_t c = 0; c < p.c; ++c)
+    for_strips<T>(len, [&](int64_t j, auto access) __attribute__((always_inline)) {
+      using S = decltype(access);
+      T* const row = gate + c * p.k + j;
+      typename S::Vec v[S::count];
+      update_strip<T>(p, c * p.k + k0 + j, access, !again, v);
+      for (int i = 0; i < S::count; ++i) {
+        if (!again && p.grad) access.store(row + i * S::lanes, v[i]);
+        auto* const top = panel.top + j + i * S::lanes;
+        const auto best = load_bits<typename S::Vec>(top);
+        store_bits(top, exceeds(v[i], best) ? v[i] : best);
+      }
+    });
+  const bool scale = p.projection == Projection::Scale;
+  for (int64_t j = 0; j < len; j += lanes) {
+    const V top = load_bits<V>(panel.top + j);
+    const auto enough = (typename Simd<T>::Int)(scale ? top > 0 : top >= 1);
+    store_bits(panel.wanted + j, enough ? V{} + __builtin_nanf("") : top);
+    panel.wants[j / lanes] = first_lane(~enough) >= 0;
+  }
+  for (int64_t c = 0; c < p.c; ++c)
+    for_strips<T>(len, [&](int64_t j, auto access) __attribute__((always_inline)) {
+      using S = decltype(access);
+      using Vec = typename S::Vec;
+      T* const row = gate + c * p.k + j;
+      Vec v[S::count];
+      if (again) {
+        update_strip<T>(p, c * p.k + k0 + j, access, true, v);
+      } else {
+        for (int i = 0; i < S::count; ++i) v[i] = access.load(row + i * S::lanes);
+      }
+      for (int i = 0; i < S::count; ++i) {
+        const int64_t at = j + i * S::lanes;
+        const Vec top = load_bits<Vec>(panel.top + at);
+        if (panel.wants[at / lanes]) {
+          Vec wanted = load_bits<Vec>(panel.wanted + at);
+          v[i] = scale ? project_scale_vector(v[i], top, &wanted) : project_euclidean_vector(v[i], top, &wanted);
+          store_bits(panel.wanted + at, wanted);
+        } else {
+          v[i] = clipped(scale ? Vec(v[i] / top) : v[i]);
+        }
+        access.store(row + i * S::lanes, v[i]);
+      }
+    });
 }
 
 template <typename T>
-CSG_INLINE void column_max_block(const ColumnMax& p, int64_t k0, int64_t len) {
-  using A = Accumulator<T>;
-  A value[kColumnBlock], top[kColumnBlock];
-  for (int64_t c = 0; c < p.c; ++c) {
-    widen_block(value, static_cast<const T*>(p.gate) + c * p.k + k0, len);
-    update_top(value, c, len, top, p.col_arg + k0);
+CSG_INLINE void column_max_panel(const ColumnMax& p, int64_t k0, int64_t len) {
+  using Lane = std::remove_reference_t<decltype(typename Simd<T>::Int{}[0])>;
+  constexpr int64_t chunk = int64_t(1) << 30;  // rows: their positions fit in 32 bits
+  Accumulator<T> top[Panel<T>::columns];
+  Lane where[Panel<T>::columns];
+  for (int64_t j = 0; j < len; ++j) top[j] = -__builtin_inff(), p.col_arg[k0 + j] = 0;
+  for (int64_t first = 0; first < p.c; first += chunk) {
+    for (int64_t j = 0; j < len; ++j) where[j] = -1;
+    for (int64_t c = first; c < min64(p.c, first + chunk); ++c)
+      for_strips<T>(len, [&](int64_t j, auto access) __attribute__((always_inline)) {
+        using S = decltype(access);
+        using Vec = typename S::Vec;
+        using Int = std::conditional_t<S::lanes == 1, Lane, typename Simd<T>::Int>;
+        const T* const row = static_cast<const T*>(p.gate) + c * p.k + k0 + j;
+        for (int i = 0; i < S::count; ++i) {
+          const int64_t at = j + i * S::lanes;
+          const Vec v = access.load(row + i * S::lanes), best = load_bits<Vec>(top + at);
+          const auto better = exceeds(v, best);
+          store_bits(top + at, better ? v : best);
+          store_bits(where + at, better ? Int{} + Lane(c - first) : load_bits<Int>(where + at));
+        }
+      });
+    for (int64_t j = 0; j < len; ++j)
+      if (where[j] >= 0) p.col_arg[k0 + j] = first + where[j];
   }
   narrow_block(static_cast<T*>(p.col_max) + k0, top, len);
 }
 
-// Calls f<T>(k0, len) for every block of columns.
-template <typename F>
-CSG_INLINE void for_columns(int64_t c, int64_t k, ParallelFor parallel_for, F f) {
+// Calls f(first column, columns) for the panels of every thread's share.
+template <typename T, typename F>
+CSG_INLINE void for_panels(int64_t c, int64_t k, ParallelFor parallel_for, F f) {
   const int64_t blocks = (k + kColumnBlock - 1) / kColumnBlock;
   const int64_t grain = max64(1, (32 << 10) / max64(1, c * min64(k, kColumnBlock)));
   parallel_ranges(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) f(b * kColumnBlock, min64(kColumnBlock, k - b * kColumnBlock));
+    const int64_t last = min64(k, end * kColumnBlock);
+    for (int64_t k0 = begin * kColumnBlock; k0 < last; k0 += Panel<T>::columns)
+      f(k0, min64(Panel<T>::columns, last - k0));
   });
+}
+
+template <typename T>
+CSG_INLINE void gate_step_of(const GateStep& p, ParallelFor parallel_for) {
+  for_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
+    Panel<T> panel;
+    step_panel<T>(p, k0, len, panel);
+  });
+}
+template <typename T>
+CSG_INLINE void column_max_of(const ColumnMax& p, ParallelFor parallel_for) {
+  for_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) { column_max_panel<T>(p, k0, len); });
 }
 
 void gate_step(const GateStep& p, ParallelFor parallel_for) {
-  for_columns(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
-    switch (p.type) {
-      case ScalarType::Float32:
-        return step_columns<float>(p, k0, len);
-      case ScalarType::Float64:
-        return step_columns<double>(p, k0, len);
-      case ScalarType::Float16:
-        return step_columns<Half>(p, k0, len);
-      case ScalarType::BFloat16:
-        return step_columns<BFloat16>(p, k0, len);
-    }
-  });
+  switch (p.type) {
+    case ScalarType::Float32:
+      return gate_step_of<float>(p, parallel_for);
+    case ScalarType::Float64:
+      return gate_step_of<double>(p, parallel_for);
+    case ScalarType::Float16:
+      return gate_step_of<Half>(p, parallel_for);
+    case ScalarType::BFloat16:
+      return gate_step_of<BFloat16>(p, parallel_for);
+  }
 }
 
 void column_max(const ColumnMax& p, ParallelFor parallel_for) {
-  for_columns(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
-    switch (p.type) {
-      case ScalarType::Float32:
-        return column_max_block<float>(p, k0, len);
-      case ScalarType::Float64:
-        return column_max_block<double>(p, k0, len);
-      case ScalarType::Float16:
-        return column_max_block<Half>(p, k0, len);
-      case ScalarType::BFloat16:
-        return column_max_block<BFloat16>(p, k0, len);
-    }
-  });
+  switch (p.type) {
+    case ScalarType::Float32:
+      return column_max_of<float>(p, parallel_for);
+    case ScalarType::Float64:
+      return column_max_of<double>(p, parallel_for);
+    case ScalarType::Float16:
+      return column_max_of<Half>(p, parallel_for);
+    case ScalarType::BFloat16:
+      return column_max_of<BFloat16>(p, parallel_for);
+  }
 }
