@@ -549,3 +549,15 @@ def test_changed_label_is_noticed_before_backward():
     labels[0] = 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("position", [-1, 6, 2**63 - 1, -(2**63)])
+def test_backward_writes_at_no_index_outside_the_map(position, channels_last):
+    """The operator can be called without the forward pass that made the index."""
+    pooled, gate, index = torch.rand(2, 3), torch.rand(2, 3), torch.full((2, 3), 5)
+    index[1, 2] = position
+    with pytest.raises(RuntimeError, match=r"^gated_pool: index must hold positions in \[0, 6\), got one outside"):
+        torch.ops.csg_ext.gated_pool_backward(
+            pooled, None, pooled, index, gate, None, None, None, [2, 3], channels_last, F32, 1, True, False
+        )

@@ -131,6 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> gated_pool(Tensor x, Tensor gate, std::option
   return {out, pooled, index};
 }
 
+#ifndef CSG_CUDA
+void check_index(const Tensor& index, int64_t positions) {
+  const auto* at = static_cast<const int64_t*>(index.data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < index.numel(); ++i) inside &= uint64_t(at[i]) < uint64_t(positions);
+  check(inside, kOp, ": index must hold positions in [0, ", positions, "), got one outside");
+}
+#endif
+
 std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, std::optional<Tensor> grad_pooled,
                                                Tensor pooled, Tensor index, Tensor gate, std::optional<Tensor> labels,
                                                std::optional<Tensor> col_max, std::optional<Tensor> col_arg,
@@ -175,6 +184,9 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
     check_types(p.x_type, gate);
     p.grad_x = grad_x.data_ptr();
     p.stride_n = stride[0], p.stride_k = stride[1], p.stride_s = channels_last ? p.k : 1;
+#ifndef CSG_CUDA
+    if (p.pool == Pool::Max) check_index(index, p.s);  // the kernel writes there
+#endif
   } else {
     grad_x = empty_vector(0, x_type, pooled);
     p.x_type = p.rows.type;

@@ -25,19 +25,24 @@ inline const char* name(ScalarType type) {
   return "?";
 }
 
-// An array of any of the types, filled with NaN so that what a kernel leaves out shows.
+inline int64_t bytes_of(ScalarType type) {
+  return type == ScalarType::Float64 ? 8 : type == ScalarType::Float32 ? 4 : 2;
+}
+
+// An array of any of the types, filled with NaN so that what a kernel leaves out shows. An allocation of just its size:
+// the address sanitizer sees where it ends.
 struct Array {
   ScalarType type;
-  std::vector<double> wide;  // holds the bytes; aligned for every type
+  std::vector<char> bytes;  // from operator new: aligned for every type
   int64_t size;
 
-  Array(ScalarType t, int64_t n) : type(t), wide(size_t(n) + 1), size(n) {
+  Array(ScalarType t, int64_t n) : type(t), bytes(size_t(n * bytes_of(t))), size(n) {
     for (int64_t i = 0; i < n; ++i) set(i, std::numeric_limits<double>::quiet_NaN());
   }
-  void* data() { return wide.data(); }
+  void* data() { return bytes.data(); }
   template <typename T>
   T* as() {
-    return reinterpret_cast<T*>(wide.data());
+    return reinterpret_cast<T*>(bytes.data());
   }
   void set(int64_t i, double v) {
     if (type == ScalarType::Float64) as<double>()[i] = v;
