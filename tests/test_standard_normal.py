@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from csg_ext.ops import mutual_info
 from csg_ext.ops.mutual_info import _noise
 
 SIZES = [(1, 1), (3, 5), (7, 2), (300, 40), (2000, 131), (2, 200_000)]
@@ -13,8 +14,11 @@ SIZES = [(1, 1), (3, 5), (7, 2), (300, 40), (2000, 131), (2, 200_000)]
 
 @pytest.mark.parametrize("n, k", SIZES)
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_columns_equal_numpys(n, k, before):
-    """`before` numbers drawn first leave half a pair over, and other draws the words at an odd place."""
+@pytest.mark.parametrize("at_once", [2**24, 333])
+def test_columns_equal_numpys(n, k, before, at_once, monkeypatch):
+    """`before` numbers drawn first leave half a pair over, and other draws the words at an odd place; rows are drawn
+    together as far as `at_once` numbers reach."""
+    monkeypatch.setattr(mutual_info, "_CHUNK_VALUES", at_once)
     theirs, ours = np.random.RandomState(n + before), np.random.RandomState(n + before)
     for rng in (theirs, ours):
         rng.bytes(4 * before)

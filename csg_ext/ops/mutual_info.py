@@ -26,7 +26,7 @@ _CPU = torch.device("cpu")
 _TIES = ("noise", "exact")
 _PROTOCOLS = ("one-vs-rest", "balanced")
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_CHUNK_VALUES = 2**24  # some tenths of a second
+_CHUNK_VALUES = 2**22  # a tenth of a second on a few cores; Ctrl-C acts between chunks
 _NOISE_VALUES = 2**29  # 4 GiB: beyond, the stream of the noise is drawn once for every so many values
 _MAX_SAMPLES = 2**30
 
@@ -105,7 +105,7 @@ def class_mutual_info(
         device: where to compute; the features' own device when not given. Features that live elsewhere are moved some
             columns at a time, so sets larger than the GPU's memory work.
         chunk_size: columns worked on at a time; chosen for some tenths of a second when not given. Any gives the same
-            bits. Ctrl-C acts between chunks.
+            bits. Ctrl-C acts between chunks, and while the noise is drawn.
         progress: called as ``progress(columns_done, K)`` after each chunk.
 
     Returns:
@@ -349,8 +349,9 @@ def _by_chunks(
 
 def _default_chunk(source: _Features, columns: int) -> int:
     """Chunks of one size, all threads busy in each."""
-    unit = 8 * torch.get_num_threads() if source.device.type == "cpu" else 8
-    most = max(unit, _CHUNK_VALUES // source.n // unit * unit)
+    cpu = source.device.type == "cpu"
+    unit, values = (8 * torch.get_num_threads(), _CHUNK_VALUES) if cpu else (8, 4 * _CHUNK_VALUES)
+    most = max(unit, values // source.n // unit * unit)
     chunks = max(1, math.ceil(columns / most))
     return max(1, math.ceil(columns / chunks / unit)) * unit
 
@@ -363,10 +364,19 @@ def _noise(random_state: int | np.random.RandomState | None, n: int, k: int, beg
     state = rng.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         return torch.from_numpy(rng.standard_normal((n, k))[:, begin:end])
-    key, position = state["state"]["key"], state["state"]["pos"]
-    noise, key, position, has_gauss, gauss = torch.ops.csg_ext._standard_normal.default(
-        torch.from_numpy(key.astype(np.int64)), position, bool(state["has_gauss"]), state["gauss"], n, k, begin, end
-    )
+    key, position = torch.from_numpy(state["state"]["key"].astype(np.int64)), state["state"]["pos"]
+    has_gauss, gauss = bool(state["has_gauss"]), state["gauss"]
+    noise = torch.empty((end - begin, n), dtype=torch.float64, device="cpu")
+    step = max(1, _CHUNK_VALUES // max(1, k))
+    for first in range(0, n, step):  # some rows at a time: Ctrl-C acts between them
+        here = min(step, n - first)
+        part, key, position, has_gauss, gauss = torch.ops.csg_ext._standard_normal.default(
+            key, position, has_gauss, gauss, here, k, begin, end
+        )
+        if here == n:
+            noise = part
+        else:
+            noise[:, first : first + here] = part
     rng.set_state(("MT19937", key.numpy().astype(np.uint32), position, int(has_gauss), gauss))
     return noise.t()
 
