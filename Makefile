@@ -13,7 +13,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format docs pins wheels \
+.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format tidy docs pins wheels \
   audit compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -26,9 +26,10 @@ help:
 	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
 	@echo "                   make instruction-baseline writes a new baseline"
 	@echo "make lint          ruff, mypy, clang-format; make format rewrites the files"
+	@echo "make tidy          clang-tidy over the CPU sources and the C++ tests; fails at any finding"
+	@echo "make docs          build the documentation's site, build/docs/index.html; a warning is an error"
 	@echo "make wheels        a manylinux wheel in dist/, checked; with the CUDA kernels: make wheels WHEEL_OPTIONS=--cuda"
 	@echo "make audit         look the pinned packages up among the known vulnerabilities (asks PyPI)"
-	@echo "make docs          build the documentation's site, build/docs/index.html; a warning is an error"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter of .venv, CSG_EXT_CUDA=0 leaves the CUDA kernels out."
@@ -85,6 +86,12 @@ docs: $(VENV)/.package-docs
 	@rm -rf build/docs
 	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 	@echo build/docs/index.html
+
+tidy: CMAKE_BUILD = build/cmake-tidy
+tidy: $(VENV)/.requirements-dev
+	@$(CONFIGURE) -DCSG_EXTENSION=ON
+	@echo "$(BIN)/clang-tidy -p $(CMAKE_BUILD) --quiet (all of csrc/*.cpp and tests/cpp)"
+	@find csrc tests/cpp -name '*.cpp' | xargs -P 2 -n 1 $(BIN)/clang-tidy -p $(CMAKE_BUILD) --quiet
 
 pins: $(VENV)/.requirements-dev
 	$(PIP) uv

@@ -23,7 +23,7 @@ CpuLevel detect() {
 
 CpuLevel initial() {
   const CpuLevel best = cpu_level_available();
-  const char* wish = std::getenv("CSG_EXT_CPU_LEVEL");
+  const char* wish = std::getenv("CSG_EXT_CPU_LEVEL");  // NOLINT(concurrency-mt-unsafe): read once, set by nothing here
   if (wish == nullptr) return best;
   CpuLevel level = best;
   if (std::strcmp(wish, "baseline") == 0) level = CpuLevel::Baseline;

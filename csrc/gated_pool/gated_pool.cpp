@@ -68,7 +68,7 @@ GateRows gate_rows(const Tensor& gate, const std::optional<Tensor>& labels, cons
           " for N = ", n);
   }
   check(col_max.has_value() == col_arg.has_value(), kOp, ": col_max and col_arg come together");
-  if (col_max) {
+  if (col_max && col_arg) {
     check(col_max->dim() == 1 && col_max->size(0) == k && col_max->scalar_type() == gate.scalar_type() &&
               col_max->is_contiguous() && col_arg->dim() == 1 && col_arg->size(0) == k &&
               col_arg->scalar_type() == TorchType::Long && col_arg->is_contiguous(),

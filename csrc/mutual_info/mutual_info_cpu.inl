@@ -562,7 +562,7 @@ CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t cla
       decltype(Labels{}[0] + 0) at[kDoubles];
       store_bits(at, c * T + choose(fast, extra[i], Labels{}));
       __asm__("" ::"r"(at) : "memory");  // loads are cheaper than taking the vector apart
-      for (int lane = 0; lane < kDoubles; ++lane) ++w.counts[at[lane]];
+      for (const auto lane : at) ++w.counts[lane];
     }
     if (any(slow))
       for (int lane = 0; lane < kDoubles; ++lane)

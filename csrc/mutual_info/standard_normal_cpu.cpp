@@ -56,7 +56,7 @@ class Words {
   }
 
   NormalState& state_;
-  uint32_t tempered_[kWords], across_[4];
+  uint32_t tempered_[kWords] = {}, across_[4] = {};
 };
 
 double uniform(uint32_t high, uint32_t low) { return (double(high >> 5) * 0x1p26 + double(low >> 6)) * 0x1p-53; }

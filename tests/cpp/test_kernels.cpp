@@ -162,7 +162,7 @@ void test_gated_pool(const Case& c) {
       size[row_of(n)] += std::abs(term);
     }
     double total = 0;
-    for (double v : size) total += v;
+    for (const double v : size) total += v;
     if (c.project) {
       const double top = col_max.get(k);
       double to_top = 0;

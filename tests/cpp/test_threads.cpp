@@ -63,9 +63,9 @@ std::vector<int64_t> random_labels(int64_t n, int64_t classes) {
 Call gated_pool(ScalarType type, Pool pool, bool channels_last) {
   const int64_t n = 12, k = 192, s = 49, classes = 5;
   const int64_t stride_k = channels_last ? 1 : s, stride_s = channels_last ? k : 1;
-  auto run = [=, x = random_array(type, n * k * s, -1, 1), gate = random_array(type, classes * k, -0.5, 1),
-              grad = random_array(type, n * k, -1, 1),
-              labels = random_labels(n, classes)](ParallelFor parallel_for) mutable {
+  const auto run = [=, x = random_array(type, n * k * s, -1, 1), gate = random_array(type, classes * k, -0.5, 1),
+                    grad = random_array(type, n * k, -1, 1),
+                    labels = random_labels(n, classes)](ParallelFor parallel_for) mutable {
     Array col_max(type, k), out(type, n * k), pooled(type, n * k), grad_x(type, n * k * s),
         grad_gate(type, classes * k);
     std::vector<int64_t> col_arg(k), index(n * k);
@@ -90,8 +90,8 @@ Call gated_pool(ScalarType type, Pool pool, bool channels_last) {
 
 Call gate_step(ScalarType type, Projection projection) {
   const int64_t c = 50, k = 3000;
-  auto run = [=, start = random_array(type, c * k, -0.2, 1), grad = random_array(type, c * k, -1, 1),
-              velocity = random_array(type, c * k, -1, 1)](ParallelFor parallel_for) mutable {
+  const auto run = [=, start = random_array(type, c * k, -0.2, 1), grad = random_array(type, c * k, -1, 1),
+                    velocity = random_array(type, c * k, -1, 1)](ParallelFor parallel_for) mutable {
     Array gate = start, buffer = velocity;
     gate_step_cpu({gate.data(), grad.data(), buffer.data(), type, c, k, 0.1, 0.9, 0, 1e-4, true, false, projection},
                   parallel_for);
@@ -106,9 +106,9 @@ Call mutual_info(Ties ties, bool multiclass) {
   const int64_t n = 150, k = 25, classes = 4;
   std::vector<int64_t> psi(size_t(n + 1));
   for (int64_t i = 1; i <= n; ++i) psi[size_t(i)] = int64_t(double(i) * 0x1p20);  // any numbers do
-  auto run = [=, x = random_array(ScalarType::Float32, n * k, 0, 1),
-              noise = random_array(ScalarType::Float64, n * k, -1, 1),
-              labels = random_labels(n, classes)](ParallelFor parallel_for) mutable {
+  const auto run = [=, x = random_array(ScalarType::Float32, n * k, 0, 1),
+                    noise = random_array(ScalarType::Float64, n * k, -1, 1),
+                    labels = random_labels(n, classes)](ParallelFor parallel_for) mutable {
     std::vector<double> out(size_t(k * classes));
     const LabelledFeatures features{x.data(), ScalarType::Float32, n, k, k, 1, labels.data(), classes};
     mutual_info_cpu({features, 3, ties, ties == Ties::Noise ? noise.as<double>() : nullptr, k, 1, multiclass,
@@ -127,7 +127,7 @@ Call mutual_info(Ties ties, bool multiclass) {
 Call standard_normal() {
   return {"standard_normal", [](ParallelFor parallel_for) {
             NormalState state{{1, 2, 3}, 624, false, 0};
-            std::vector<double> out(2000 * 7);
+            std::vector<double> out(size_t(2000) * 7);
             standard_normal_cpu(state, 2000, 9, 1, 8, out.data(), parallel_for);
             Bytes all;
             append(all, out);
@@ -157,14 +157,16 @@ int main(int count, char** arguments) {
     gated_pool(ScalarType::Float32, Pool::Avg, false).run(same_part_twice);
     return 0;
   }
-  std::vector<Call> calls = make_calls();
+  const std::vector<Call> calls = make_calls();
   std::vector<Bytes> alone;
-  for (Call& call : calls)
+  alone.reserve(calls.size());
+  for (const Call& call : calls)
     alone.push_back(call.run([](int64_t total, int64_t, RangeBody body, void* context) { body(0, total, context); }));
 
   // Each caller begins elsewhere, so that different operators and the same one on the same inputs meet.
   std::vector<int> wrong(kCallers);
   std::vector<std::thread> callers;
+  callers.reserve(kCallers);
   for (int caller = 0; caller < kCallers; ++caller)
     callers.emplace_back([&, caller] {
       for (size_t i = 0; i < kRounds * calls.size(); ++i) {
