@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
@@ -26,6 +27,7 @@ from csg_ext.training.files import (
     TENSORBOARD,
     WEIGHTS,
     atomic_file,
+    run_lock,
     sentence,
     write_text,
 )
@@ -385,6 +387,11 @@ def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, 
 
 
 def _train(arguments: dict[str, Any]) -> int:
+    with contextlib.ExitStack() as held:
+        return _train_holding(arguments, held)
+
+
+def _train_holding(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     folder = Path(arguments.pop("output"))
     resume, overwrite = arguments.pop("resume"), arguments.pop("overwrite")
     device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
@@ -408,8 +415,7 @@ def _train(arguments: dict[str, Any]) -> int:
     else:
         source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
         config, fingerprint = TrainConfig(**arguments), None
-        if run_file.exists() and not overwrite:
-            raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
+        _check_free(folder, overwrite)
 
     from tqdm import tqdm
 
@@ -432,7 +438,9 @@ def _train(arguments: dict[str, Any]) -> int:
         )
 
     folder.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context(run_lock(folder))
     if not resume:
+        _check_free(folder, overwrite)  # again: another run may have begun meanwhile
         _clear(folder)
         write_text(
             run_file,
@@ -458,7 +466,7 @@ def _train(arguments: dict[str, Any]) -> int:
     )
     with Progress(compare.ARMS) as display:
         options = {"resume": resume, "device": device, "threads": threads, "tensorboard": tensorboard}
-        results = compare.run_arms(config, data, folder, display=display, **options)
+        results = compare.run_arms(config, data, folder, display=display, inherited=(lock,), **options)
     summary = compare.summarise(results, config, data, time.monotonic() - begun)
     compare.save_summary(folder, summary)
     print("\n" + compare.table(summary), flush=True)
@@ -473,11 +481,17 @@ def _train(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if (folder / RUN).exists() and not overwrite:
+        raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
+
+
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left where this one will write, and nothing else."""
     from csg_ext.report.pictures import NAMES
     from csg_ext.training.compare import ARMS
 
+    (folder / RUN).unlink(missing_ok=True)  # first: what is half removed is no run to resume
     for arm in ARMS:
         for name in (
             CHECKPOINT,

@@ -16,14 +16,17 @@ _LAUNCH_FAILURES = {
 def explained(error: Exception, op: str, device: torch.device) -> Exception:
     """The exception to raise for `error`, which a kernel of `op` raised on `device`.
 
-    The kernels' own sentences about arguments become TypeError or ValueError; a kernel that cannot be launched is a
-    RuntimeError; anything else (out of memory, ...) stays as it is.
+    The kernels' own sentences about arguments become TypeError or ValueError; a lack of memory is
+    torch.OutOfMemoryError (a RuntimeError), a kernel that cannot be launched a RuntimeError; anything else stays as it
+    is.
     """
     if isinstance(error, NotImplementedError):  # no kernel for this device
         if device.type == "cuda":
             return RuntimeError(f"{op}: there are no CUDA kernels: {_extension.CUDA_ERROR}")
         return NotImplementedError(f"{op}: tensors must be on the CPU or a CUDA device, got {device}")
     text = str(error)
+    if text.startswith("out of memory: "):
+        return torch.OutOfMemoryError(f"{op}: {text}")
     if not text.startswith(("gated_pool: ", "gate_step_: ", "column_max: ", "class_mutual_info: ")):
         return error
     text = f"{op}: {text.split(': ', 1)[1]}"

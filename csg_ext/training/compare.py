@@ -45,7 +45,13 @@ def default_threads() -> int:
 class _Worker:
     """The process of one arm, its messages put into a queue as (arm, message), and (arm, None) at its end."""
 
-    def __init__(self, arm: str, job: dict[str, Any], messages: queue.Queue[tuple[str, dict[str, Any] | None]]) -> None:
+    def __init__(
+        self,
+        arm: str,
+        job: dict[str, Any],
+        messages: queue.Queue[tuple[str, dict[str, Any] | None]],
+        inherited: tuple[int, ...],
+    ) -> None:
         self.arm, self.error = arm, ""
         folder = Path(job["folder"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,6 +72,7 @@ class _Worker:
                 text=True,
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
+                pass_fds=inherited,
             )
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
@@ -101,10 +108,12 @@ def run_arms(
     threads: int | None = None,
     tensorboard: bool = False,
     display: Display = lambda arm, message: None,
+    inherited: tuple[int, ...] = (),
 ) -> dict[str, dict[str, Any]]:
     """Trains the arms that have no result yet: side by side on the CPU, one after the other on a GPU.
 
-    Returns {"std": result, "csg": result} as train_arm does. display gets every message of every arm.
+    Returns {"std": result, "csg": result} as train_arm does. display gets every message of every arm; the
+    arms' processes inherit the file descriptors `inherited` (see run_lock).
     Raises KeyboardInterrupt when it was interrupted and every arm has saved its state, ArmFailed when one failed; the
     other arm then saves its state too.
     """
@@ -118,15 +127,16 @@ def run_arms(
             "resume": resume,
             "device": device,
             "threads": threads or default_threads(),
+            "parent": os.getpid(),
             "tensorboard": tensorboard,
         }
-        for group in groups:
-            if group:
-                _run_group([(arm, job | {"arm": arm, "folder": str(folder / arm)}) for arm in group], display)
+        for group in filter(None, groups):
+            jobs = [(arm, job | {"arm": arm, "folder": str(folder / arm)}) for arm in group]
+            _run_group(jobs, display, inherited)
     return {arm: json.loads((folder / arm / RESULT).read_text()) for arm in ARMS}
 
 
-def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None:
+def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display, inherited: tuple[int, ...]) -> None:
     messages: queue.Queue[tuple[str, dict[str, Any] | None]] = queue.Queue()
     workers: dict[str, _Worker] = {}
     interrupted = False
@@ -137,7 +147,7 @@ def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display) -> None
 
     try:
         for arm, job in jobs:
-            workers[arm] = _Worker(arm, job, messages)
+            workers[arm] = _Worker(arm, job, messages, inherited)
         running = set(workers)
         while running:
             try:

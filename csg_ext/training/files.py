@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +18,8 @@ METRICS_CSV, METRICS_JSON, LOG, TENSORBOARD = "metrics.csv", "metrics.json", "lo
 # In the folder of the run.
 ARMS = ("std", "csg")
 RUN, SUMMARY, TABLE, REPORT = "run.json", "summary.json", "table.txt", "report.html"
+LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sentence(error: BaseException) -> str:
@@ -47,3 +53,39 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, patience: float = 60) -> Iterator[int]:
+    """Keeps other runs out of a folder; yields a file descriptor for child processes to inherit.
+
+    The system gives the lock back when the last process that has the descriptor is gone, however it ended. A run that
+    was killed may leave an arm that is still saving its state: that is waited for, `patience` seconds at most.
+    Raises OSError when another run uses the folder. On a file system without locks it warns and goes on.
+    """
+    path = folder / LOCK
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        begun = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                owner = os.pread(file, 32, 0).decode(errors="replace").strip()
+                alive = owner.isdigit() and Path("/proc", owner).exists()
+                if alive or time.monotonic() - begun > patience:
+                    raise OSError(
+                        errno.EBUSY, f"used by another run (process {owner or 'unknown'})", str(folder)
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(f"{folder} cannot be locked: make sure that one run alone uses it", stacklevel=3)
+                break
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
+        yield file
+    finally:
+        os.close(file)

@@ -5,13 +5,24 @@ Started by csg_ext.training.compare, which sets the thread count in the environm
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import warnings
 from typing import Any
 
 INTERRUPTED, FAILED = 130, 2
+_PR_SET_PDEATHSIG = 1  # Linux: prctl(2)
+
+
+def stop_with(parent: int | None) -> None:
+    """When the parent dies, however it dies, this process saves its state and stops."""
+    if parent is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+        if os.getppid() != parent:  # it died before it could be watched
+            raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -24,6 +35,7 @@ def main() -> int:
 
     job = json.load(sys.stdin)
     try:
+        stop_with(job.get("parent"))
         import torch
 
         from csg_ext.data import load_images

@@ -97,7 +97,25 @@ inline void check_same_device(const Tensor& t, const Tensor& x, const char* op, 
   check(same, op, ": ", argument, " must be on the device of the other tensors, ", DeviceOf{x}, ", got ", DeviceOf{t});
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+// torch's own text stays on its side of the ABI.
+inline void check_memory(bool allocated, const int64_t* sizes, int64_t dim, TorchType type, const Tensor& like) {
+  if (allocated) [[likely]]
+    return;
+  std::ostringstream shape;
+  for (int64_t i = 0; i < dim; ++i) shape << (i ? " x " : "") << sizes[i];
+  check(false, "out of memory: a tensor of ", shape.str(), " values of ", name_of(type), " cannot be allocated on ",
+        DeviceOf{like});
+}
+
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  try {
+    return torch::stable::contiguous(t);
+  } catch (const std::exception&) {
+    check_memory(false, t.sizes().data(), t.dim(), t.scalar_type(), t);
+    throw;
+  }
+}
 
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, TorchType type,
                             const Tensor& like) {
@@ -122,7 +140,8 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
       break;
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  const auto code = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle);
+  check_memory(code == AOTI_TORCH_SUCCESS, sizes, dim, type, like);
   return Tensor(handle);
 }
 

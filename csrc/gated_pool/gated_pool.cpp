@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_pool(Tensor x, Tensor gate, std::option
   check_types(p.x_type, gate);
   Map m{};
   if (!flatten(x, &m)) {
-    x = torch::stable::contiguous(x);
+    x = csg::dense(x);
     flatten(x, &m);
   }
   check(m.s > 0, kOp, ": x must have at least one spatial position to pool, got the shape ", shape_of(x));
