@@ -367,6 +367,15 @@ def test_resume_is_bit_for_bit(tmp_path, whole, stop):
     _assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("stops", [(STEPS, 2 * STEPS), (1, 2, STEPS, 2 * STEPS - 1, 2 * STEPS)])
+def test_resume_is_bit_for_bit_again_and_again(tmp_path, whole, stops):
+    for stop in stops:
+        with pytest.raises(TrainingInterrupted, match=f"after step {stop} of 15"):
+            fit_arm("csg", CONFIG, DATA, tmp_path, resume=True, stop_after=stop)
+    assert fit_arm("csg", CONFIG, DATA, tmp_path, resume=True).step_count == 15
+    _assert_same_run(tmp_path, whole)
+
+
 def test_ctrl_c_in_mid_epoch_then_again_then_resume(tmp_path, whole):
     def press(at):
         todo = [signal.SIGINT]

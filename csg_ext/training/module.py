@@ -197,3 +197,7 @@ class AlternateTraining(pl.LightningModule):
         check_state(self, checkpoint["state_dict"])
         self._warned = state["warned"]
         self.sums.copy_(state["sums"])
+        # Lightning counts an epoch too few once it has resumed at an epoch's end: a second resume would train one more.
+        epoch = max(0, self.step_count - 1) // len(self.batches)
+        progress = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+        checkpoint["loops"]["fit_loop"]["epoch_progress"] = {"total": dict(progress), "current": dict(progress)}
