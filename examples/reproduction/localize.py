@@ -169,7 +169,7 @@ def tables(found: list[dict[str, Any]]) -> str:
         f"torch {first['versions']['torch']}; {max(f['date'] for f in found)}. "
         + ("Mean ± standard deviation over the seeds. " if len(found) > 1 else "One seed: no spread is known. ")
         + "Accuracy: "
-        + ", ".join(f"{arm.upper()} {spread([100 * f['accuracy'][arm] for f in found])} %" for arm in ARMS)
+        + ", ".join(f"{arm.upper()} {spread([f['accuracy'][arm] for f in found])}" for arm in ARMS)
         + ".",
         "",
         f"One object, {first['arms']['std']['images']} test images, all of them scored, also those that a network gets "
@@ -241,8 +241,10 @@ def verdicts(found: list[dict[str, Any]]) -> list[str]:
             (f"The gate's map exceeds STD's CAM: {text}", more(key, score, "gate", "cam", "std")),
             (f"CSG's CAM exceeds STD's CAM: {text}", more(key, score, "cam", "cam", "std")),
             (f"The gate's map exceeds CSG's own CAM: {text}", more(key, score, "gate", "cam", "csg")),
+            (f"CSG's GradMap exceeds STD's GradMap: {text}", more(key, score, "gradient", "gradient", "std")),
         ]
-    return ["| question | answer |", "|---|---|", *(f"| {text} | {holds(test)} |" for text, test in rows)]
+    note = "Answers compare the numbers of each seed as they are; only the first allows for chance."
+    return [note, "", "| question | answer |", "|---|---|", *(f"| {text} | {holds(test)} |" for text, test in rows)]
 
 
 def report() -> None:
