@@ -208,7 +208,7 @@ CSG_INLINE void for_panels(int64_t c, int64_t k, ParallelFor parallel_for, F f) 
 template <typename T>
 CSG_INLINE void gate_step_of(const GateStep& p, ParallelFor parallel_for) {
   for_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
-    Panel<T> panel;
+    Panel<T> panel;  // NOLINT(cppcoreguidelines-pro-type-member-init): step_panel fills as much as it has columns
     step_panel<T>(p, k0, len, panel);
   });
 }
