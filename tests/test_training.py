@@ -180,7 +180,7 @@ def test_steps_are_the_methods(tmp_path, schedule, projection):
     Four steps, as rounding grows fast from step to step: one flipped ReLU is seen in the fourth digit.
     """
     config = replace(CONFIG, epochs=1, batch_size=80, schedule=schedule, period=2, final_std=0.25, precision="fp32")
-    config = replace(config, penalty="l2", lambda_1=0.7, gate_lr=0.1, lr=0.02, projection=projection)
+    config = replace(config, penalty="l2", lambda_1=0.7, lambda_2=0.01, gate_lr=0.1, lr=0.02, projection=projection)
     module = fit_arm("csg", config, DATA, tmp_path)
     model, total = build_model(config, DATA), 4
     mean, std = DATA.statistics()

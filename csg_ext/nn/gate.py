@@ -9,19 +9,26 @@ from torch import Tensor, nn
 from csg_ext.ops import gated_pool, project_gate_
 
 
+def _check_gate(name: str, gate: Tensor) -> None:
+    if gate.dim() != 2:
+        raise ValueError(f"{name}: gate must be (C, K), got shape {tuple(gate.shape)}")
+    if not gate.is_floating_point():
+        raise TypeError(f"{name}: gate must have a floating dtype, got {gate.dtype}")
+
+
 def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") -> Tensor:
     """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar.
 
     budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
     entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
+    Raises ValueError for another shape, TypeError for a gate that is not floating.
     Source: Liang et al., ECCV 2020, section 3.3.
 
     Example:
         >>> gate_penalty(torch.eye(4)), gate_penalty(torch.ones(4, 4)), gate_penalty(torch.ones(4, 4), budget=10)
         (tensor(0.), tensor(12.), tensor(6.))
     """
-    if gate.dim() != 2:
-        raise ValueError(f"gate_penalty: gate must be (C, K), got shape {tuple(gate.shape)}")
+    _check_gate("gate_penalty", gate)
     excess = F.relu(gate.abs().sum() - (gate.shape[1] if budget is None else budget))
     if norm == "l1":
         return excess
@@ -35,12 +42,15 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
 def l1_density(gate: Tensor) -> Tensor:
     """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar.
 
+    Raises ValueError for another shape or an empty gate, TypeError for one that is not floating.
+
     Example:
         >>> l1_density(torch.eye(4)), l1_density(torch.ones(4, 8))
         (tensor(0.2500), tensor(1.))
     """
-    if gate.dim() != 2:
-        raise ValueError(f"l1_density: gate must be (C, K), got shape {tuple(gate.shape)}")
+    _check_gate("l1_density", gate)
+    if gate.numel() == 0:
+        raise ValueError(f"l1_density: gate must have an entry, got shape {tuple(gate.shape)}")
     return gate.abs().sum() / gate.numel()
 
 

@@ -47,10 +47,14 @@ def grad_cam(file: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     sys.path.insert(0, str(ROOT / "tests"))
     import model_zoo  # makes torchvision, which the library imports, importable
 
-    sys.path.append(str(model_zoo.ZOO))
     import torch
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    sys.path.append(str(model_zoo.ZOO))
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    finally:  # the torchvision there does not go with this torch
+        sys.path.remove(str(model_zoo.ZOO))
 
     from csg_ext import localize
     from csg_ext.data import load_images
