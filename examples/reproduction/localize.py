@@ -46,7 +46,6 @@ def grad_cam(file: Path, scenes: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The scores of pytorch-grad-cam's GradCAM, true classes as targets: on the test part, and on two objects."""
     sys.path.insert(0, str(ROOT / "tests"))
     import model_zoo  # makes torchvision, which the library imports, importable
-
     import torch
 
     sys.path.append(str(model_zoo.ZOO))
