@@ -400,9 +400,14 @@ def test_ctrl_c_in_mid_epoch_then_again_then_resume(tmp_path, whole):
 
 def test_resume_after_the_end_trains_nothing(tmp_path, whole):
     fit_arm("csg", CONFIG, DATA, tmp_path)
+    names = ("metrics.json", "metrics.csv")
+    written = [(tmp_path / name).read_text() for name in names]
+    for name in names:
+        (tmp_path / name).unlink()
     module = fit_arm("csg", CONFIG, DATA, tmp_path, resume=True)
     assert module.step_count == 15
     _assert_same_run(tmp_path, whole)
+    assert [(tmp_path / name).read_text() for name in names] == written
 
 
 def test_resume_refuses_other_settings_and_other_arms(tmp_path):

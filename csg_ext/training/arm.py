@@ -229,6 +229,7 @@ def fit_arm(
             trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
         except SystemExit:  # what Lightning makes of a second Ctrl-C
             raise KeyboardInterrupt from None
+    write_history(out, module.history)  # again: a run killed between its last checkpoint and this lacks the last row
     module.model.to(place)
     return module
 
