@@ -410,7 +410,8 @@ def cuda_library(
     return Library(
         build_dir / "_cuda.so",
         tuple(_object(path, build_dir / "_cuda", command(path)) for path in paths),
-        (*nvcc, "-shared", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
+        # No device link: there is nothing to link, and it would leave its command in the library.
+        (*nvcc, "-shared", "-nodlink", "-cudart", "static", "-Xlinker=--exclude-libs,ALL"),
         ("-Xlinker=--no-as-needed", f"-L{torch.lib}", *stub, "-ltorch_cuda", "-ltorch_cpu"),
     )
 
