@@ -76,6 +76,7 @@ struct Classes {
       if (rest >= 1 && rest <= 2 * k + 1) dominant = c;
     }
     padded += kPadding;
+    labels.reserve(size_t(n));
     three = p.classes == 3 && !p.multiclass && !few && *std::min_element(sizes.begin(), sizes.end()) >= large;
     for (int64_t i = 0; i < n; ++i) {
       const auto c = int32_t(p.labels[kept ? kept[i] : i]);
@@ -106,42 +107,41 @@ T* make(std::vector<T>& memory, int64_t size, T value = T{}) {
 // What sorting the n samples of a feature takes.
 struct SortWorkspace {
   std::vector<double> columns_, value_;
-  std::vector<int32_t> label_, bucket_, starts_;
+  std::vector<int32_t> label_, bucket_, starts_, spare_label_;
   std::vector<Buckets> sub_;
 
   double *columns, *value;
-  int32_t *label, *bucket, *starts;
-  int32_t* spare_label = nullptr;  // [n], the maker's
+  int32_t *label, *bucket, *starts, *spare_label;
   Buckets* sub;
   Buckets top{};
   int32_t sub_count = 0;
 
-  SortWorkspace(const LabelledFeatures& p, int64_t n) {
+  SortWorkspace(const LabelledFeatures& p, int64_t n, int64_t before_columns = 0) {
     constexpr double inf = std::numeric_limits<double>::infinity();
     const int64_t crowds = n / kCrowded + 1;
-    columns = make(columns_, p.n * std::min(kColumns, p.k));
+    columns = make(columns_, before_columns + p.n * std::min(kColumns, p.k)) + before_columns;
     value = make(value_, n + 2 * kPadding, inf) + kPadding;
     std::fill(value - kPadding, value, -inf);
     label = make(label_, n + 2 * kPadding) + kPadding;
     bucket = make(bucket_, n);
     starts = make(starts_, (n + 3) + (n / 2 + 3 * crowds));
+    spare_label = make(spare_label_, n);
     sub = make(sub_, crowds);
   }
 };
 
 struct Workspace : SortWorkspace {
   const Classes* classes;
-  std::vector<double> class_value_, nearest_, members_;
+  std::vector<double> nearest_, members_;
   std::vector<int32_t> counts_, group_;
   std::vector<int64_t> own_, without_, generic_, cursor_;
 
-  double *class_value, *nearest, *members;
+  double* class_value = nullptr;  // where the column lay that was sorted
+  double *nearest, *members;
   int32_t *counts, *group;
   int64_t *own, *without, *generic, *cursor;
 
-  Workspace(const MutualInfo& p, const Classes& c) : SortWorkspace(p, c.n), classes(&c) {
-    class_value = make(class_value_, std::max(c.padded, c.n / 2 + 1));
-    spare_label = reinterpret_cast<int32_t*>(class_value);  // filled after sorting only
+  Workspace(const MutualInfo& p, const Classes& c) : SortWorkspace(p, c.n, before_columns(p, c)), classes(&c) {
     nearest = make(nearest_, p.neighbors);
     members = make(members_, c.three ? c.n + 2 * (p.neighbors + 1) + kPadding : c.few ? p.n : 2 * p.neighbors + 1);
     counts = make(counts_, p.classes * kRanks);
@@ -151,6 +151,9 @@ struct Workspace : SortWorkspace {
     generic = make(generic_, p.classes);
     cursor = make(cursor_, p.classes);
   }
+
+  // The padded classes take the place of a sorted column, and what they need more lies before it.
+  static int64_t before_columns(const MutualInfo& p, const Classes& c) { return std::max<int64_t>(0, c.padded - p.n); }
 };
 
 // What all features share that are counted in bins: labels in 32 bits, the table of e, and what a class's size adds.
@@ -161,6 +164,7 @@ struct BinnedClasses {
   explicit BinnedClasses(const BinnedMutualInfo& p) : labels(p.labels, p.labels + p.n) {
     std::vector<int64_t> sizes(static_cast<size_t>(p.classes));
     for (const int32_t label : labels) ++sizes[size_t(label)];
+    terms.reserve(size_t(p.n) + 1);
     terms.push_back(0);
     for (int64_t i = 1; i <= p.n; ++i) terms.push_back(double(i) * std::log(double(i)) - 0.5);
     for (const int64_t s : sizes) constants.push_back(terms.back() - (terms[size_t(s)] + terms[size_t(p.n - s)]));
@@ -168,14 +172,13 @@ struct BinnedClasses {
 };
 
 struct BinnedWorkspace : SortWorkspace {
-  std::vector<int32_t> spare_, counts_;
+  std::vector<int32_t> counts_;
   const int32_t* labels;
   const double *terms, *constants;
   int32_t* counts;  // zero between bins
 
   BinnedWorkspace(const BinnedMutualInfo& p, const BinnedClasses& c)
       : SortWorkspace(p, p.n), labels(c.labels.data()), terms(c.terms.data()), constants(c.constants.data()) {
-    spare_label = make(spare_, p.n);
     counts = make(counts_, p.classes);
   }
 };

@@ -747,6 +747,7 @@ static void features(const MutualInfo& p, Workspace& w, int64_t begin, int64_t e
       }
       if (classes.kept)  // the multi-class value leaves classes of one sample out
         for (int64_t i = 0; i < classes.n; ++i) x[i] = x[classes.kept[i]];
+      w.class_value = x + p.n - std::max(classes.padded, p.n);
       one_feature<Closed>(p, w, x, out);
     }
   }
