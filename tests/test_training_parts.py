@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 
 from csg_ext.nn import GatedModel
 from csg_ext.training import Mix, Objective, load_checkpoint, load_weights
+from csg_ext.training.arm import uses_bf16
+from csg_ext.training.config import TrainConfig
 from csg_ext.training.logs import gate_image
 
 
@@ -150,3 +153,33 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
 def test_gate_image():
     gate = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.2, 1.0]])
     assert gate_image(gate).tolist() == [[[255, 0, 128], [51, 255, 255]]]
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    "vendor, instructions, tiles, expected",
+    [
+        ("AuthenticAMD", True, False, True),
+        ("AuthenticAMD", False, False, False),
+        ("GenuineIntel", True, False, False),
+        ("GenuineIntel", True, True, True),
+        (None, True, False, True),  # no /proc
+    ],
+)
+def test_precision_is_bf16_where_convolutions_are_faster_in_it(monkeypatch, vendor, instructions, tiles, expected):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+
+    def read_text(path):
+        assert path == Path("/proc/cpuinfo")
+        if vendor is None:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nvendor_id\t: {vendor}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    device = torch.device("cpu")
+    assert uses_bf16(TrainConfig(), device) is expected
+    assert uses_bf16(TrainConfig(precision="bf16"), device) and not uses_bf16(TrainConfig(precision="fp32"), device)

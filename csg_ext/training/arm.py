@@ -46,12 +46,25 @@ _REPORT_SECONDS = 0.2
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
-    """Whether a run computes in bf16: asked for, or "auto" on a processor that has instructions for it."""
+    """Whether a run computes in bf16: asked for, or "auto" where that is the faster one.
+
+    Convolutions with AVX-512's bf16 instructions are faster than in fp32 on AMD's processors and slower on Intel's, which
+    have tiles (AMX) for it; where those are hidden, fp32 is faster (docs/demo_training.md).
+    """
     if config.precision != "auto":
         return config.precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+
+
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 class _Keeper(Callback):

@@ -31,7 +31,7 @@ class TrainConfig:
     - Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images
       scaled by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see
       Mix).
-    - precision: "bf16" (autocast), "fp32" or "auto": bf16 where the processor has instructions for it.
+    - precision: "bf16" (autocast), "fp32" or "auto": bf16 where that is the faster one.
     """
 
     model: str = "resnet20"

@@ -42,6 +42,7 @@ class Study:
     data: str = "fashion"  # the embedded subset, or "scenes": its items on photographs, in colour
 
 
+PRECISION = {"precision": "bf16"}  # what "auto" was on the processors of the study, whatever it is on another one
 BASE = {"lambda_2": 0.01}  # the default when these were trained; what they showed moved it to 0.1
 
 
@@ -97,7 +98,7 @@ class Job:
         """The process that trains and measures it."""
         from csg_ext.training.config import TrainConfig
 
-        config = TrainConfig(seed=self.seed, **self.study.settings)
+        config = TrainConfig(seed=self.seed, **PRECISION | self.study.settings)
         job = {
             "arm": self.arm,
             "config": config.as_dict(),
