@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+EQUAL = 1e-9  # what "scikit-learn's value" means
+
 
 def psi_table(n: int) -> tuple[Tensor, int]:
     """round(digamma(i) * 2^bits) for i in [0, n], and bits: sums of n of them fit into 64 bits."""
@@ -29,6 +31,7 @@ FEATURES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "mostly zero": lambda rng, n: np.where(rng.random(n) < 0.97, 0, rng.standard_normal(n)),
     "signed zeros": lambda rng, n: np.where(rng.random(n) < 0.5, 0.0, -0.0) + rng.integers(0, 2, n),
     "sorted": lambda rng, n: np.sort(rng.standard_normal(n)),
+    "bfloat16": lambda rng, n: torch.from_numpy(rng.standard_normal(n)).bfloat16().double().numpy(),
 }
 
 
@@ -43,7 +46,7 @@ def make_labels(rng: np.random.Generator, n: int, kind: str) -> tuple[Tensor, in
         classes = int(rng.integers(2, max(3, n // 2 + 1)))
     labels = rng.integers(0, classes, n)
     if kind == "rare":
-        labels, classes = np.zeros(n, int), 4
+        labels, classes = np.zeros(n, int), 5  # the last one is empty
         few = min(int(rng.integers(1, 12)), n - 1)
         labels[rng.choice(n, few, replace=False)] = rng.integers(1, 4, few)
     elif kind == "sorted":
@@ -56,3 +59,11 @@ def make_labels(rng: np.random.Generator, n: int, kind: str) -> tuple[Tensor, in
 
 
 LABELS = ["many", "few", "rare", "sorted", "skewed", "one"]
+
+
+def sample(n: int = 400, k: int = 6, c: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """features (n, k), of which the first c tell a class each, and labels."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, c, n)
+    x = rng.standard_normal((n, k)) + 2 * (np.arange(k) == y[:, None])
+    return np.maximum(x, 0), y

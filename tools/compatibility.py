@@ -24,7 +24,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
-TESTS = ("test_gated_pool.py", "test_gate_step.py", "test_nn.py", "test_mutual_info.py", "test_info.py")
+TESTS = (
+    "test_gated_pool.py",
+    "test_gate_step.py",
+    "test_nn.py",
+    "test_mutual_info.py",
+    "test_mutual_info_arguments.py",
+    "test_mutual_info_classif.py",
+    "test_info.py",
+)
 HELPERS = ("conftest.py", "short_run.py", "tolerances.py", "mutual_info_inputs.py")
 TOOLS = ("pytest", "hypothesis", "expecttest", "scikit-learn", "numpy", "setuptools>=77")
 
