@@ -1,428 +1,29 @@
-"""Tests of attacks, detectors and `csg-ext detect`: against scikit-learn, the toolbox and references written out."""
+"""Tests of adversarial detection: what is measured, the experiment, `csg-ext detect`."""
 
 from __future__ import annotations
 
 import json
 import re
 import runpy
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.numpy import load_file, save_file
-from sklearn.covariance import ledoit_wolf
-from sklearn.ensemble import RandomForestClassifier
+from adversarial_inputs import CLASSES, STATISTICS, fresh_rng, quarters_data, quarters_model
 from sklearn.feature_selection import mutual_info_classif
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from csg_ext import cli
-from csg_ext import nn as csg_nn
 from csg_ext.analysis import adversarial as adv
-from csg_ext.analysis import attacks
 from csg_ext.analysis import detectors as det
-from csg_ext.data.images import ImageData
 from csg_ext.training.files import WEIGHTS
-
-CLASSES, FILTERS = 4, 8
-STATISTICS = ([0.4], [0.3])
-
-
-def _rng():
-    return np.random.default_rng(int(torch.randint(2**31, ())))
-
-
-class _Backbone(nn.Module):
-    num_filters = FILTERS
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, FILTERS, 3, 2, 1)
-
-    def forward(self, x):
-        return F.relu(self.conv(x))
-
-
-def _model(gate=True):
-    model = csg_nn.GatedModel(_Backbone(), CLASSES)
-    if gate:
-        with torch.no_grad():
-            model.gate.copy_(torch.eye(CLASSES).repeat_interleave(FILTERS // CLASSES, 1) * 0.9 + 0.1)
-    return model
-
-
-def _data(n=120, seed=0):
-    """Images whose class is the quarter that is bright, with noise."""
-    rng = np.random.default_rng(seed)
-
-    def part(n):
-        labels = rng.integers(0, CLASSES, n)
-        images = rng.integers(0, 90, (n, 1, 8, 8), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            top, left = divmod(int(label), 2)
-            image[0, 4 * top : 4 * top + 4, 4 * left : 4 * left + 4] += 60
-        return images, labels.astype(np.int64)
-
-    return ImageData("quarters", *part(n), *part(n // 2), [f"quarter {c}" for c in range(CLASSES)])
-
-
-class _Quarters(nn.Module):
-    """Two filters for each quarter: its pixels, brighter than a level, and nothing of the others."""
-
-    num_filters = FILTERS
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-        mask = torch.zeros(CLASSES, 8, 8)
-        for c in range(CLASSES):
-            top, left = divmod(c, 2)
-            mask[c, 4 * top : 4 * top + 4, 4 * left : 4 * left + 4] = 1
-        self.register_buffer("mask", mask.repeat_interleave(2, 0))
-
-    def forward(self, x):
-        return F.relu(self.scale * x * self.mask + 0.2 * self.mask)
-
-
-def _quarters():
-    """A network that gets _data right by its filters' classes."""
-    model = csg_nn.GatedModel(_Quarters(), CLASSES)
-    with torch.no_grad():
-        model.gate.copy_(torch.eye(CLASSES).repeat_interleave(2, 1))
-        model.classifier.weight.copy_(20 * model.gate)
-        model.classifier.bias.zero_()
-    return model
-
-
-def _outputs(rng, n, shift=0.0):
-    features = rng.random((n, FILTERS)).astype(np.float32)
-    features[:, 0] += shift
-    return det.Outputs(features, rng.standard_normal((n, CLASSES)).astype(np.float32))
-
-
-def _images(rng, n=12):
-    return rng.random((n, 1, 8, 8)).astype(np.float32), rng.integers(0, CLASSES, n)
-
-
-# ---- attacks ---------------------------------------------------------------------------------------------------------
-
-
-def test_pixel_model_normalises_and_leaves_the_model_alone():
-    model = _model().train()
-    pixel = attacks.PixelModel(model, [0.4], [0.3])
-    x = torch.rand(3, 1, 8, 8)
-    expected = model((x - 0.4) / 0.3)
-    torch.testing.assert_close(pixel(x), expected)
-    features, logits = pixel.features_and_logits(x)
-    torch.testing.assert_close(logits, expected)
-    torch.testing.assert_close(features, model.pooled_features((x - 0.4) / 0.3))
-    images, labels = _images(_rng())
-    attacks.run_attack(pixel, images, labels, attacks.Attack("pgd", 8))
-    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("targeted", [False, True])
-def test_fgsm_is_one_step_along_the_sign_of_the_gradient(targeted):
-    rng, model = _rng(), _model()
-    images, labels = _images(rng)
-    found = attacks.run_attack(
-        attacks.PixelModel(model, *STATISTICS), images, labels, attacks.Attack("fgsm", 6, targeted)
-    )
-    x = torch.from_numpy(images).double().requires_grad_()
-    loss = F.cross_entropy(model.double()((x - 0.4) / 0.3), torch.from_numpy(labels), reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, x)
-    clear = gradient.abs() > 1e-7  # elsewhere fp32 may see the other sign
-    assert clear.double().mean() > 0.9
-    step = (-1 if targeted else 1) * 6 / 255 * gradient.sign()
-    expected = (x.detach() + step).clamp(0, 1)
-    torch.testing.assert_close(torch.from_numpy(found).double()[clear], expected[clear], rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("targeted", [False, True])
-def test_pgd_stays_in_the_ball_is_reproducible_and_stronger_than_chance(targeted):
-    images, labels = _images(_rng(), 20)
-    model = attacks.PixelModel(_model(), *STATISTICS)
-    aims = attacks.draw_targets(labels, CLASSES, 3) if targeted else labels
-    attack = attacks.Attack("pgd", 10, targeted)
-    np.random.seed(1)
-    before = np.random.get_state()[1].copy()
-    found = attacks.run_attack(model, images, aims, attack, seed=5)
-    assert (np.random.get_state()[1] == before).all()
-    np.testing.assert_array_equal(found, attacks.run_attack(model, images, aims, attack, seed=5))
-    assert found.dtype == np.float32 and found.min() >= 0 and found.max() <= 1
-    assert 0 < np.abs(found - images).max() <= 10 / 255 + 1e-6
-
-    def loss(x):
-        return F.cross_entropy(model(torch.from_numpy(x)), torch.from_numpy(aims), reduction="none")
-
-    noise = np.sign(_rng().standard_normal(images.shape)).astype(np.float32) * 10 / 255
-    moved = loss(np.clip(images + noise, 0, 1).astype(np.float32))
-    better = loss(found) < moved if targeted else loss(found) > moved
-    assert better.all()
-
-
-def test_deepfool_changes_predictions_by_less_than_fgsm_needs():
-    images, _ = _images(_rng(), 20)
-    model = attacks.PixelModel(_model(), *STATISTICS)
-    with torch.no_grad():
-        labels = model(torch.from_numpy(images)).argmax(1).numpy()
-        found = attacks.run_attack(model, images, labels, attacks.Attack("deepfool", steps=50))
-        changed = model(torch.from_numpy(found)).argmax(1).numpy() != labels
-    assert changed.mean() > 0.8 and found.min() >= 0 and found.max() <= 1
-    size = np.linalg.norm((found - images).reshape(20, -1), axis=1)
-    needed = np.full(20, np.inf)  # L2 of the weakest FGSM of a sweep that changes the prediction
-    for epsilon in range(1, 100, 3):
-        weaker = attacks.run_attack(model, images, labels, attacks.Attack("fgsm", epsilon))
-        with torch.no_grad():
-            hit = model(torch.from_numpy(weaker)).argmax(1).numpy() != labels
-        l2 = np.linalg.norm((weaker - images).reshape(20, -1), axis=1)
-        needed = np.where(hit, np.minimum(needed, l2), needed)
-    assert np.isfinite(needed).any() and (size[changed] < needed[changed] * 1.03).all()
-
-
-def test_adaptive_attack_without_weight_is_fgsm_in_one_step_and_stays_in_the_ball():
-    rng = _rng()
-    model = attacks.PixelModel(_model(), *STATISTICS)
-    images, labels = _images(rng, 20)
-    with torch.no_grad():
-        labels = model(torch.from_numpy(images)).argmax(1).numpy()
-    rows = torch.from_numpy(rng.random((CLASSES, FILTERS)).astype(np.float32))
-
-    def score(f, z):
-        return det.outside_share(f, z, rows)
-
-    one = attacks.adaptive_attack(model, images, labels, score, epsilon=5, weight=0, steps=1)
-    fgsm = attacks.run_attack(model, images, labels, attacks.Attack("fgsm", 5))
-    np.testing.assert_allclose(one, fgsm, atol=1e-6)
-    many = attacks.adaptive_attack(model, images, labels, score, epsilon=5, weight=3, steps=10)
-    assert np.abs(many - images).max() <= 5 / 255 + 1e-6 and many.min() >= 0 and many.max() <= 1
-
-
-def test_adaptive_attack_lowers_the_score_of_what_it_changes():
-    model = _quarters()
-    data = _data(200, int(_rng().integers(2**31)))
-    images, labels = adv._pixels(data.test_images), data.test_labels
-    network = adv.Network(model, STATISTICS, images, labels)
-    found = {}
-    for weight in (0, 30):
-        moved = attacks.adaptive_attack(network.model, images, labels, network.score, epsilon=60, weight=weight)
-        seen = network.outputs(moved)
-        changed = ~adv._right(seen, labels)
-        found[weight] = det.OutsideShare(network.rows).score(seen), changed
-    both = found[0][1] & found[30][1]
-    assert both.sum() > 50  # knowing the score costs no success here
-    assert found[30][0][both].mean() < 0.8 * found[0][0][both].mean()
-
-
-def test_draw_targets_never_gives_the_label_and_gives_every_other_class():
-    labels = np.repeat(np.arange(CLASSES), 200)
-    targets = attacks.draw_targets(labels, CLASSES, int(_rng().integers(2**31)))
-    assert (targets != labels).all()
-    assert {(a, b) for a, b in zip(labels, targets, strict=True)} == {
-        (a, b) for a in range(CLASSES) for b in range(CLASSES) if a != b
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("cw", 1), "method must be one of fgsm, pgd, deepfool, got 'cw'"),
-        (("pgd",), "epsilon must lie in (0, 255], in units of 1/255, got None"),
-        (("fgsm", float("nan")), "epsilon must lie in (0, 255]"),
-        (("deepfool", 2), "neither an epsilon nor a target"),
-        (("pgd", 2, False, 0), "steps must be at least 1, got 0"),
-    ],
-)
-def test_attack_errors(arguments, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        attacks.Attack(*arguments)
-
-
-def test_images_must_be_in_pixel_space():
-    model, attack = attacks.PixelModel(_model(), *STATISTICS), attacks.Attack("fgsm", 1)
-    images, labels = _images(_rng())
-    for bad, y, message in (
-        (images * 255, labels, "images must lie in [0, 1]"),
-        (images.astype(np.float64), labels, "images must be float32"),
-        (images, labels[:-1], "labels must be int64 (12,)"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            attacks.run_attack(model, bad, y, attack)
-
-
-# ---- detectors -------------------------------------------------------------------------------------------------------
-
-
-def test_outside_share_is_its_definition():
-    rng = _rng()
-    f, z, rows = rng.standard_normal((9, FILTERS)), rng.standard_normal((9, CLASSES)), rng.random((CLASSES, FILTERS))
-    f[0] = -1  # nothing is active: nothing lies in the row
-    got = det.outside_share(*(torch.from_numpy(a) for a in (f, z, rows)))
-    assert got[0] == 1
-    for n in range(1, 9):
-        inside = total = 0.0
-        for k in range(FILTERS):
-            inside += rows[z[n].argmax(), k] * max(f[n, k], 0)
-            total += max(f[n, k], 0)
-        assert got[n].item() == pytest.approx(1 - inside / total, abs=1e-12)
-
-
-def test_consistency_features_by_hand():
-    rows = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
-    outputs = det.Outputs(np.array([[6, 3, 1], [0, 0, 0]], np.float32), np.array([[0, 1, 0], [1, 0, 0]], np.float32))
-    own, other, gap, entropy, agrees, log = det.consistency_features(outputs, rows)[0]
-    assert (own, other, gap, agrees) == pytest.approx((0.3, 0.6, -0.3, 0))
-    assert entropy == pytest.approx(-(0.6 * np.log(0.6) + 0.3 * np.log(0.3) + 0.1 * np.log(0.1)))
-    assert log == pytest.approx(np.log(10))
-    assert np.isfinite(det.consistency_features(outputs, rows)).all()
-
-
-def test_forest_is_scikit_learns():
-    rng = _rng()
-    benign, attacked, new = _outputs(rng, 80), _outputs(rng, 40, 0.4), _outputs(rng, 50, 0.2)
-    mine = det.Forest.fit(benign, attacked, seed=7, trees=15)
-    peer = RandomForestClassifier(15, class_weight="balanced", min_samples_leaf=2, random_state=7)
-    peer.fit(np.concatenate([benign.features, attacked.features]), np.repeat([0, 1], [80, 40]))
-    np.testing.assert_allclose(mine.score(new), peer.predict_proba(new.features)[:, 1], atol=1e-12)
-    assert roc_auc_score(np.repeat([0, 1], 40), mine.score(det.Outputs(*map(np.concatenate, zip(
-        _outputs(rng, 40), _outputs(rng, 40, 0.8), strict=True))))) > 0.7  # fmt: skip
-
-
-def test_regression_is_scikit_learns():
-    rng = _rng()
-    benign, attacked, new = _outputs(rng, 80), _outputs(rng, 40, 0.6), _outputs(rng, 50, 0.3)
-    rows = rng.random((CLASSES, FILTERS)).astype(np.float32)
-    peer = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-    x = [det.consistency_features(o, rows) for o in (benign, attacked)]
-    peer.fit(np.concatenate(x), np.repeat([0, 1], [80, 40]))
-    mine = det.GateRegression.fit(benign, attacked, rows)
-    np.testing.assert_allclose(
-        mine.score(new), peer.decision_function(det.consistency_features(new, rows)), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_baselines_are_their_definitions():
-    rng = _rng()
-    outputs, labels = _outputs(rng, 60), rng.integers(0, CLASSES, 60)
-    labels[labels == 2] = 1  # a class without images
-    softmax = torch.from_numpy(outputs.logits).double().softmax(1).numpy()
-    np.testing.assert_allclose(det.Softmax().score(outputs), 1 - softmax.max(1), atol=1e-12)
-    features, seen = outputs.features.astype(np.float64), np.unique(labels)
-    means = {c: features[labels == c].mean(0) for c in seen}
-    covariance, _ = ledoit_wolf(
-        np.array([f - means[c] for f, c in zip(features, labels, strict=True)]), assume_centered=True
-    )
-    expected = [min((f - m) @ np.linalg.solve(covariance, f - m) for m in means.values()) for f in features]
-    np.testing.assert_allclose(det.Mahalanobis.fit(outputs, labels).score(outputs), expected, rtol=1e-8)
-
-
-def test_the_threshold_holds_the_false_positives():
-    rng = _rng()
-    detector = det.Softmax()
-    assert not detector.flags(_outputs(rng, 10)).any()  # not calibrated
-    benign = _outputs(rng, 1000)
-    detector.calibrate(benign, 0.05)
-    assert 0.04 <= detector.flags(benign).mean() <= 0.05
-    with pytest.raises(ValueError, match="false_positives must lie in"):
-        detector.calibrate(benign, 1)
-
-
-def _fitted(rng):
-    benign, attacked = _outputs(rng, 60), _outputs(rng, 30, 0.5)
-    rows = rng.random((CLASSES, FILTERS)).astype(np.float32)
-    return [
-        det.Forest.fit(benign, attacked, trees=4),
-        det.GateRegression.fit(benign, attacked, rows),
-        det.OutsideShare(rows),
-        det.Softmax(),
-        det.Mahalanobis.fit(benign, rng.integers(0, CLASSES, 60)),
-    ]
-
-
-def test_saved_detectors_are_the_same_and_need_no_scikit_learn(tmp_path):
-    rng = _rng()
-    new = _outputs(rng, 40)
-    np.savez(tmp_path / "new.npz", *new)
-    assert [d.name for d in _fitted(rng)] == list(det.DETECTORS)
-    for detector in _fitted(rng):
-        detector.calibrate(new)
-        file = tmp_path / f"{detector.name}.safetensors"
-        detector.save(file)
-        loaded = det.load_detector(file)
-        assert type(loaded) is type(detector) and loaded.threshold == detector.threshold
-        np.testing.assert_array_equal(loaded.score(new), detector.score(new))
-        np.save(tmp_path / f"{detector.name}.npy", detector.flags(new))
-    code = f"""
-import sys
-sys.modules["sklearn"] = sys.modules["art"] = None
-from pathlib import Path
-import numpy as np
-from csg_ext.analysis.detectors import Outputs, load_detector
-folder = Path({str(tmp_path)!r})
-new = Outputs(*np.load(folder / "new.npz").values())
-for file in folder.glob("*.safetensors"):
-    assert (load_detector(file).flags(new) == np.load(file.with_suffix(".npy"))).all(), file
-print(len(list(folder.glob("*.safetensors"))))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "5", done.stderr
-
-
-def test_damaged_and_hostile_detectors_are_refused(tmp_path):
-    forest, regression, *_ = _fitted(_rng())
-    file = tmp_path / "d.safetensors"
-
-    def changed(detector, **arrays):
-        detector.save(file)
-        save_file(load_file(file) | arrays, file, {"detector": detector.name})
-
-    inner = int(np.flatnonzero(forest.left)[1])  # node 0 as its own left child would be a leaf
-    for field, value, message in (
-        ("left", inner, "every child behind its parent"),  # would never end
-        ("right", len(forest.left), "every child behind its parent"),
-        ("feature", -1, "every child behind its parent"),
-    ):
-        array = getattr(forest, field).copy()
-        array[inner] = value
-        changed(forest, **{field: array})
-        with pytest.raises(ValueError, match=message):
-            det.load_detector(file)
-    changed(forest, roots=np.array([-1]))
-    with pytest.raises(ValueError, match="every child behind its parent"):
-        det.load_detector(file)
-    changed(forest, share=forest.share[:-1])
-    with pytest.raises(ValueError, match="of one length"):
-        det.load_detector(file)
-    changed(regression, weight=regression.weight * np.nan)
-    with pytest.raises(ValueError, match="weight must be finite float64"):
-        det.load_detector(file)
-    changed(regression, threshold=np.asarray(np.nan))
-    with pytest.raises(ValueError, match="threshold must be a number"):
-        det.load_detector(file)
-    changed(regression, more=np.zeros(1))
-    with pytest.raises(ValueError, match="expected the arrays bias"):
-        det.load_detector(file)
-    save_file({"x": np.zeros(1)}, file)
-    with pytest.raises(ValueError, match="expected one of the detectors"):
-        det.load_detector(file)
-    file.write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="expected a readable"):
-        det.load_detector(file)
-    with pytest.raises(ValueError, match="expected at least"):
-        forest.score(det.Outputs(np.zeros((2, 1), np.float32), np.zeros((2, CLASSES), np.float32)))
-
 
 # ---- measures --------------------------------------------------------------------------------------------------------
 
 
 def test_auroc_and_its_resamples_are_scikit_learns():
-    rng = _rng()
+    rng = fresh_rng()
     benign, attacked = np.round(rng.random(40), 1), np.round(rng.random(30) + 0.2, 1)  # with ties
     counts = adv.bootstrap_counts(40, 20, 1)
     assert (counts.sum(1) == 40).all()
@@ -453,7 +54,7 @@ def test_rates_count_what_they_say():
 
 
 def test_intervals_cover_as_often_as_they_say():
-    rng, inside, truth = _rng(), 0, 0.76025  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
+    rng, inside, truth = fresh_rng(), 0, 0.76025  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
     counts = adv.bootstrap_counts(80, 300)
     for _ in range(150):
         found = adv.auroc(rng.standard_normal(80), rng.standard_normal(80) + 1, counts, counts).interval()
@@ -465,7 +66,7 @@ def test_intervals_cover_as_often_as_they_say():
 
 
 def test_detectors_see_train_images_only(monkeypatch):
-    data, model = _data(), _quarters()
+    data, model = quarters_data(), quarters_model()
     settings = adv.Settings(images=40, epsilons=(20,), train_epsilon=60, weights=(1,), steps=3)
     _, first, counts = adv.fit_detectors(model, data, STATISTICS, settings)
     data.test_images[:] = 255 - data.test_images
@@ -478,7 +79,7 @@ def test_detectors_see_train_images_only(monkeypatch):
 
 
 def test_score_finds_an_attack_on_filters_of_one_class_each():
-    data, model = _data(), _quarters()
+    data, model = quarters_data(), quarters_model()
     settings = adv.Settings(images=60, epsilons=(50,), train_epsilon=50, weights=(), steps=4)
     network, detectors, _ = adv.fit_detectors(model, data, STATISTICS, settings)
     report, estimates = adv.measure(network, detectors, data, settings)
@@ -493,7 +94,7 @@ def test_score_finds_an_attack_on_filters_of_one_class_each():
 
 
 def test_rows_without_a_gate_are_the_filters_mutual_information():
-    data, model = _data(), _quarters()
+    data, model = quarters_data(), quarters_model()
     with torch.no_grad():
         model.gate.fill_(0.5)
     network = adv.Network(model, STATISTICS, adv._pixels(data.train_images), data.train_labels)
@@ -529,7 +130,7 @@ def run_folder(tmp_path_factory):
     from csg_ext.training.config import TrainConfig
 
     folder = tmp_path_factory.mktemp("run")
-    data = _data(80)
+    data = quarters_data(80)
     arrays = {n: getattr(data, n) for n in ("train_images", "train_labels", "test_images", "test_labels")}
     np.savez(folder / "data.npz", **arrays)
     source = SOURCE | {"data": str(folder / "data.npz")}
