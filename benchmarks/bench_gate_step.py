@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gate_steps
+import gate_step_cases
 import measure
 import pytest
 
 
-@pytest.mark.parametrize("peer", gate_steps.PEERS)
-@pytest.mark.parametrize("size", gate_steps.SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("peer", gate_step_cases.PEERS)
+@pytest.mark.parametrize("size", gate_step_cases.SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def bench_gate_step(benchmark, size, peer):
-    gate_steps.check(size, peer)
-    moved = gate_steps.moved(size)
+    gate_step_cases.check(size, peer)
+    moved = gate_step_cases.moved(size)
     benchmark.group = f"gate_step {size[0]}x{size[1]}"
     benchmark.extra_info.update(bytes=moved, device=measure.DEVICE, peer=peer)
-    benchmark(measure.synchronized(gate_steps.step_of(peer, gate_steps.start(size))))
+    benchmark(measure.synchronized(gate_step_cases.step_of(peer, gate_step_cases.start(size))))
     benchmark.extra_info["gigabytes_per_second"] = round(moved / benchmark.stats.stats.median / 1e9, 2)

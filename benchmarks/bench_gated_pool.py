@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import cases
+import gated_pool_cases
 import measure
 import pytest
 
-PEERS = cases.peers()
-GRID = [(case, peer) for case in cases.grid() for peer in PEERS if cases.measured(case, peer)]
+PEERS = gated_pool_cases.peers()
+GRID = [(case, peer) for case in gated_pool_cases.grid() for peer in PEERS if gated_pool_cases.measured(case, peer)]
 
 
 @pytest.mark.parametrize(("case", "peer"), GRID, ids=[f"{case.id}-{peer}" for case, peer in GRID])
-@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+@pytest.mark.parametrize("direction", gated_pool_cases.DIRECTIONS)
 def bench_gated_pool(benchmark, direction, case, peer):
-    cases.check(case, PEERS[peer])
-    run = getattr(cases, direction)(PEERS[peer], case.inputs())
+    gated_pool_cases.check(case, PEERS[peer])
+    run = getattr(gated_pool_cases, direction)(PEERS[peer], case.inputs())
     moved = case.bytes * (2 if direction == "both" else 1)
     benchmark.group = f"{direction} {case.id}"
     benchmark.extra_info.update(bytes=moved, device=measure.DEVICE, peer=peer)

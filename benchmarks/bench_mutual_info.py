@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import cases
+import measure
 import mutual_info_cases as mi
 import pytest
 
@@ -17,8 +17,8 @@ def bench_class_mutual_info(benchmark, case, peer):
     else:
         f = (mi.kernel if peer.startswith("kernel") else mi.ours)(case, x, y, peer.split()[-1])
     benchmark.group = f"class_mutual_info {case.id}"
-    benchmark.extra_info.update(device=cases.DEVICE, peer=peer)
-    benchmark.pedantic(cases.synchronized(f), rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(device=measure.DEVICE, peer=peer)
+    benchmark.pedantic(measure.synchronized(f), rounds=5, warmup_rounds=1)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["nanoseconds_per_value"] = round(seconds / (case.n * case.k) * 1e9, 2)
 

@@ -1,5 +1,5 @@
 """Settings of the benchmarks under pytest."""
 
-import cases
+import measure
 
-cases.steady_memory()
+measure.steady_memory()

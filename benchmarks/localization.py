@@ -10,7 +10,6 @@ the median over three turns. --write puts the result into docs/localization.md.
 from __future__ import annotations
 
 import argparse
-import platform
 import resource
 import statistics
 import time
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from csg_ext.analysis import localization as loc
+from csg_ext.info import processor
 
 SIZE, CLASSES, SUCCESS = (128, 128), 20, 0.3
 PAGE = Path(__file__).parents[1] / "docs" / "localization.md"
@@ -75,15 +75,6 @@ def speed(images: int, filters: int, part: int) -> list[str]:
     assert (loop[0] - iou).abs().max() < 1e-3 and (loop[2] - share).abs().max() < 1e-3
     ratio = statistics.median(ratios)
     return [*lines, f"{part} of the filters: a loop over the filters takes {ratio:.1f} times as long"]
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 def write(lines: list[str]) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from csg_ext import _extension
+from csg_ext import _extension, info
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = os.environ.get("CSG_BENCH_QUICK") == "1"
@@ -197,18 +197,14 @@ def peak_bytes(f: Call) -> int:
 
 def machine() -> dict[str, str]:
     """What was measured on what."""
-    name = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    level = ["baseline", "AVX2", "AVX-512"][torch.ops.csg_ext._cpu_level(-1)]
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{name}, {level} kernels",
+        "device": torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"{info.processor()}, {info.cpu_kernels()} kernels",
         "threads": str(torch.get_num_threads()),
         "Python": platform.python_version(),
         "torch": torch.__version__,

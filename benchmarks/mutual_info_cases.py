@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import cases
+import measure
 import numpy as np
 import torch
 from sklearn.feature_selection import mutual_info_classif
@@ -34,17 +34,17 @@ class Case:
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """fp32 features (N, K), each shifted for one class, and labels with every class; on the device."""
-        y = torch.randint(0, self.c, (self.n,), device=cases.DEVICE)
-        y[: self.c] = torch.arange(self.c, device=cases.DEVICE)
-        own = torch.randint(0, self.c, (self.k,), device=cases.DEVICE)
-        x = torch.randn(self.n, self.k, device=cases.DEVICE)
+        y = torch.randint(0, self.c, (self.n,), device=measure.DEVICE)
+        y[: self.c] = torch.arange(self.c, device=measure.DEVICE)
+        own = torch.randint(0, self.c, (self.k,), device=measure.DEVICE)
+        x = torch.randn(self.n, self.k, device=measure.DEVICE)
         for begin in range(0, self.k, 64):
             x[:, begin : begin + 64] += 2 * (own[begin : begin + 64] == y[:, None])
         return (x.relu_() if self.kind == "relu" else x), y
 
 
-SIZES = [Case(2000, 16, 10), Case(5000, 32, 100)] if cases.QUICK else [Case(10_000, 64, 10), Case(50_000, 512, 1000)]
-LARGE = [] if cases.QUICK else [Case(50_000, 2048, 1000)]
+SIZES = [Case(2000, 16, 10), Case(5000, 32, 100)] if measure.QUICK else [Case(10_000, 64, 10), Case(50_000, 512, 1000)]
+LARGE = [] if measure.QUICK else [Case(50_000, 2048, 1000)]
 
 
 def scikit_learn(x: np.ndarray, y: np.ndarray, classes: list[int], jobs: int | None = None) -> np.ndarray:

@@ -21,9 +21,9 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports every start otherwise; read when torch loads
 
-import cases
 import end_to_end
-import gate_steps
+import gate_step_cases
+import gated_pool_cases
 import measure
 import page
 import torch
@@ -40,11 +40,11 @@ def rounded(value: Any) -> Any:
     return [rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def pool_row(case: cases.Case, peers: dict[str, cases.Pool]) -> dict:
+def pool_row(case: gated_pool_cases.Case, peers: dict[str, gated_pool_cases.Pool]) -> dict:
     """gated_pool on one map: every direction beside its limit and the peers."""
-    peers = {name: f for name, f in peers.items() if cases.measured(case, name)}
+    peers = {name: f for name, f in peers.items() if gated_pool_cases.measured(case, name)}
     for f in peers.values():
-        cases.check(case, f)
+        gated_pool_cases.check(case, f)
     inputs = case.inputs()
     row: dict[str, Any] = {
         "case": case.id,
@@ -56,10 +56,10 @@ def pool_row(case: cases.Case, peers: dict[str, cases.Pool]) -> dict:
         "pairs": {},
         "peak_bytes": {},
     }
-    for direction in cases.DIRECTIONS:
-        runs = {name: getattr(cases, direction)(f, inputs) for name, f in peers.items()}
+    for direction in gated_pool_cases.DIRECTIONS:
+        runs = {name: getattr(gated_pool_cases, direction)(f, inputs) for name, f in peers.items()}
         ours = runs["csg_ext"]
-        pairs = {"limit": measure.compared(ours, cases.limit(direction, inputs), few=None)}
+        pairs = {"limit": measure.compared(ours, gated_pool_cases.limit(direction, inputs), few=None)}
         pairs |= {name: measure.compared(ours, run) for name, run in runs.items() if name != "csg_ext"}
         row["seconds"][direction] = statistics.median(pair["ours"] for pair in pairs.values())
         row["pairs"][direction] = pairs
@@ -69,28 +69,28 @@ def pool_row(case: cases.Case, peers: dict[str, cases.Pool]) -> dict:
 
 def pool_rows() -> Iterator[dict]:
     """gated_pool on the grid."""
-    peers = cases.peers()
-    for case in cases.grid():
+    peers = gated_pool_cases.peers()
+    for case in gated_pool_cases.grid():
         yield pool_row(case, peers)
 
 
 def gate_rows() -> Iterator[dict]:
     """gate_step at every size beside a copy and torch.optim.SGD; one peer's tensors at a time."""
-    for size in gate_steps.SIZES:
-        for peer in gate_steps.PEERS:
-            gate_steps.check(size, peer)
-        ours = gate_steps.step_of("csg_ext", gate_steps.start(size))
+    for size in gate_step_cases.SIZES:
+        for peer in gate_step_cases.PEERS:
+            gate_step_cases.check(size, peer)
+        ours = gate_step_cases.step_of("csg_ext", gate_step_cases.start(size))
         ours()
-        pairs = {"limit": measure.compared(ours, gate_steps.limit(size), few=None)}
+        pairs = {"limit": measure.compared(ours, gate_step_cases.limit(size), few=None)}
         peaks = {"csg_ext": measure.peak_bytes(ours)}
-        for peer in gate_steps.PEERS[1:]:
-            step = gate_steps.step_of(peer, gate_steps.start(size))
+        for peer in gate_step_cases.PEERS[1:]:
+            step = gate_step_cases.step_of(peer, gate_step_cases.start(size))
             step()
             pairs[peer] = measure.compared(ours, step)
             peaks[peer] = measure.peak_bytes(step)
         yield {
             "size": list(size),
-            "moved": gate_steps.moved(size),
+            "moved": gate_step_cases.moved(size),
             "seconds": statistics.median(pair["ours"] for pair in pairs.values()),
             "pairs": pairs,
             "peak_bytes": peaks,

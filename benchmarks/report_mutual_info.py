@@ -21,21 +21,20 @@ from pathlib import Path
 from typing import Any
 
 if "--quick" in sys.argv:
-    os.environ["CSG_BENCH_QUICK"] = "1"  # read by cases
+    os.environ["CSG_BENCH_QUICK"] = "1"  # read by measure
 
-import cases
+import measure
 import mutual_info_cases as mi
 import numpy as np
 import torch
-from measure import machine
 from sklearn.feature_selection import mutual_info_classif
 
 import csg_ext
 
 ROOT = Path(__file__).resolve().parent.parent
-TURNS = 3 if cases.QUICK else 7
-CLASSES = [2, 10, 100, 500] if cases.QUICK else [2, 10, 100, 1000, 5000]
-SAMPLES = [1000, 3000, 10_000] if cases.QUICK else [1000, 5000, 20_000, 80_000, 320_000, 1_280_000]
+TURNS = 3 if measure.QUICK else 7
+CLASSES = [2, 10, 100, 500] if measure.QUICK else [2, 10, 100, 1000, 5000]
+SAMPLES = [1000, 3000, 10_000] if measure.QUICK else [1000, 5000, 20_000, 80_000, 320_000, 1_280_000]
 Candidates = dict[str, Callable[[], object]]
 
 
@@ -48,7 +47,7 @@ def seconds(f: Callable[[], object]) -> float:
 
 def medians(candidates: Candidates, turns: int = TURNS) -> dict[str, float]:
     """Seconds per call of every candidate, by turns after a first call; short ones several calls a turn."""
-    waiting = {name: cases.synchronized(f) for name, f in candidates.items()}
+    waiting = {name: measure.synchronized(f) for name, f in candidates.items()}
     calls = {}
     for name, f in waiting.items():
         f()
@@ -96,7 +95,7 @@ def multiclass(case: mi.Case) -> dict[str, Any]:
 
 def by_classes() -> list[dict[str, Any]]:
     """The kernel for more and more classes; all take turns."""
-    n, k = (5000, 16) if cases.QUICK else (50_000, 64)
+    n, k = (5000, 16) if measure.QUICK else (50_000, 64)
     rows = {}
     for ties in ("exact", "noise"):
         candidates = {}
@@ -118,7 +117,7 @@ def by_samples() -> list[dict[str, Any]]:
         candidates: Candidates = {f"{ties}": mi.kernel(case, x, y, ties) for ties in ("exact", "noise")}
         candidates["approximate"] = mi.approximate(case, x, y)
         candidates["torch.sort"] = lambda columns=columns: torch.sort(columns, dim=1)
-        if cases.DEVICE == "cpu":
+        if measure.DEVICE == "cpu":
             candidates["numpy.sort, keys alone"] = lambda array=array: np.sort(array, axis=1)
         times = medians(candidates)
         rows.append({"n": n, "k": case.k, "classes": case.c} | {key: t / (n * case.k) for key, t in times.items()})
@@ -144,7 +143,7 @@ print(status("VmHWM") - before)
 
 def memory() -> list[dict[str, Any]]:
     """Peak memory of the kernel beyond its arguments, in a process of its own, bytes per sample."""
-    n = 200_000 if cases.QUICK else 1_000_000
+    n = 200_000 if measure.QUICK else 1_000_000
     rows = []
     for ties in ("exact", "noise"):
         for threads in (1, 2):
@@ -288,12 +287,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "performance_mutual_info.md")
     parser.add_argument(
-        "--json", type=Path, default=ROOT / "benchmarks" / "results" / f"mutual_info_{cases.DEVICE}.json"
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / f"mutual_info_{measure.DEVICE}.json"
     )
     arguments = parser.parse_args()
-    cases.steady_memory()
+    measure.steady_memory()
     torch.manual_seed(0)
-    found: dict[str, Any] = {"machine": machine(), "matrix": []}
+    found: dict[str, Any] = {"machine": measure.machine(), "matrix": []}
     for case in [*mi.SIZES, mi.Case(mi.SIZES[-1].n, mi.SIZES[-1].k, mi.SIZES[-1].c, "relu"), *mi.LARGE]:
         found["matrix"].append(matrix(case))
         print(found["matrix"][-1], flush=True)
@@ -301,7 +300,7 @@ def main() -> None:
         ("multiclass", lambda: [multiclass(case) for case in mi.SIZES]),
         ("classes", by_classes),
         ("samples", by_samples),
-        ("memory", memory if cases.DEVICE == "cpu" and sys.platform == "linux" else list),
+        ("memory", memory if measure.DEVICE == "cpu" and sys.platform == "linux" else list),
     ):
         found[name] = part()
         print(name, found[name], flush=True)

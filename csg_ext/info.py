@@ -16,6 +16,20 @@ from csg_ext import _bind, _extension
 _CPU_KERNELS = ("baseline", "AVX2", "AVX-512")  # by the level that _cpu_level returns
 
 
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def cpu_kernels() -> str:
+    """The instruction set whose CPU kernels run: baseline, AVX2 or AVX-512."""
+    return _CPU_KERNELS[torch.ops.csg_ext._cpu_level(-1)]
+
+
 def collect() -> dict[str, Any]:
     """Facts on this installation, as plain types that json can write.
 
@@ -46,7 +60,7 @@ def collect() -> dict[str, Any]:
             "torch": str(torch.__version__),
             "torch_cuda": torch.version.cuda,
             "platform": platform.platform(),
-            "cpu_kernels": _CPU_KERNELS[torch.ops.csg_ext._cpu_level(-1)],
+            "cpu_kernels": cpu_kernels(),
             "cpu_features": [name for name, present in _bind.cpu_features().items() if present],
             "cpu_threads": torch.get_num_threads(),
         },

@@ -24,7 +24,7 @@ def bench(monkeypatch):
 
 
 def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_path):
-    report, cases, gate_steps, end_to_end = map(bench, ("report", "cases", "gate_steps", "end_to_end"))
+    report, cases, gate_steps, end_to_end = map(bench, ("report", "gated_pool_cases", "gate_step_cases", "end_to_end"))
     grid = [cases.Case("tiny", (4, 8, 3, 3), torch.float32, layout, 5) for layout in ("rows", "channels_last")]
     network = end_to_end.Network("resnet20", lambda: end_to_end.build_backbone("resnet20"), 64, 10, 2, 8, turns=4)
     monkeypatch.setattr(cases, "grid", lambda: grid)
@@ -51,7 +51,7 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
 
 
 def test_wrong_results_are_not_measured(bench):
-    cases = bench("cases")
+    cases = bench("gated_pool_cases")
     case = cases.Case("tiny", (4, 8, 3, 3), torch.bfloat16, "rows", 5)
     cases.check(case, cases.ours)
     with pytest.raises(AssertionError, match="the result differs"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import DEVICE, QUICK, steady_memory, synchronized  # noqa: F401  (the other benchmarks have them from here)
+from measure import DEVICE, QUICK
 from torch import Tensor
 
 import csg_ext
