@@ -1,3 +1,4 @@
+// The interactive part of the page of csg-ext report: pictures and filters of the chosen run, from the data in the page.
 "use strict";
 (() => {
   const MOST_TICKS = 40, MOST_CARDS = 60, CARD_IMAGES = 3, SHOWN_MAPS = 12, NAME_LENGTH = 24;

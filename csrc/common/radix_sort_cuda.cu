@@ -1,3 +1,4 @@
+// Sorting on the device with CUB, or with std::stable_sort in tests/cuda_on_cpu.
 // Bytes that must move: a word read for the histograms, then a word read and written for every 8 bits sorted by.
 // Share of the memory bandwidth reached: not measured on a GPU.
 #include "radix_sort_cuda.h"

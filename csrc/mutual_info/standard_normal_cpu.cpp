@@ -1,3 +1,4 @@
+// NumPy's Mersenne Twister and polar method, column by column, in batches that stay in the cache.
 #include "standard_normal_cpu.h"
 
 #include <algorithm>
