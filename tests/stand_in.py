@@ -46,9 +46,9 @@ def compiler() -> list[str]:
 
 def kernel_names() -> list[str]:
     """Of every __global__ function in the sources."""
-    sources = "".join(path.read_text() for path in KERNELS)
+    sources = "".join(path.read_text() for path in [*KERNELS, *HEADERS])
     names = re.findall(r"__global__ void(?: __launch_bounds__\([^{;]*?\))?\s+(\w+)\((?:const )?\w", sources)
-    assert len(names) == sources.count("__global__"), names
+    assert len(names) == sources.count("__global__ void"), names
     return names
 
 
@@ -208,7 +208,6 @@ class StandIn:
 class Moved:
     """What one call of a launcher did: its launches, and counts by kernel, buffer and "load" or "store"."""
 
-    launcher: str
     launches: int
     counts: dict[tuple[str, str, str], Counts]
 
@@ -262,7 +261,7 @@ class Traffic(StandIn):
                 break
             key = (self.kernels[row.kernel], names[row.buffer], "store" if row.store else "load")
             counts[key] = Counts.from_buffer_copy(row.counts)
-        self.moved.append(Moved(name, self.launches() - before, counts))
+        self.moved.append(Moved(self.launches() - before, counts))
 
 
 def pointers(parameters: ctypes.Structure) -> dict[str, int]:
