@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import signal
@@ -57,6 +58,25 @@ def cpu_level(request: pytest.FixtureRequest):
     assert op(request.param) == request.param
     yield request.param
     op(now)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu():
+    """The CUDA kernels in their stand-in, tests/cuda_on_cpu: compiled once, where a test asks for them."""
+    from stand_in_kernels import Kernels
+
+    return Kernels()
+
+
+@pytest.fixture
+def kernels(cuda_on_cpu, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]):
+    """cuda_on_cpu with inputs and a schedule that are the test's own."""
+    seed = int.from_bytes(hashlib.sha256(request.node.name.encode()).digest()[:6], "little")
+    cuda_on_cpu.at_end = True
+    cuda_on_cpu.seed(seed)
+    torch.manual_seed(seed)
+    with capfd.disabled():  # an undefined operation ends the process: its message must get out
+        yield cuda_on_cpu
 
 
 @pytest.fixture(scope="session")

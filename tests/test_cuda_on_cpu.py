@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import subprocess
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,21 +29,6 @@ TOLERANCE = {
     torch.float16: (2.0**-11 * 1.01, 2e-6),
     torch.bfloat16: (2.0**-8 * 1.01, 2e-6),
 }
-
-
-@pytest.fixture(scope="module")
-def built() -> Kernels:
-    return Kernels()
-
-
-@pytest.fixture
-def kernels(built: Kernels, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Iterator[Kernels]:
-    built.at_end = True
-    seed = int.from_bytes(hashlib.sha256(request.node.name.encode()).digest()[:6], "little")
-    built.seed(seed)
-    torch.manual_seed(seed)
-    with capfd.disabled():  # an undefined operation ends the process: its message must get out
-        yield built
 
 
 # ---- What is compared.

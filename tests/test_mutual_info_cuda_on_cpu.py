@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,19 +10,6 @@ from stand_in_kernels import Kernels
 from torch import Tensor
 
 LIMIT = 1e-12  # the sums are integers; what is left is the last division
-
-
-@pytest.fixture(scope="module")
-def built() -> Kernels:
-    return Kernels()
-
-
-@pytest.fixture
-def kernels(built: Kernels, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]) -> Iterator[Kernels]:
-    built.at_end = True
-    built.seed(sum(request.node.name.encode()))
-    with capfd.disabled():  # an undefined operation ends the process: its message must get out
-        yield built
 
 
 def check(
@@ -44,8 +29,6 @@ def check(
 
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
 EXACT_OR_NOISE = pytest.mark.parametrize("noise", [False, True], ids=["exact", "noise"])
 
 

@@ -34,7 +34,7 @@ struct Classes {
   int64_t large;                 // size of the classes whose samples are worked on side by side
   std::vector<int64_t> kept_at;  // their rows, where some do not
   std::vector<int32_t> labels;
-  std::vector<int64_t> begins, sizes, cursors;
+  std::vector<int64_t> begins, sizes;
   std::vector<double> constants;
   int64_t padded = 0;  // length of class_value
   int64_t dominant = -1;

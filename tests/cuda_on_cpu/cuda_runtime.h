@@ -94,9 +94,6 @@ inline int cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline void __syncthreads(cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
   cuda_on_cpu::sync_threads(where);
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
-  cuda_on_cpu::vote(mask, false, where);
-}
 inline unsigned __ballot_sync(unsigned mask, bool predicate, cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
   return cuda_on_cpu::vote(mask, predicate, where);
 }
