@@ -30,6 +30,7 @@ help:
 	@echo "make docs          build the documentation's site, build/docs/index.html; a warning is an error"
 	@echo "make wheels        a manylinux wheel in dist/, checked; with the CUDA kernels: make wheels WHEEL_OPTIONS=--cuda"
 	@echo "make audit         look the pinned packages up among the known vulnerabilities (asks PyPI)"
+	@echo "make pins          pin the newest packages in requirements/ (asks the package index)"
 	@echo "make compile_commands   build/cmake/compile_commands.json for editors and clang-tidy"
 	@echo "make clean         remove what was built, and .venv"
 	@echo "Options: PYTHON=python3.12 chooses the interpreter of .venv, CSG_EXT_CUDA=0 leaves the CUDA kernels out."

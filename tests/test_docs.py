@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import doctest
 import importlib.util
 import inspect
@@ -165,3 +166,48 @@ def test_every_public_name_is_on_an_api_page_and_has_a_docstring(module):
         assert inspect.ismodule(public) or any(public is known for known in objects), f"{module}.{name} has no page"
         doc = public.__doc__ or ""
         assert doc and not doc.startswith(f"{name}("), f"{module}.{name} has no docstring"  # that of any dataclass
+
+
+# ---- architecture.md
+
+
+# From the top: each imports only what stands in its own row or below.
+LAYERS = [
+    {"__main__", "cli"},
+    {"report"},
+    {"evaluate", "localize", "detect", "mis", "info"},
+    {"plots"},
+    {"analysis", "runs"},
+    {"training"},
+    {"metrics", "optim"},
+    {"nn"},
+    {"ops"},
+    {"_extension"},
+    {"data", "remarks", "reference", "_bind"},
+]
+
+
+def imports(file: Path) -> set[str]:
+    """The parts of csg_ext that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "csg_ext":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.removeprefix("csg_ext.").partition(".")[0] if "csg_ext." in node.module else "")
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("csg_ext.")}
+    return found - {"", "__version__"}
+
+
+def test_imports_point_downwards():
+    row = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+    files = [f for f in (ROOT / "csg_ext").rglob("*.py") if f != ROOT / "csg_ext" / "__init__.py"]
+    for file in files:
+        own = file.relative_to(ROOT / "csg_ext").with_suffix("").parts[0]
+        upwards = {part for part in imports(file) if row[part] < row[own]}
+        assert not upwards, f"{file.name} imports {upwards}"
+    assert len(files) > 50
+    for part in LAYERS[-1] - {"_bind"}:
+        inside = [f for f in files if f.relative_to(ROOT / "csg_ext").with_suffix("").parts[0] == part]
+        assert inside and set().union(*map(imports, inside)) <= {part}
