@@ -65,7 +65,7 @@ def test_intervals_cover_as_often_as_they_say():
 # ---- the experiment and the command ----------------------------------------------------------------------------------
 
 
-def test_detectors_see_train_images_only(monkeypatch):
+def test_detectors_see_train_images_only():
     data, model = quarters_data(), quarters_model()
     settings = adv.Settings(images=40, epsilons=(20,), train_epsilon=60, weights=(1,), steps=3)
     _, first, counts = adv.fit_detectors(model, data, STATISTICS, settings)

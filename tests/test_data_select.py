@@ -195,7 +195,7 @@ def test_a_held_out_part_leaves_the_sets_own_val_part_as_the_test_part(tmp_path)
     assert own == [0] * 5 + [1] * 5 + [2] * 5
 
 
-def test_an_empty_class_of_a_packed_set_is_named(tmp_path):
+def test_an_empty_class_of_a_packed_set_is_named():
     images = np.zeros((6, 1, 2, 2), np.uint8)
     with pytest.raises(
         ValueError, match="toy: the test part must hold at least one image of every class, got none of class 'b'"

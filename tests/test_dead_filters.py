@@ -83,7 +83,7 @@ def test_agreement_leaves_dead_filters_out():
     assert metrics.class_agreement(gate, np.zeros((30, 4))) == 0
 
 
-def test_training_measures_dead_filters_as_zero(blind, digits, dead):
+def test_training_measures_dead_filters_as_zero(blind, dead):
     with np.load(blind / "csg" / "arrays.npz") as arrays:
         mi, features, labels = arrays["mi"], arrays["features"], arrays["labels"]
     assert np.flatnonzero((features == features[0]).all(0)).tolist() == dead

@@ -63,7 +63,7 @@ def test_two_runs_in_one_folder(whole):
     assert not list(whole.rglob(".*.part"))
 
 
-def test_killed_at_random_moments(tmp_path):
+def test_killed_at_random_moments():
     # A run inside this process would not be the first to use threads: a fork must be.
     command = [sys.executable, kill_runs.__file__, "--kills", "5"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

@@ -365,7 +365,7 @@ def test_nan_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
 # ---- averages, frozen stages, soft labels
 
 
-def test_the_average_gate_stays_feasible(tmp_path):
+def test_the_average_gate_stays_feasible():
     """The EMA of the weights is torch's; that of the gate is projected, as an average need not lie in V_G."""
     schedule = Schedule(kind="joint", lr_warmup=0.0, lr_decay="constant")
     model, data = tiny(), batches()
