@@ -1,0 +1,112 @@
+"""Tests of a run's settings: the schedule's paths, rates and lambdas, image sizes, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from csg_ext.training import Schedule, TrainConfig
+
+
+def _schedule(**options) -> Schedule:
+    defaults = dict(
+        kind="steps",
+        total_steps=100,
+        steps_per_epoch=10,
+        period=6,
+        csg_share=1 / 3,
+        warmup=0.0,
+        final_std=0.1,
+        lr_warmup=0.3,
+    )
+    return Schedule(**(defaults | options))
+
+
+def test_alternation_by_steps():
+    schedule = _schedule()
+    paths = [schedule.path(s) for s in range(100)]
+    assert paths[:12] == ["std"] * 4 + ["csg"] * 2 + ["std"] * 4 + ["csg"] * 2
+    assert paths[90:] == ["std"] * 10
+    assert set(_schedule(warmup=0.5).path(s) for s in range(50)) == {"std"}
+
+
+def test_alternation_by_epochs_is_the_papers():
+    schedule = _schedule(kind="epochs", period=3, final_std=0.0)
+    assert [schedule.path(10 * e) for e in range(10)] == ["std", "std", "csg"] * 3 + ["std"]
+    assert [schedule.path(10 * e + 9) for e in range(10)] == ["std", "std", "csg"] * 3 + ["std"]
+
+
+def test_joint():
+    paths = [_schedule(kind="joint").path(s) for s in range(100)]
+    assert paths == ["joint"] * 90 + ["std"] * 10
+
+
+@pytest.mark.parametrize("kind", ["steps", "epochs", "joint"])
+def test_rates_follow_the_runs_clock_and_reach_zero(kind):
+    """The released code's CSG rate never decayed, because it counted CSG epochs only."""
+    schedule = _schedule(kind=kind)
+    weights = [schedule.lr_factor(s) for s in range(100)]
+    gate = [schedule.gate_lr_factor(s) for s in range(100)]
+    assert weights[0] == pytest.approx(0.04) and max(weights) == pytest.approx(1) and np.argmax(weights) == 30
+    assert weights[-1] < 1e-3 and gate[0] == 1 and gate[-1] < 1e-3
+    assert all(a >= b for a, b in zip(gate, gate[1:], strict=False))
+    assert all(a >= b for a, b in zip(weights[30:], weights[31:], strict=False))
+    assert _schedule(lr_warmup=0.0).lr_factor(0) == 1
+
+
+def test_which_epochs_and_gate_warm_up():
+    """The CIFAR script's epochs, epoch % 3 == 1; a warm-up of the gate alone follows the STD path's."""
+    schedule = _schedule(kind="epochs", period=3, csg_at=(1,), final_std=0.0)
+    assert [schedule.path(10 * e) for e in range(7)] == ["std", "csg", "std"] * 2 + ["std"]
+    schedule = _schedule(kind="joint", warmup=0.1, gate_warmup=0.2)
+    paths = [schedule.path(s) for s in range(100)]
+    assert paths == ["std"] * 10 + ["gate"] * 20 + ["joint"] * 60 + ["std"] * 10
+
+
+def test_lambdas_rise_and_rates_fall_in_steps():
+    schedule = _schedule(warmup=0.2, lambda_1_ramp=0.1, lambda_2_ramp=0.4, lr_decay="multistep", lr_warmup=0.0)
+    factors = [schedule.lambda_factors(s) for s in range(100)]
+    assert factors[20] == pytest.approx((0.1, 0.025)) and factors[29] == pytest.approx((1, 0.25))
+    assert factors[59] == pytest.approx((1, 1)) and factors[99] == (1, 1) and _schedule().lambda_factors(0) == (1, 1)
+    for rates in ([schedule.lr_factor(s) for s in range(100)], [schedule.gate_lr_factor(s) for s in range(100)]):
+        assert rates == pytest.approx([1.0] * 40 + [0.1] * 20 + [0.01] * 20 + [0.001] * 20)
+    assert _schedule(lr_decay="constant", lr_warmup=0.0).lr_factor(99) == 1
+
+
+def test_a_schedule_needs_a_run():
+    with pytest.raises(ValueError, match="total_steps and steps_per_epoch must be at least 1 .* got 0 and 0"):
+        Schedule().path(0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"csg_at": (3,), "period": 3}, r"csg_at must lie in \[0, 3\), the period, got \[3\]"),
+        ({"lr_decay": "linear"}, "lr_decay must be one of cosine, multistep, constant, got 'linear'"),
+        ({"period": 0}, "period must be at least 1, got 0"),
+        ({"gate_warmup": -0.1}, r"gate_warmup must lie in \[0, 1\], got -0.1"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\], got 2.0"),
+        ({"lambda_1": -1.0}, "lambda_1 must be a non-negative number, got -1.0"),
+        ({"penalty": "l0"}, "penalty must be one of l1, l2, smooth_l1, got 'l0'"),
+        ({"projection": "l2"}, "projection must be one of scale, euclidean, got 'l2'"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"mixup": -1.0}, "mixup must be a non-negative number, got -1.0"),
+        ({"schedule": "random"}, "schedule must be one of steps, epochs, joint, got 'random'"),
+        ({"model": "vgg"}, "model must be one of resnet20, .* got 'vgg'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": float("nan")}, "lr must be a non-negative number, got nan"),
+        ({"csg_share": 1.5}, r"csg_share must lie in \[0, 1\], got 1.5"),
+        ({"budget": -1.0}, "budget must be positive, got -1.0"),
+    ],
+)
+def test_settings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_sizes():
+    config = TrainConfig(epochs=5, low_scale=0.7, low_share=0.6)
+    assert config.sizes(28) == [20, 20, 20, 28, 28] and config.sizes(32) == [24] * 3 + [32] * 2
+    assert config.sizes(3) == [3] * 5 and replace(config, low_share=0.0).sizes(28) == [28] * 5
