@@ -48,8 +48,8 @@ _REPORT_SECONDS = 0.2
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
     """Whether a run computes in bf16: asked for, or "auto" where that is the faster one.
 
-    Convolutions with AVX-512's bf16 instructions are faster than in fp32 on AMD's processors and slower on Intel's, which
-    have tiles (AMX) for it; where those are hidden, fp32 is faster (docs/demo_training.md).
+    Convolutions with AVX-512's bf16 instructions are faster than in fp32 on AMD's processors and slower on Intel's,
+    which have tiles (AMX) for it; where those are hidden, fp32 is faster (docs/demo_training.md).
     """
     if config.precision != "auto":
         return config.precision == "bf16"
