@@ -83,6 +83,11 @@ def test_scores_of_a_tensor():
     assert isinstance(best, torch.Tensor) and best.tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match=r"best_class: mi must be a non-empty \(K, C\) matrix, got shape \(2,\)"):
         metrics.best_class(torch.zeros(2))
+    for wrong in (torch.zeros(2, 2, dtype=torch.complex64), [["a"]], None):
+        with pytest.raises(TypeError, match="best_class: mi must be .*numbers, got "):
+            metrics.best_class(wrong)
+    assert metrics.mutual_information_score(torch.tensor([[1, 2], [3, 0]])) == 2.5
+    assert metrics.best_class(torch.tensor([[False, True]])).tolist() == [1]
 
 
 def test_ceiling_is_the_mean_of_every_class_with_its_own_score():

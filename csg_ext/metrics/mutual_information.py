@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from csg_ext.ops._errors import as_array
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info, mutual_info_classif
 
 __all__ = [
@@ -29,7 +30,17 @@ __all__ = [
 
 
 def _matrix(name: str, mi: Tensor | ArrayLike) -> Tensor:
-    m = mi if isinstance(mi, Tensor) else torch.from_numpy(np.array(mi))
+    if isinstance(mi, Tensor):
+        m = mi
+    else:
+        array = as_array(name, "mi", mi)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name}: mi must be numbers, got {array.dtype}")
+        m = torch.from_numpy(np.array(array, np.float32 if array.dtype == np.float32 else np.float64))
+    if m.is_complex() or m.layout != torch.strided or m.is_meta:
+        raise TypeError(f"{name}: mi must be a dense tensor of real numbers, got {m.dtype} with layout {m.layout}")
+    if not m.is_floating_point():
+        m = m.double()
     if m.dim() != 2 or m.numel() == 0:
         raise ValueError(f"{name}: mi must be a non-empty (K, C) matrix, got shape {tuple(m.shape)}")
     return m

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from csg_ext.ops import gated_pool, project_gate_
+from csg_ext.ops._errors import check_dense, real
 
 
 def _check_gate(name: str, gate: Tensor) -> None:
+    check_dense(name, "gate", gate)
     if gate.dim() != 2:
         raise ValueError(f"{name}: gate must be (C, K), got shape {tuple(gate.shape)}")
     if not gate.is_floating_point():
@@ -21,7 +23,7 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
 
     budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
     entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
-    Raises ValueError for another shape, TypeError for a gate that is not floating.
+    Raises ValueError for another shape, TypeError for a gate that is not floating or a budget that is no number.
     Source: Liang et al., ECCV 2020, section 3.3.
 
     Example:
@@ -29,6 +31,8 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
         (tensor(0.), tensor(12.), tensor(6.))
     """
     _check_gate("gate_penalty", gate)
+    if budget is not None:
+        budget = real("gate_penalty", "budget", budget)
     excess = F.relu(gate.abs().sum() - (gate.shape[1] if budget is None else budget))
     if norm == "l1":
         return excess

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from csg_ext import _extension
 
@@ -13,14 +18,55 @@ _LAUNCH_FAILURES = {
 }
 
 
-def explained(error: Exception, op: str, device: torch.device) -> Exception:
-    """The exception to raise for `error`, which a kernel of `op` raised on `device`.
+def check_dense(op: str, name: str, value: Any) -> None:
+    """Raises TypeError for what is no dense tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+
+
+def check_writable(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError for an expanded tensor: several of its entries are one."""
+    if tensor.numel() and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(
+            f"{op}: {name} is updated in place and must not be expanded, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}"
+        )
+
+
+def real(op: str, name: str, value: Any) -> float:
+    """value as a float; raises TypeError for what is no number."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return value if isinstance(value, float) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r:.100}") from None
+
+
+def as_array(op: str, name: str, value: Any) -> NDArray[Any]:
+    """numpy.asarray; raises ValueError where rows differ in length."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{op}: {name} must be an array, got {type(value).__name__}: {error}") from None
+
+
+def explained(error: Exception, op: str, device: torch.device, **arguments: Tensor | None) -> Exception:
+    """The exception to raise for `error`, which a kernel of `op` raised on `device`, with these arguments.
 
     The kernels' own sentences about arguments become TypeError or ValueError; a lack of memory is
     torch.OutOfMemoryError (a RuntimeError), a kernel that cannot be launched a RuntimeError; anything else stays as it
     is.
     """
-    if isinstance(error, NotImplementedError):  # no kernel for this device
+    if isinstance(error, NotImplementedError):  # no kernel for this device or layout
+        for name, tensor in arguments.items():
+            if tensor is not None:
+                try:
+                    check_dense(op, name, tensor)
+                except TypeError as sparse:
+                    return sparse
         if device.type == "cuda":
             return RuntimeError(f"{op}: there are no CUDA kernels: {_extension.CUDA_ERROR}")
         return NotImplementedError(f"{op}: tensors must be on the CPU or a CUDA device, got {device}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from csg_ext import reference
-from csg_ext.ops._errors import explained
+from csg_ext.ops._errors import check_dense, check_writable, explained, real
 
 METHODS = {"scale": False, "euclidean": True}
 
@@ -46,6 +46,7 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
     """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``."""
     _check_gate("project_gate_", gate, method)
+    check_writable("project_gate_", "gate", gate)
     return _step("project_gate_", gate, None, None, 0.0, 0.0, 0.0, 0.0, False, False, METHODS[method])
 
 
@@ -89,8 +90,15 @@ def gate_step_(
                 [0.6364]])
     """
     _check_gate("gate_step_", gate, method)
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"gate_step_: grad must be a torch.Tensor, got {type(grad).__name__}")
+    check_dense("gate_step_", "grad", grad)
+    if momentum_buffer is not None:
+        check_dense("gate_step_", "momentum_buffer", momentum_buffer)
+        check_writable("gate_step_", "momentum_buffer", momentum_buffer)
+    check_writable("gate_step_", "gate", gate)
+    lr, momentum = real("gate_step_", "lr", lr), real("gate_step_", "momentum", momentum)
+    dampening, weight_decay = (
+        real("gate_step_", "dampening", dampening), real("gate_step_", "weight_decay", weight_decay)
+    )  # fmt: skip
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"gate_step_: {name} must be >= 0, got {value}")
@@ -108,10 +116,9 @@ def gate_step_(
 
 
 def _check_gate(op: str, gate: Tensor, method: str) -> None:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"{op}: method must be 'scale' or 'euclidean', got {method!r}")
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"{op}: gate must be a torch.Tensor, got {type(gate).__name__}")
+    check_dense(op, "gate", gate)
     if gate.dim() != 2:
         raise ValueError(f"{op}: gate must have the shape (C, K), got {tuple(gate.shape)}")
     if not gate.is_floating_point():

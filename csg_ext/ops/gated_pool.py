@@ -91,7 +91,7 @@ def gated_pool(
         >>> gated, pooled
         (tensor([[3., 0.]]), tensor([[3., 8.]]))
     """
-    mode = _POOLS.get(pool)
+    mode = _POOLS.get(pool) if isinstance(pool, str) else None
     if mode is None:
         raise ValueError(f"gated_pool: pool must be 'avg' or 'max', got {pool!r}")
     if not (isinstance(x, Tensor) and isinstance(gate, Tensor) and isinstance(labels, Tensor)):
@@ -129,7 +129,7 @@ def gated_pool(
         else:
             out, pooled, _ = _forward_kernel(x, gate, rows, top, where, mode)
     except (RuntimeError, NotImplementedError) as error:
-        raise explained(error, "gated_pool", x.device) from None
+        raise explained(error, "gated_pool", x.device, x=x, gate=gate, labels=rows) from None
     return (out, pooled) if return_pooled else out
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from csg_ext.ops._errors import explained
+from csg_ext.ops._errors import as_array, check_dense, explained
 
 Progress = Callable[[int, int], object]
 
@@ -29,6 +29,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _CHUNK_VALUES = 2**22  # a tenth of a second on a few cores; Ctrl-C acts between chunks
 _NOISE_VALUES = 2**29  # 4 GiB: beyond, the stream of the noise is drawn once for every so many values
 _MAX_SAMPLES = 2**30
+_MAX_CLASSES = 2**24  # beyond, a label is an identifier: there is a column of results for every class
 
 
 @overload
@@ -86,7 +87,7 @@ def class_mutual_info(
             strides; or an array, which is not copied (read-only ones, memory maps and Fortran order included).
             float32, float64, float16 and bfloat16 are taken as they are; other numbers are converted to float64, some
             columns at a time.
-        labels: (N,), integers in [0, C); a tensor on any device, or an array.
+        labels: (N,), integers in [0, C), C at most 2^24; a tensor on any device, or an array.
         num_classes: C; the largest label + 1 when not given. A class without samples has MI 0 up to the noise.
         n_neighbors: k of the estimator. A class of at most k samples uses as many neighbours as it has.
         ties: what happens to equal values.
@@ -424,8 +425,7 @@ class _Features:
         self.array: NDArray[Any] | None = None  # what torch cannot see in place
         self.tensor: Tensor | None = None
         if isinstance(features, Tensor):
-            if features.layout != torch.strided:
-                raise TypeError(f"{op}: {name} must be a dense tensor, got layout {features.layout}")
+            _check_tensor(op, name, features)
             if features.is_floating_point() and features.dtype not in _FLOATS or features.is_complex():
                 raise TypeError(
                     f"{op}: {name} must be float32, float64, float16, bfloat16 or integers, got {_name(features.dtype)}"
@@ -433,7 +433,7 @@ class _Features:
             self.tensor = features.detach()
             shape: tuple[int, ...] = tuple(features.shape)
         else:
-            array = np.asarray(features)
+            array = as_array(op, name, features)
             if array.dtype == object:  # a DataFrame of several types of numbers
                 try:
                     array = array.astype(np.float64)
@@ -454,7 +454,7 @@ class _Features:
         self.home = self.tensor.device if isinstance(features, Tensor) and self.tensor is not None else _CPU
         try:
             self.device = self.home if device is None else torch.device(device)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             raise ValueError(f"{op}: device must be the name of a torch device, got {device!r}") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"{op}: device {device!r} needs a GPU that this torch can use, got none")
@@ -504,10 +504,11 @@ def _in_place(array: NDArray[Any]) -> Tensor | None:
 def _class_indices(op: str, labels: Any, n: int | None, num_classes: int | None) -> tuple[Tensor, Tensor]:
     """labels as int64 (N,), and the number of samples of each class, (C,) on the CPU."""
     if isinstance(labels, Tensor):
+        _check_tensor(op, "labels", labels)
         codes, integers = labels.detach(), not (labels.is_floating_point() or labels.is_complex())
         dtype: Any = labels.dtype
     else:
-        array = np.asarray(labels)
+        array = as_array(op, "labels", labels)
         dtype, integers = array.dtype, array.dtype.kind in "iub"
         codes = torch.from_numpy(np.array(array, np.int64)) if integers else torch.empty(array.shape, device="meta")
     if n is not None and tuple(codes.shape) != (n,):
@@ -521,6 +522,11 @@ def _class_indices(op: str, labels: Any, n: int | None, num_classes: int | None)
     if lowest < 0:
         raise ValueError(f"{op}: labels must be non-negative, got {lowest}")
     classes = highest + 1 if num_classes is None else _positive(op, "num_classes", num_classes)
+    if classes > _MAX_CLASSES:
+        raise ValueError(
+            f"{op}: labels must be class indices and num_classes at most 2^24, got {classes} classes: number "
+            "the classes that occur"
+        )
     if highest >= classes:
         raise ValueError(f"{op}: labels must lie in [0, {classes}), got {highest}")
     return codes, torch.bincount(codes, minlength=classes).cpu()
@@ -528,7 +534,9 @@ def _class_indices(op: str, labels: Any, n: int | None, num_classes: int | None)
 
 def _codes(op: str, y: Any, n: int) -> tuple[Tensor, int]:
     """Labels of any type as class indices (N,), and the number of classes."""
-    array = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    if isinstance(y, Tensor):
+        _check_tensor(op, "y", y)
+    array = as_array(op, "y", y.detach().cpu() if isinstance(y, Tensor) else y)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.shape != (n,):
@@ -542,6 +550,12 @@ def _codes(op: str, y: Any, n: int) -> tuple[Tensor, int]:
     except TypeError as error:
         raise ValueError(f"{op}: y must be labels that sort, got {array.dtype} values: {error}") from None
     return torch.from_numpy(codes.astype(np.int64)), len(names)
+
+
+def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    check_dense(op, name, tensor)
+    if tensor.is_meta:
+        raise ValueError(f"{op}: {name} must hold values, got a tensor on the meta device")
 
 
 def _name(dtype: Any) -> str:
