@@ -400,7 +400,7 @@ def _train_holding(arguments: dict[str, Any], held: contextlib.ExitStack) -> int
     if "data" in arguments:
         arguments["data"] = str(Path(arguments["data"]).absolute())
 
-    from csg_ext.runs import SOURCE, load_source
+    from csg_ext.runs import SOURCE, load_source, read_run, stored_config
     from csg_ext.training.config import TrainConfig
 
     source = dict(SOURCE)
@@ -408,10 +408,11 @@ def _train_holding(arguments: dict[str, Any], held: contextlib.ExitStack) -> int
     if resume:
         if not run_file.is_file():
             raise FileNotFoundError(f"--resume expects a run in {folder}, which has no {RUN}")
-        stored = json.loads(run_file.read_text())
-        stored["source"] = source | stored["source"]  # an older run knew fewer settings
+        stored = read_run(run_file)
+        config = stored_config(run_file, stored["config"])
+        stored["config"] = config.as_dict()  # an older run knew fewer settings
         stored = _same_request(stored, arguments)
-        config, source, fingerprint = TrainConfig(**stored["config"]), stored["source"], stored["sha256"]
+        source, fingerprint = stored["source"], stored["sha256"]
     else:
         source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
         config, fingerprint = TrainConfig(**arguments), None
@@ -419,7 +420,8 @@ def _train_holding(arguments: dict[str, Any], held: contextlib.ExitStack) -> int
 
     from tqdm import tqdm
 
-    from csg_ext.report import draw, read_run, write_report
+    from csg_ext.report import draw, write_report
+    from csg_ext.report import read_run as read_finished
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
@@ -470,7 +472,7 @@ def _train_holding(arguments: dict[str, Any], held: contextlib.ExitStack) -> int
     summary = compare.summarise(results, config, data, time.monotonic() - begun)
     compare.save_summary(folder, summary)
     print("\n" + compare.table(summary), flush=True)
-    run = read_run(folder, data)
+    run = read_finished(folder, data)
     pictures = draw(run)
     for picture in pictures:
         with atomic_file(folder / f"{picture.name}.png") as file:

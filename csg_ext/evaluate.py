@@ -249,10 +249,7 @@ def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> Image
         raise ValueError(
             "both checkpoints must be measured on the same images, got runs on different ones: give --data"
         )
-    try:
-        data = load_source(run["source"])
-    except TypeError as error:
-        raise ValueError(f"expected a run.json that names its images, got one that fails with: {error}") from None
+    data = load_source(run["source"])
     if data.fingerprint() != run["sha256"]:
         raise ValueError(
             f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"

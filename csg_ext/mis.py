@@ -20,7 +20,7 @@ from csg_ext.metrics import best_class, dead_filters, mutual_information_score
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info
 from csg_ext.remarks import filter_remarks
 from csg_ext.runs import read_safetensors
-from csg_ext.training.files import ARMS, ARRAYS, CHECKPOINT, SUMMARY, WEIGHTS, atomic_file, write_text
+from csg_ext.training.files import ARMS, ARRAYS, CHECKPOINT, SUMMARY, WEIGHTS, atomic_file, read_json, write_text
 
 MATRIX, PICTURE, NUMBERS = "mutual_information.npz", "mutual_information.png", "mis.json"
 _LISTED = 10  # classes that the report names
@@ -84,7 +84,11 @@ def _read_arm(folder: Path) -> FeatureSet:
     classes = None
     summary = folder.parent / SUMMARY
     if summary.is_file():
-        classes = json.loads(summary.read_text())["data"]["classes"]
+        content = read_json(summary, "the numbers that csg-ext train wrote")
+        data = content.get("data") if isinstance(content, dict) else None
+        classes = data.get("classes") if isinstance(data, dict) else None
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{summary}: expected the names of the classes under data, got {classes!r:.100}")
     return FeatureSet(folder.name, found["features"], found["labels"], classes)
 
 

@@ -5,21 +5,22 @@ Nothing in a file is executed: torch files are read with weights_only=True, the 
 
 from __future__ import annotations
 
-import json
 import math
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from csg_ext._text import reason
 from csg_ext.data.images import ImageData, load_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS
+from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, read_json
 from csg_ext.training.network import build_model
 from csg_ext.training.weights import load_checkpoint
 
@@ -35,6 +36,19 @@ SOURCE: dict[str, Any] = {
     "memory_limit": 4.0,
     "strict": False,
     "hold_out": None,
+}
+# The JSON that each of them may be.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "data": ((str, NoneType), "a path or null"),
+    "classes": ((list, NoneType), "a list of names or null"),
+    "imbalance": ((int, float, NoneType), "a number or null"),
+    "channels": ((int, NoneType), "an integer or null"),
+    "image_size": ((int, NoneType), "an integer or null"),
+    "test_share": ((int, float), "a number"),
+    "split_seed": ((int,), "an integer"),
+    "memory_limit": ((int, float), "a number"),
+    "strict": ((bool,), "true or false"),
+    "hold_out": ((int, NoneType), "an integer or null"),
 }
 _PREFIX = "model."  # of the weights in a Lightning checkpoint
 _GATE = "csg.gate"
@@ -95,7 +109,7 @@ def read_checkpoint(file: Path) -> StoredModel:
     Raises OSError or ValueError with one sentence.
     """
     run_file = file.absolute().parent.parent / RUN
-    run = _read_run(run_file) if run_file.is_file() else None
+    run = read_run(run_file) if run_file.is_file() else None
     if file.suffix == ".safetensors":
         state, config = read_safetensors(file), None
     else:
@@ -104,10 +118,7 @@ def read_checkpoint(file: Path) -> StoredModel:
         config = run["config"]
     if config is None:
         raise ValueError(f"{file} holds weights alone: expected {RUN} of its run in {run_file.parent}, got none")
-    try:
-        return StoredModel(file, state, TrainConfig(**config), run)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: expected the settings of a run, got ones that fail with: {error}") from None
+    return StoredModel(file, state, stored_config(file if run is None else run_file, config), run)
 
 
 def restore(stored: StoredModel, data: ImageData) -> GatedModel:
@@ -150,7 +161,9 @@ def read_safetensors(file: Path, only: Collection[str] | None = None) -> dict[st
         with safe_open(file, framework="pt") as archive:
             return {key: archive.get_tensor(key) if only is None or key in only else None for key in archive.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a readable .safetensors file, got one that fails with: {error}") from None
+        raise ValueError(
+            f"{file}: expected a readable .safetensors file, got one that fails with: {reason(error)}"
+        ) from None
 
 
 def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -160,7 +173,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with zipfile.ZipFile(file) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
     except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{expected}, got a file that is none: {error}") from None
+        raise ValueError(f"{expected}, got a file that is none: {reason(error)}") from None
     if packed:  # torch never compresses; a small file could unfold to any size
         raise ValueError(f"{expected}, got a compressed archive")
     content = load_checkpoint(file)
@@ -174,11 +187,12 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     return {str(name).removeprefix(_PREFIX): tensor for name, tensor in state.items()}, config
 
 
-def _read_run(file: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: expected the settings of a run as JSON, got: {error}") from None
+def read_run(file: Path) -> dict[str, Any]:
+    """What run.json says of a run: config, source (with the keys of SOURCE), sha256 and perhaps statistics.
+
+    Raises OSError or ValueError with one sentence.
+    """
+    run = read_json(file, "the settings of a run")
     if (
         not isinstance(run, dict)
         or not isinstance(run.get("config"), dict)
@@ -187,7 +201,23 @@ def _read_run(file: Path) -> dict[str, Any]:
         or not isinstance(run.get("sha256"), str)
     ):
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
+    for key, value in source.items():
+        kinds, words = _KINDS[key]
+        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if key == "classes" and fits and value is not None:
+            fits = all(isinstance(name, str) for name in value)
+        if not fits or (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and abs(value) >= 2**63):
+            raise ValueError(f"{file}: the source's {key} must be {words}, got {value!r:.100}")
     return run | {"source": SOURCE | source}  # an older run knew fewer settings
+
+
+def stored_config(file: Path, config: Any) -> TrainConfig:
+    """The settings that a file holds as plain values; ValueError with one sentence if they are none."""
+    try:
+        return TrainConfig(**config)
+    except (TypeError, ValueError, OverflowError) as error:
+        message = f"{file}: expected the settings of a run, got ones that fail with: {reason(error)}"
+        raise ValueError(message) from None
 
 
 def load_source(source: dict[str, Any], progress: Callable[[Any], Any] = iter) -> ImageData:

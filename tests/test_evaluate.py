@@ -273,7 +273,7 @@ DATA = ["--data", "DIGITS"]
         (["run/csg", *DATA], "model.safetensors: expected a readable .safetensors file, got one that fails with"),
         (["badrun/csg"], "run.json: expected the settings of a run as JSON, got: "),
         (["oddrun/csg"], "run.json: expected the settings of a run with config, source and sha256, got other JSON"),
-        (["typerun/csg"], "expected a run.json that names its images, got one that fails with: "),
+        (["typerun/csg"], "run.json: the source's data must be a path or null, got 3"),
         (["otherrun/csg"], "expected the images that the run saw, got others from "),
         (["otherrun/csg", "RUN"], "both checkpoints must be measured on the same images, got runs on different ones"),
         (["alone.safetensors", *DATA], "alone.safetensors holds weights alone: expected run.json of its run in "),

@@ -382,7 +382,7 @@ def _without_number(folder):
         (_without("summary.json"), "must be a finished run, got .* without summary.json"),
         (_without("csg/arrays.npz"), "must be a finished run, got .* without csg/arrays.npz"),
         (lambda folder: (folder / "std/arrays.npz").write_bytes(b"PK\3\4 no"), "std/arrays.npz: expected the arrays"),
-        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json: expected JSON"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json: expected the numbers .* as JSON"),
         (lambda folder: (folder / "summary.json").write_text("{}"), "summary.json: expected the numbers"),
         (_without_number, "summary.json: expected the numbers .* without std.mis_bound"),
         (lambda folder: (folder / "csg/metrics.json").write_text("[1]"), "csg/metrics.json: expected the epochs"),

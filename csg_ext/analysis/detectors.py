@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from csg_ext._text import reason
 from csg_ext.training.files import atomic_file
 
 Array = NDArray[Any]
@@ -291,7 +292,9 @@ def load_detector(path: str | Path) -> Detector:
             name = (archive.metadata() or {}).get("detector")
             arrays = {key: archive.get_tensor(key) for key in archive.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a readable .safetensors file, got one that fails with: {error}") from None
+        raise ValueError(
+            f"{file}: expected a readable .safetensors file, got one that fails with: {reason(error)}"
+        ) from None
     if name not in DETECTORS:
         raise ValueError(f"{file}: expected one of the detectors {', '.join(DETECTORS)}, got {name!r}")
     kind = DETECTORS[name]

@@ -51,8 +51,3 @@ def to_array(image: Image.Image) -> np.ndarray:
     """uint8 (channels, H, W)."""
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def reason(error: Exception) -> str:
-    """The first line of why a file does not decode."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

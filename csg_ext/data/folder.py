@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from csg_ext._text import reason
 from csg_ext.data import decode
 from csg_ext.data.images import ImageData
 from csg_ext.data.index import PARTS, ImageIndex, ImageList
@@ -79,7 +80,7 @@ class _Failures:
         name = images.name(position)
         if images.root != self.root:
             name = f"{os.path.relpath(images.root, self.root)}/{name}"
-        line = f"{name}: {decode.reason(error)}"
+        line = f"{name}: {reason(error)}"
         if self.strict:
             raise ValueError(f"data: with strict every image must decode, got {line}") from None
         self.lines.append(line)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pickle
-import zipfile
 import zlib
 from collections.abc import Collection
 from pathlib import Path
@@ -12,7 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from csg_ext._text import reason
 from csg_ext.data.images import ImageData
+
+_IDX_DIMENSIONS = 4  # at most; sets of images have three
+_CHUNK = 2**20
 
 
 def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = False) -> Any:
@@ -30,10 +34,14 @@ def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = Fal
             raise ValueError("it is an archive, not one array")
         with loaded as archive:
             found = {key: archive[key] if only is None or key in only else None for key in archive.files}
-    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except MemoryError:
+        raise ValueError("its header asks for more memory than there is") from None
+    except Exception as error:  # a damaged archive or header can raise almost anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         if "allow_pickle" in str(error):  # NumPy's own message recommends to execute what the file holds
             raise ValueError("it holds pickled objects, which are never read") from None
-        raise ValueError(str(error) or type(error).__name__) from None
+        raise ValueError(reason(error)) from None
     for key, array in found.items():
         if isinstance(array, bytes):  # a member without NumPy's header
             raise ValueError(f"{key!r} is no array")
@@ -45,15 +53,26 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
     try:
         arrays = load_numpy(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a readable .npz file, got one that fails with: {error}") from None
+        raise ValueError(f"{path}: expected a readable .npz file, got one that fails with: {reason(error)}") from None
     missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
     if missing:
         raise ValueError(f"{path}: expected the array {min(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
     for part in ("train", "test"):
         images = arrays[f"{part}_images"]
         arrays[f"{part}_images"] = images[:, None] if images.ndim == 3 else images
-        arrays[f"{part}_labels"] = arrays[f"{part}_labels"].astype(np.int64)
-    classes = arrays.get("classes", np.arange(arrays["train_labels"].max(initial=0) + 1))
+        labels = arrays[f"{part}_labels"]
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise ValueError(f"{path}: {part}_labels must be integers (N,), got {labels.dtype} {labels.shape}")
+        arrays[f"{part}_labels"] = labels.astype(np.int64)
+    labels = arrays["train_labels"]
+    highest = int(labels.max(initial=0))
+    if "classes" not in arrays and highest >= len(labels):  # not a name for each of them
+        raise ValueError(
+            f"{path}: train_labels must be numbers of classes that all have an image, got {highest} in {len(labels)}"
+        )
+    classes = arrays["classes"] if "classes" in arrays else np.arange(highest + 1)
+    if classes.ndim != 1:
+        raise ValueError(f"{path}: classes must be names (C,), got shape {classes.shape}")
     return ImageData(
         name or path.stem,
         arrays["train_images"],
@@ -65,18 +84,25 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not, as an array."""
+    """An IDX file of unsigned bytes, gzipped or not, as an array; reads no more than its header announces."""
+    body = bytearray()
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if len(head) == 4 else b""
+            if not sizes or head[:3] != b"\0\0\x08" or head[3] > _IDX_DIMENSIONS or len(sizes) < 4 * head[3]:
+                got = head.hex() or "an empty file"
+                raise ValueError(f"{path}: expected an IDX header of unsigned bytes, got {got}")
+            shape = [int(n) for n in np.frombuffer(sizes, ">u4")]
+            size = math.prod(shape)
+            while len(body) <= size and (chunk := file.read(_CHUNK)):
+                body += chunk
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected a readable IDX file, got: {error}") from None
-    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != 8 or raw[3] == 0 or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(f"{path}: expected an IDX header of unsigned bytes, got {raw[:4].hex() or 'an empty file'}")
-    shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
-    body = len(raw) - 4 - 4 * raw[3]
-    if body != int(np.prod(shape, dtype=np.int64)):
-        raise ValueError(f"{path}: expected {'x'.join(map(str, shape))} bytes after the header, got {body}")
-    return np.frombuffer(raw, np.uint8, offset=len(raw) - body).reshape(shape)
+        raise ValueError(f"{path}: expected a readable IDX file, got: {reason(error)}") from None
+    if len(body) != size:
+        got = str(len(body)) if len(body) < size else "more"
+        raise ValueError(f"{path}: expected {'x'.join(map(str, shape))} bytes after the header, got {got}")
+    return np.frombuffer(body, np.uint8).reshape(shape)
 
 
 def _idx_file(folder: Path, stems: tuple[str, ...]) -> Path | None:
@@ -150,7 +176,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged pickle can raise almost anything
-        raise ValueError(f"{path}: expected a pickled CIFAR batch, got one that fails with: {error}") from None
+        raise ValueError(f"{path}: expected a pickled CIFAR batch, got one that fails with: {reason(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a pickled dict, got {type(content).__name__}")
     return content
@@ -165,10 +191,12 @@ def _cifar_part(paths: list[Path], label_key: str) -> tuple[np.ndarray, np.ndarr
             raise ValueError(
                 f"{path}: expected 'data' as uint8 (N, 3072), got {getattr(data, 'shape', type(data).__name__)}"
             )
-        if not isinstance(label, list) or len(label) != len(data):
+        if not isinstance(label, list) or len(label) != len(data) or not all(type(v) is int for v in label):
             raise ValueError(
                 f"{path}: expected {label_key!r} as a list of {len(data)} labels, got {type(label).__name__}"
             )
+        if label and not 0 <= min(label) <= max(label) < 1000:
+            raise ValueError(f"{path}: {label_key!r} must be class numbers, got {min(label)} to {max(label)}")
         images.append(data.reshape(-1, 3, 32, 32))
         labels.append(np.asarray(label, np.int64))
     return np.concatenate(images), np.concatenate(labels)

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from csg_ext._text import reason
 from csg_ext.data import decode, select
 from csg_ext.data.batches import derive_seed, normalise
 from csg_ext.data.images import ImageData, find_images
@@ -105,7 +106,7 @@ class _Images(Dataset[tuple[Tensor, Tensor, list[str]]]):
             try:
                 image = self.images.image(position, self.channels)
             except Exception as error:  # Pillow raises many types for a damaged file
-                failed.append(f"{self.images.name(position)}: {decode.reason(error)}")
+                failed.append(f"{self.images.name(position)}: {reason(error)}")
                 continue
             kept.append(position)
             seed = derive_seed(self.seed, _CROP, epoch, position)

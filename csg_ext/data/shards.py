@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from csg_ext._text import reason
 from csg_ext.data import decode
 from csg_ext.data.index import PARTS, ImageIndex, ImageList
 
@@ -84,7 +85,7 @@ def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[d
                 file.seek(archive.offset)
         except tarfile.TarError as error:
             what = f"truncated or damaged after {done}" if done else "no tar file"
-            skip(f"{below}: {what}: {decode.reason(error)}")
+            skip(f"{below}: {what}: {reason(error)}")
             return
         # tarfile takes a damaged or incomplete header for the end.
         if file.read(_BLOCK) != bytes(_BLOCK):

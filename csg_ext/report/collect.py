@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from csg_ext import metrics
+from csg_ext._text import reason
 from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.data.images import ImageData
@@ -22,8 +22,8 @@ from csg_ext.evaluate import source_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
 from csg_ext.runs import checkpoint_files, read_checkpoint, restore, training_statistics
-from csg_ext.training.compare import rows
-from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY
+from csg_ext.training.compare import table
+from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY, is_number, read_json
 
 # Bytes of the page for all runs together, before base64 adds a third.
 SPRITE_BYTES, MAP_BYTES = 1_500_000, 500_000
@@ -97,7 +97,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
     for file in (SUMMARY, *(f"{arm}/{name}" for arm in ARMS for name in (ARRAYS, METRICS_JSON))):
         if not (place / file).is_file():
             raise FileNotFoundError(f"report: RUN must be a finished run, got {place} without {file}")
-    summary = _read_summary(place / SUMMARY)
+    summary = read_summary(place / SUMMARY)
     stored = [read_checkpoint(file) for file in files]
     data = data or source_images(stored, {"data": None, "image_size": None})
     arms = []
@@ -114,7 +114,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
                 model=model,
                 gate=None if note else gate,
                 gate_note=note,
-                history=_read_history(place / name / METRICS_JSON),
+                history=read_history(place / name / METRICS_JSON),
                 statistics=training_statistics(checkpoint, data),
                 **arrays,
             )
@@ -122,32 +122,36 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
     return Run(place.resolve().name, summary, data, arms)
 
 
-def _read_json(file: Path) -> Any:
+def read_summary(file: Path) -> dict[str, Any]:
+    """summary.json, with all that a page shows of it; OSError, or ValueError with one sentence."""
+    summary = read_json(file, "the numbers that csg-ext train wrote")
+    got = f"{file}: expected the numbers that csg-ext train wrote, got"
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON that csg-ext train wrote, got: {error}") from None
-
-
-def _read_summary(file: Path) -> dict[str, Any]:
-    summary = _read_json(file)
-    try:
-        rows(summary)
+        table(summary)
         missing = [key for key in _SHOWN if key not in summary] or [
             f"{key}.{part}" for key, parts in _SHOWN.items() for part in parts if part not in summary[key]
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got others: {error!r}") from None
+        if not missing:
+            shown = [summary["std"]["mis_bound"], summary["seconds"], *summary["data"]["shape"]]
+            if not all(map(is_number, shown)) or not isinstance(summary["versions"], dict) or len(shown) != 5:
+                raise TypeError("other types where numbers belong")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{got} others: {type(error).__name__} {reason(error)}") from None
     if missing:
-        raise ValueError(f"{file}: expected the numbers that csg-ext train wrote, got a file without {missing[0]}")
+        raise ValueError(f"{got} a file without {missing[0]}")
     return summary
 
 
-def _read_history(file: Path) -> list[dict[str, Any]]:
-    history = _read_json(file)
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.json; OSError, or ValueError with one sentence."""
+    history = read_json(file, "the epochs that csg-ext train wrote")
     wanted = {"epoch", "loss_std", "train_accuracy", "l1_density"}
     if not isinstance(history, list) or not all(isinstance(row, dict) and wanted <= row.keys() for row in history):
         raise ValueError(f"{file}: expected the epochs that csg-ext train wrote, got other JSON")
+    for row in history:
+        for key in sorted(wanted):
+            if not is_number(row[key]) and (key == "epoch" or row[key] is not None):
+                raise ValueError(f"{file}: {key} must be a number, got {row[key]!r:.100}")
     return history
 
 
@@ -159,7 +163,7 @@ def _read_arrays(file: Path, data: ImageData, filters: int) -> dict[str, NDArray
         found = {key: loaded[key] for key in wanted}
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{file}: expected the arrays of a finished arm, got a file that fails with: {error}"
+            f"{file}: expected the arrays of a finished arm, got a file that fails with: {reason(error)}"
         ) from None
     for key, shape in wanted.items():
         if found[key].shape != shape or not np.isfinite(found[key]).all():

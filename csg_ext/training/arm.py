@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
 from csg_ext import metrics
+from csg_ext._text import reason
 from csg_ext.data.batches import Batches, normalise
 from csg_ext.data.images import ImageData
 from csg_ext.nn.gate import GatedModel
@@ -35,6 +36,7 @@ from csg_ext.training.files import (
 )
 from csg_ext.training.logs import write_epoch
 from csg_ext.training.module import ROW, AlternateTraining
+from csg_ext.training.monitor import DivergedError
 from csg_ext.training.network import build_model
 from csg_ext.training.schedule import CSG
 
@@ -75,6 +77,7 @@ class _Keeper(Callback):
     ) -> None:
         self.folder, self.report, self.interruption, self.stop_after = folder, report, interruption, stop_after
         self.tensorboard = tensorboard
+        self.began = False  # a step was taken: what a checkpoint holds was fit for it
         self.writer: SummaryWriter | None = None
         self._last = self._reported = time.perf_counter()
 
@@ -99,6 +102,7 @@ class _Keeper(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
         assert isinstance(pl_module, AlternateTraining)
+        self.began = True
         now = time.perf_counter()
         pl_module.seconds += now - self._last
         self._last = now
@@ -225,12 +229,13 @@ def fit_arm(
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with Interruption() as interruption, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
+        keeper = _Keeper(out, report, interruption, stop_after, tensorboard)
         trainer = pl.Trainer(
             max_epochs=config.epochs,
             accelerator="gpu" if place.type == "cuda" else "cpu",
             devices=[place.index or 0] if place.type == "cuda" else 1,
             precision="bf16-mixed" if uses_bf16(config, place) else "32-true",
-            callbacks=[_Keeper(out, report, interruption, stop_after, tensorboard)],
+            callbacks=[keeper],
             plugins=[AtomicCheckpointIO()],
             logger=False,
             enable_checkpointing=False,
@@ -242,6 +247,14 @@ def fit_arm(
             trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
         except SystemExit:  # what Lightning makes of a second Ctrl-C
             raise KeyboardInterrupt from None
+        except (OSError, DivergedError, TrainingInterrupted, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # Lightning and torch raise almost anything for a state of other parts
+            if keeper.began or not resume or str(error).startswith(str(checkpoint)):
+                raise
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__} "
+            message = f"{checkpoint}: expected the state of this run, got one that fails with: {kind}{reason(error)}"
+            raise ValueError(message) from error
     write_history(out, module.history)  # again: a run killed between its last checkpoint and this lacks the last row
     module.model.to(place)
     return module

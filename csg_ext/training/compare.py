@@ -24,11 +24,14 @@ import torch
 from csg_ext.data.images import ImageData
 from csg_ext.metrics import gap_closed
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARMS, LOG, RESULT, SUMMARY, TABLE, write_text
+from csg_ext.training.files import ARMS, LOG, RESULT, SUMMARY, TABLE, is_number, read_json, write_text
 from csg_ext.training.worker import FAILED, INTERRUPTED
 
 Display = Callable[[str, dict[str, Any]], None]
 _STOPPED = (INTERRUPTED, -signal.SIGINT)  # the second: before the worker could handle Ctrl-C
+# Of result.json, in the comparison.
+_NUMBERS = ("accuracy", "mis", "mis_ceiling", "mis_bound", "train_seconds")
+_CSG_NUMBERS = ("l1_density", "class_agreement", "one_hot_accuracy")
 _MAX_THREADS = 4  # per arm: batches of 64 small images keep no more busy
 
 
@@ -133,7 +136,19 @@ def run_arms(
         for group in filter(None, groups):
             jobs = [(arm, job | {"arm": arm, "folder": str(folder / arm)}) for arm in group]
             _run_group(jobs, display, inherited)
-    return {arm: json.loads((folder / arm / RESULT).read_text()) for arm in ARMS}
+    return {arm: read_result(folder / arm / RESULT, arm) for arm in ARMS}
+
+
+def read_result(file: Path, arm: str) -> dict[str, Any]:
+    """What train_arm wrote of a finished arm; OSError, or ValueError with one sentence."""
+    result = read_json(file, "the result of an arm")
+    wanted = [*_NUMBERS, *(_CSG_NUMBERS if arm == "csg" else ())]
+    if not isinstance(result, dict) or result.get("arm") != arm:
+        raise ValueError(f"{file}: expected the result of the arm {arm!r}, got other JSON")
+    for key in wanted:
+        if not is_number(result.get(key)):
+            raise ValueError(f"{file}: {key} must be a number, got {result.get(key)!r:.100}")
+    return result
 
 
 def _run_group(jobs: list[tuple[str, dict[str, Any]]], display: Display, inherited: tuple[int, ...]) -> None:

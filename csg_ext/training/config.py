@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,31 @@ from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "str": (str, "a text"),
+    "bool": (bool, "true or false"),
+    "int": (numbers.Integral, "an integer"),
+    "float": (numbers.Real, "a number"),
+}
+
+
+def _check_kind(name: str, value: Any, kind: str) -> None:
+    """Raises ValueError for a value that is not of the annotated type `kind`: JSON can hold any."""
+    kind, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return
+    if kind.startswith("tuple["):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name} must be a list of integers, got {value!r:.100}")
+        for item in value:
+            _check_kind(f"every item of {name}", item, "int")
+        return
+    wanted, words = _KINDS[kind]
+    fits = isinstance(value, wanted) and (kind == "bool" or not isinstance(value, bool))
+    if not fits or (isinstance(value, int) and abs(value) >= 2**63):
+        raise ValueError(f"{name} must be {words}, got {value!r:.100}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +97,8 @@ class TrainConfig:
     projection: str = "scale"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_kind(field.name, getattr(self, field.name), str(field.type))
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
         for name, choices in (("model", DEPTHS), ("precision", PRECISIONS), ("projection", METHODS)):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from csg_ext._text import reason
 
 # In the folder of an arm.
 CHECKPOINT, WEIGHTS, RESULT, ARRAYS = "last.ckpt", "model.safetensors", "result.json", "arrays.npz"
@@ -53,6 +56,19 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes a text file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def read_json(path: str | Path, expected: str) -> Any:
+    """What a JSON file holds; OSError, or ValueError "FILE: expected EXPECTED as JSON, got: ..." when it is damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected {expected} as JSON, got: {reason(error)}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that fits float64, NaN and the infinite ones included."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000)
 
 
 @contextlib.contextmanager

@@ -187,8 +187,10 @@ class AlternateTraining(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores the run's clock, sums and history."""
         state = checkpoint.get("csg_ext")
-        if state is None or state["arm"] != self.arm:
-            raise ValueError(f"expected a checkpoint of csg-ext's arm {self.arm!r}, got {state and state['arm']!r}")
+        arm = state.get("arm") if isinstance(state, dict) else None
+        if not isinstance(state, dict) or arm != self.arm:
+            raise ValueError(f"expected a checkpoint of csg-ext's arm {self.arm!r}, got {arm!r:.100}")
+        _check_state(state, self.sums)
         known = TrainConfig().as_dict() | state["config"]  # settings younger than the run had their default
         if known != self.config.as_dict():
             changed = [k for k, v in self.config.as_dict().items() if known[k] != v]
@@ -201,3 +203,16 @@ class AlternateTraining(pl.LightningModule):
         epoch = max(0, self.step_count - 1) // len(self.batches)
         progress = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
         checkpoint["loops"]["fit_loop"]["epoch_progress"] = {"total": dict(progress), "current": dict(progress)}
+
+
+def _check_state(state: dict[str, Any], sums: Tensor) -> None:
+    """Raises ValueError for what on_save_checkpoint does not write."""
+    history, stored = state.get("history"), state.get("sums")
+    kinds = {"step_count": int, "seconds": float | int, "warned": bool, "config": dict, "history": list}
+    wrong = next((key for key, kind in kinds.items() if not isinstance(state.get(key), kind)), None)
+    if wrong is None and (not isinstance(stored, Tensor) or stored.shape != sums.shape or stored.is_complex()):
+        wrong = "sums"
+    if wrong is None and not all(isinstance(row, dict) and row.keys() >= set(ROW) for row in history or []):
+        wrong = "history"
+    if wrong is not None:
+        raise ValueError(f"expected the state of a run, got {wrong} as {state.get(wrong)!r:.100}".replace("\n", " "))

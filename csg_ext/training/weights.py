@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from csg_ext._text import reason
 from csg_ext.training.files import atomic_file
 
 
@@ -35,8 +36,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
     except pickle.UnpicklingError:  # torch's own message recommends to execute what the file holds
         raise ValueError(f"{expected}, got one that holds more than tensors and plain values, or is damaged") from None
     except Exception as error:  # a damaged zip or pickle can raise almost anything
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{expected}, got one that fails with: {reason[0]}") from None
+        raise ValueError(f"{expected}, got one that fails with: {reason(error)}") from None
 
 
 def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path}: expected a safetensors file, got one that fails with: {error}") from None
+            raise ValueError(f"{path}: expected a safetensors file, got one that fails with: {reason(error)}") from None
     else:
         state = load_checkpoint(path)
         if isinstance(state, Mapping) and "state_dict" in state:
