@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 CMAKE_BUILD := build/cmake
+CLANG ?= clang++
 CONFIGURE = $(BIN)/cmake -S . -B $(CMAKE_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
   -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python --log-level=WARNING
 SOURCES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
@@ -13,7 +14,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest bench bench-quick instructions instruction-baseline lint format tidy docs pins wheels \
+.PHONY: help demo test pytest ctest fuzz bench bench-quick instructions instruction-baseline lint format tidy docs pins wheels \
   audit compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -21,6 +22,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
+	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
+	@echo "                   a target; needs clang (CLANG=clang++-14)"
 	@echo "make bench         measure operators and training steps beside peers, write docs/performance*.md"
 	@echo "make bench-quick   a few sizes, less than 2 minutes; writes nothing"
 	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
@@ -50,6 +53,17 @@ ctest: $(VENV)/.package-dev
 	@$(CONFIGURE) -DCSG_EXTENSION=OFF
 	@$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --parallel 2 --output-on-failure
+
+FUZZ_EXAMPLES ?= 2000
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.package-dev $(VENV)/.fuzz
+	CSG_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_fuzz_mutual_info.py
+	for name in $$($(BIN)/python tests/fuzz_files.py --list); do \
+	  PYTHONPATH=$(VENV)/fuzz $(BIN)/python tests/fuzz_files.py $$name -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+	$(BIN)/cmake -S . -B build/cmake-fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CXX_COMPILER=$(CLANG) -DCSG_FUZZ=ON
+	$(BIN)/cmake --build build/cmake-fuzz
+	build/cmake-fuzz/tests/fuzz_mutual_info -max_len=1024 -len_control=0 -max_total_time=$(FUZZ_SECONDS)
 
 # A tenth of a second for each: pytest-benchmark's tables are for a look, the report is what compares.
 BENCH := $(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-max-time=0.1
@@ -133,6 +147,12 @@ $(VENV)/.zoo: requirements/zoo.txt | $(VENV)/.made
 	@echo "Installing $< in $(VENV)/zoo, where only tests look ..."
 	@rm -rf $(VENV)/zoo
 	@$(PIP) --no-deps --target $(VENV)/zoo -r $<
+	@touch $@
+
+$(VENV)/.fuzz: requirements/fuzz.txt | $(VENV)/.made
+	@echo "Installing $< in $(VENV)/fuzz ..."
+	@rm -rf $(VENV)/fuzz
+	@$(PIP) --no-deps --target $(VENV)/fuzz -r $<
 	@touch $@
 
 # One compile at a time, whichever set of packages is there: both stamps name the same editable install.

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/half.h"
+#include "direct_mutual_info.h"
 #include "mutual_info/mutual_info_cpu.h"
 #include "mutual_info/standard_normal_cpu.h"
 
@@ -73,16 +74,6 @@ std::vector<int64_t> draw_labels(int kind, int64_t n, int64_t* classes) {
   return labels;
 }
 
-double digamma(int64_t n) {
-  static const std::vector<double> table = [] {
-    std::vector<double> values{0};
-    long double sum = -0.577215664901532860606512090082402431L;
-    for (int64_t i = 1; i < 6000; ++i) values.push_back(double(sum)), sum += 1.0L / static_cast<long double>(i);
-    return values;
-  }();
-  return table[size_t(n)];
-}
-
 struct Problem {
   int64_t n, k, classes, neighbors;
   std::vector<int64_t> labels, psi;
@@ -141,32 +132,8 @@ struct Problem {
     return std::max(0.0, entropy(bin) + entropy(side) - entropy(cell));
   }
 
-  // The definition: closed balls, groups of one sample left out, all pairs.
   double direct(int64_t column, const std::vector<int64_t>& group) const {
-    const double* x = features.data() + column * n;
-    std::vector<int64_t> size(size_t(std::max<int64_t>(classes, 2)));
-    for (const int64_t g : group) ++size[size_t(g)];
-    double sum = 0;
-    int64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t q = size[size_t(group[size_t(i)])];
-      if (q < 2) continue;
-      ++total;
-      std::vector<double> distance;
-      const auto apart = [&](int64_t j) { return std::abs(x[i] * 0.25 - x[j] * 0.25); };
-      for (int64_t j = 0; j < n; ++j)
-        if (j != i && group[size_t(j)] == group[size_t(i)]) distance.push_back(apart(j));
-      std::sort(distance.begin(), distance.end());
-      const double r = distance[size_t(std::min(neighbors, q - 1) - 1)];
-      int64_t own = 0, all = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        if (j == i || size[size_t(group[size_t(j)])] < 2 || apart(j) > r) continue;
-        ++all;
-        own += group[size_t(j)] == group[size_t(i)];
-      }
-      sum += digamma(own) - digamma(all) - digamma(q);
-    }
-    return total == 0 ? 0 : std::max(0.0, digamma(total) + sum / double(total));
+    return direct_mutual_info(features.data() + column * n, group, classes, neighbors);
   }
 };
 
