@@ -172,7 +172,9 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with zipfile.ZipFile(file) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged directory can raise almost anything
         raise ValueError(f"{expected}, got a file that is none: {reason(error)}") from None
     if packed:  # torch never compresses; a small file could unfold to any size
         raise ValueError(f"{expected}, got a compressed archive")

@@ -35,7 +35,7 @@ def test_gated_pool(data):
     gate = data.draw(matrices([c, k], gate_dtype, low=-1.0 if project else 0.0, high=1.0, finite=True, scaled=not soft))
     gate = (gate if project else gate.clamp(0, 1)).requires_grad_()
     if soft:
-        weight_dtype = data.draw(st.sampled_from([gate_dtype, torch.float32]))
+        weight_dtype = data.draw(st.sampled_from([gate_dtype, torch.promote_types(gate_dtype, torch.float32)]))
         labels = data.draw(matrices([n, c], weight_dtype, low=-1.0, high=1.0, finite=True, scaled=False))
         labels.requires_grad_()
     else:
@@ -223,7 +223,9 @@ def test_penalty_and_density(data):
     close = {"rtol": 64 * torch.finfo(dtype).eps, "equal_nan": True, "check_dtype": False}
     error = 16 * torch.finfo(dtype).eps * (total + k + (budget or 0))  # of the excess
     torch.testing.assert_close(density, total / (c * k), atol=0, **close)
-    if total.isfinite():
+    if total.isfinite() and want > torch.finfo(dtype).max / 2:
+        assert got.isinf() or got > torch.finfo(dtype).max / 4  # a square beyond half precision
+    elif total.isfinite():
         torch.testing.assert_close(got, want, atol=float(error * (slope + error)), **close)
         if abs(total - (k if budget is None else budget)) > error:
             (grad,) = torch.autograd.grad(got, gate)

@@ -73,13 +73,17 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
     classes = arrays["classes"] if "classes" in arrays else np.arange(highest + 1)
     if classes.ndim != 1:
         raise ValueError(f"{path}: classes must be names (C,), got shape {classes.shape}")
+    try:
+        names = [str(c) for c in classes]
+    except (SystemError, ValueError) as error:  # a code point beyond Unicode
+        raise ValueError(f"{path}: classes must be names, got others: {reason(error)}") from None
     return ImageData(
         name or path.stem,
         arrays["train_images"],
         arrays["train_labels"],
         arrays["test_images"],
         arrays["test_labels"],
-        [str(c) for c in classes],
+        names,
     )
 
 

@@ -203,7 +203,7 @@ def _numbered(images: ImageList, found: list[Label], classes: list[str], numbers
         if label not in numbers:
             alike = [str(key) for key in numbers if isinstance(key, type(label))] or classes
             known = ", ".join(alike[:10]) + (", ..." if len(alike) > 10 else "")
-            raise ValueError(f"data: {images.name(position)}: expected a label among {known}, got {label!r}")
+            raise ValueError(f"data: {images.name(position)}: expected a label among {known:.300}, got {label!r:.100}")
     return images.take(np.arange(len(images)), np.array([numbers[label] for label in found], np.int64))
 
 
