@@ -396,9 +396,9 @@ def guided(target: Target, scratch: Path, options: list[str]) -> None:
     def one(content: bytes) -> None:
         check(target, folder, content)
 
-    atheris.Setup(
-        [sys.argv[0], str(corpus), "-timeout=10", "-rss_limit_mb=4096", *options], one, custom_mutator=custom_mutator
-    )
+    failed = f"-artifact_prefix={tempfile.gettempdir()}/csg_ext_"
+    limits = ["-timeout=10", "-rss_limit_mb=4096"]
+    atheris.Setup([sys.argv[0], str(corpus), failed, *limits, *options], one, custom_mutator=custom_mutator)
     atheris.Fuzz()
 
 
