@@ -246,8 +246,7 @@
     at("class-filters").replaceChildren(...columns.slice(0, MOST_CARDS).map((k) => {
       const value = number(matrix.value(c, k));
       const images = (network.top[k] ?? []).slice(0, CARD_IMAGES).map((index) => picture(index, "", null, true));
-      const button = element("button", { type: "button", "data-filter": k, "aria-pressed": String(k === kept),
-        "aria-label": `filter ${k}, ${NAMES[kind]} ${value}` });
+      const button = element("button", { type: "button", "data-filter": k, "aria-pressed": String(k === kept) });
       button.append(`filter ${k} · ${value}`, element("div", { class: "row" }, ...images));
       button.addEventListener("click", () => {
         cell = { row: c, column: columns.indexOf(k) };
