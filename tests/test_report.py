@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -368,6 +369,9 @@ def test_two_runs_and_two_thousand_filters(browser, run, tmp_path):
     assert "Top images are shown for" in shown.text("#notes")
     assert len(shown.all(".plot")) == 22  # eleven pictures of either run
     assert shown.js("const c = document.querySelector('#gallery canvas'); return c.width / c.height") == 0.75
+    ends = "const b = e.getBoundingClientRect(); return [b.left, b.right]"
+    numbers = shown.js(f"return [...document.querySelectorAll('#matrix .xtick text')].map((e) => {{{ends}}})")
+    assert len(numbers) > 10 and all(a[1] < b[0] for a, b in pairwise(sorted(numbers)))  # none runs into the next
     shown.choose("order", "number")
     row, column = int(rng.integers(classes)), int(rng.integers(filters))
     shown.point(row, column)
