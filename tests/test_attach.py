@@ -578,8 +578,8 @@ def test_distributed_data_parallel(tmp_path):
 
 
 def test_example(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["attach_torchvision.py", "2", "640"])
-    runpy.run_path(str(ROOT / "examples" / "attach_torchvision.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["attach_timm.py", "resnet10t", "2", "640"])
+    runpy.run_path(str(ROOT / "examples" / "attach_timm.py"), run_name="__main__")
     attached, *steps, last = capsys.readouterr().out.splitlines()
     assert attached.startswith("attach: gate (10 classes x 512 filters) on the output of layer4")
     assert [line.split()[1] for line in steps] == ["0", "1"] and float(steps[-1].split()[-1]) > 0.1

@@ -244,6 +244,11 @@ def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, cap
     (tmp_path / "bad.npz").write_bytes(b"PK no archive")
     status, _, err = _localize(capsys, run[0], "--data", digits, "--masks", tmp_path / "bad.npz")
     assert status == 2 and "masks: expected a readable NumPy file" in err
+    np.save(tmp_path / "objects.npy", good.astype(object))
+    (tmp_path / "text.npy").write_text("no array")
+    for name, reason in (("objects", "it holds pickled objects, which are never read"), ("text", "it is no .npy")):
+        status, _, err = _localize(capsys, run[0], "--data", digits, "--masks", tmp_path / f"{name}.npy")
+        assert status == 2 and f"{name}.npy, which fails with: {reason}" in err
     alone = tmp_path / "alone" / "csg" / "model.safetensors"
     alone.parent.mkdir(parents=True)
     alone.write_bytes((run[0] / "csg" / "model.safetensors").read_bytes())

@@ -96,6 +96,16 @@ def test_many_classes_stay_readable():
     assert figure.get_size_inches()[1] < 15 and _png(figure).startswith(b"\x89PNG")
 
 
+def test_long_names_are_not_cut_off():
+    """The first column of pixels stays white, though names and a square matrix leave no room to spare."""
+    from PIL import Image
+
+    names = [f"n{i:08d} class name {i}" for i in range(300)]
+    figure, _ = plots.plot_filter_similarity(np.eye(300), np.arange(300), names)
+    pixels = np.asarray(Image.open(io.BytesIO(_png(figure))).convert("L"))
+    assert pixels[:, 0].min() == 255 and pixels.min() < 50
+
+
 # ---- dead filters, many classes, axes
 
 
@@ -261,6 +271,7 @@ def test_top_images_of_a_filter():
     best = np.argsort(-maps[:, 2].mean((1, 2)).numpy())[:5]
     top = maps[best, 2].max()
     assert len(axes) == len(figure.axes) == 5 and figure.get_suptitle().startswith("Filter 2, class dog: highest")
+    assert figure.get_suptitle().endswith("half of the map's maximum over these images")
     for ax, i in zip(axes, best, strict=True):
         assert np.array_equal(ax.images[0].get_array(), np.moveaxis(images[i] / 255, 0, -1))
         large = F.interpolate(maps[i : i + 1, 2:3], size=(8, 8), mode="bilinear", align_corners=False)[0, 0]

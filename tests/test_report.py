@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,73 @@ def test_keyboard(opened, odd):
     assert opened.text("#filter-title") == "Filter 0 (kept)"
 
 
+def test_every_control_by_keyboard(opened):
+    """Tab reaches all of them in their order, each shows that it has the focus, and keys do what the mouse does."""
+    focused = """const e = document.activeElement, s = getComputedStyle(e);
+        const place = e.id || e.closest("[id]")?.id || e.className || e.tagName;
+        return [place, s.outlineStyle, parseFloat(s.outlineWidth)]"""
+
+    def tab(wanted: str) -> None:
+        opened.press("TAB")
+        place, style, width = opened.js(focused)
+        assert (place, style) == (wanted, "solid") and width >= 2
+
+    order = ["skip", "theme", "SUMMARY", "wide", "network", "kind", "order", "class"]
+    for wanted in order[:2]:
+        tab(wanted)
+    before = opened.js("return getComputedStyle(document.body).backgroundColor")
+    opened.press("ENTER")
+    assert opened.js("return getComputedStyle(document.body).backgroundColor") != before
+    for wanted in order[2:]:
+        tab(wanted)
+        if wanted == "SUMMARY":
+            opened.press("ENTER")
+            assert opened.js("return document.activeElement.parentElement.open")
+    opened.press("ARROW_DOWN")
+    listed = opened.all("#class-filters button")
+    assert opened.text("#class-title") == f"Filters of {ODD[0]}" and listed
+    tab("matrix-frame")
+    opened.press("ARROW_DOWN")
+    assert opened.text("#status").startswith("Filter ")
+    for _ in listed:
+        tab("class-filters")
+    opened.press("SPACE")
+    assert listed[-1].get_attribute("aria-pressed") == "true" and opened.text("#filter-title").endswith("(kept)")
+    tab("gallery")
+    opened.press("ENTER")
+    assert opened.text("#image-status").startswith("Test image ")
+
+
+CONTRAST = """
+const light = (c) => c.map((v) => (v /= 255, v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const behind = (e) => { for (; e; e = e.parentElement) {
+  const c = parse(getComputedStyle(e).backgroundColor); if (c[3] !== 0) return c.slice(0, 3); } };
+const contrast = (e, colour, place) => {
+  const [a, b] = [light(parse(colour).slice(0, 3)), light(behind(place))].sort((x, y) => y - x);
+  return [(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 100)]; };
+const shown = [...document.querySelectorAll("body *")].filter((e) =>
+  e.checkVisibility() && getComputedStyle(e).clipPath === "none");
+const texts = shown.filter((e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()));
+const style = (e) => getComputedStyle(e), svg = (e) => e.namespaceURI.endsWith("svg");
+return [texts.map((e) => contrast(e, svg(e) ? style(e).fill : style(e).color, e)),
+  shown.filter((e) => e.matches("button, select")).map((e) => contrast(e, style(e).borderTopColor, e.parentElement))];
+"""
+
+
+def test_text_and_edges_contrast_with_what_is_behind_them(browser, odd):
+    """At least 4.5 and 3, as WCAG 2.2 asks of small text and of controls, in both looks."""
+    shown = browser.open(odd / "report.html")
+    for _ in range(2):
+        shown.choose("class", 1)
+        shown.js("document.querySelector('#gallery button').click()")
+        texts, edges = shown.js(CONTRAST)
+        assert len(texts) > 100 and min(texts)[0] >= 4.5, min(texts)
+        assert len(edges) > 20 and min(edges)[0] >= 3, min(edges)
+        shown.find("#theme").click()
+
+
 def test_names_stay_text(opened, odd):
     text = (odd / "report.html").read_text(encoding="utf-8")
     assert all(name not in text for name in ODD)
@@ -203,7 +271,11 @@ def test_screen_readers_and_the_table(opened, odd):
     opened.choose("class", 1)
     for element in opened.all("select, button, #matrix-frame, canvas[role=img], .plot img, .wide"):
         if element.is_displayed():
-            assert element.accessible_name.strip(), element.get_attribute("outerHTML")[:200]
+            name = element.accessible_name.strip()
+            assert name, element.get_attribute("outerHTML")[:200]
+            assert element.tag_name != "button" or element.text in name  # who speaks what is seen must be understood
+    regions = [e.get_attribute("aria-labelledby") for e in opened.all("section, [role=region]")]
+    assert len(set(regions)) == len(regions)
     assert opened.find("html").get_attribute("lang") == "en"
     levels = [int(h.tag_name[1]) for h in opened.all("h1, h2, h3")]
     assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) == 1
@@ -297,6 +369,9 @@ def test_two_runs_and_two_thousand_filters(browser, run, tmp_path):
     assert "Top images are shown for" in shown.text("#notes")
     assert len(shown.all(".plot")) == 22  # eleven pictures of either run
     assert shown.js("const c = document.querySelector('#gallery canvas'); return c.width / c.height") == 0.75
+    ends = "const b = e.getBoundingClientRect(); return [b.left, b.right]"
+    numbers = shown.js(f"return [...document.querySelectorAll('#matrix .xtick text')].map((e) => {{{ends}}})")
+    assert len(numbers) > 10 and all(a[1] < b[0] for a, b in pairwise(sorted(numbers)))  # none runs into the next
     shown.choose("order", "number")
     row, column = int(rng.integers(classes)), int(rng.integers(filters))
     shown.point(row, column)

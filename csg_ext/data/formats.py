@@ -40,7 +40,10 @@ def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = Fal
         if isinstance(error, OSError) and error.filename is not None:
             raise
         if "allow_pickle" in str(error):  # NumPy's own message recommends to execute what the file holds
-            raise ValueError("it holds pickled objects, which are never read") from None
+            objects = str(error).startswith("Object arrays")  # else any file that is not NumPy's
+            raise ValueError(
+                "it holds pickled objects, which are never read" if objects else "it is no .npy or .npz file"
+            ) from None
         raise ValueError(reason(error)) from None
     for key, array in found.items():
         if isinstance(array, bytes):  # a member without NumPy's header

@@ -23,7 +23,7 @@ def figure_and_axes(name: str, axes: Any, width: float, height: float, count: in
     if axes is None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+        figure = Figure(figsize=(width, height), layout="compressed", dpi=150)
         made = np.ravel(np.asarray(figure.subplots(**grid), object))
         for spare in made[count or 1 :]:
             spare.remove()

@@ -187,7 +187,7 @@ def plot_filter_similarity(
             axes.axhline(edge / step - 0.5, color="white", linewidth=0.4)
     class_ticks(axes.yaxis, (edges[:-1] + edges[1:]) / 2 / step - 0.5, [[*names, "dead"][c] for c in present])
     axes.set_xticks([])
-    cells = f"\na cell: the mean of {step} × {step}" if step > 1 else ""
+    cells = f"\na cell: the mean of {step} × {step}" if step > 1 else "; each with itself left out (white)"
     axes.set_xlabel(f"{len(owner)} filters, sorted by class{cells}")
     figure.colorbar(image, ax=axes, label="|cosine| of the kernels", pad=0.01)
     axes.set_title(f"Similarity of kernels{_within(s, owner)}", loc="left")

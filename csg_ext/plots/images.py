@@ -102,7 +102,10 @@ def plot_top_images(
     if own:
         owner = "" if filter_class is None else f", class {_name_of(filter_class, names)}"
         text = (
-            "dead, one activation everywhere" if dead else f"highest mean activation of {chosen_from or len(m)} images"
+            "dead, one activation everywhere"
+            if dead
+            else f"highest mean activation of {chosen_from or len(m)} images\n"
+            "orange: its map; white line: half of the map's maximum over these images"
         )
         figure.suptitle(f"Filter {filter}{owner}: {text}", fontsize=10)
     return figure, panels

@@ -139,16 +139,18 @@
     const style = getComputedStyle(document.body), narrow = plot.clientWidth < 600;
     const line = style.getPropertyValue("--line").trim();
     const longest = Math.min(NAME_LENGTH, Math.max(...run.classes.map((name) => name.length)));
+    const left = 20 + 7 * longest, digit = narrow ? 7 : 8, digits = String(matrix.filters - 1).length;
+    const most = Math.max(2, Math.min(32, Math.floor((plot.clientWidth - left - 110) / (digit * digits + 12))));
     const axis = { showgrid: false, zeroline: false, linecolor: line, fixedrange: false };
     Plotly.react(plot, [{
       type: "heatmap", z, zmin: 0, zmax: kind === "gate" ? 1 : run.bound, colorscale: "Cividis", hoverinfo: "none",
       colorbar: { title: { text: UNITS[kind], side: "right" }, thickness: narrow ? 8 : 14, xpad: 4 },
     }], {
       height: 130 + Math.min(520, Math.max(220, 24 * matrix.classes)),
-      margin: { l: 20 + 7 * longest, r: 10, t: 10, b: 55 },
+      margin: { l: left, r: 10, t: 10, b: 55 },
       font: { color: style.color, size: narrow ? 10 : 12, family: style.fontFamily },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: { ...axis, ...ticks(columns.length, (i) => String(columns[i]), narrow ? 10 : 32), tickangle: 0,
+      xaxis: { ...axis, ...ticks(columns.length, (i) => String(columns[i]), most), tickangle: 0,
         title: { text: `filter (${columns.length} of ${matrix.filters})` } },
       yaxis: { ...axis, ...ticks(matrix.classes, (c) => plain(run.classes[c])), autorange: "reversed" },
     }, { displaylogo: false, responsive: true, displayModeBar: false });
@@ -246,8 +248,7 @@
     at("class-filters").replaceChildren(...columns.slice(0, MOST_CARDS).map((k) => {
       const value = number(matrix.value(c, k));
       const images = (network.top[k] ?? []).slice(0, CARD_IMAGES).map((index) => picture(index, "", null, true));
-      const button = element("button", { type: "button", "data-filter": k, "aria-pressed": String(k === kept),
-        "aria-label": `filter ${k}, ${NAMES[kind]} ${value}` });
+      const button = element("button", { type: "button", "data-filter": k, "aria-pressed": String(k === kept) });
       button.append(`filter ${k} · ${value}`, element("div", { class: "row" }, ...images));
       button.addEventListener("click", () => {
         cell = { row: c, column: columns.indexOf(k) };

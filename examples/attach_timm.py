@@ -1,33 +1,35 @@
-"""A class-specific gate in torchvision's ResNet-18: both paths in every step, then the model without the gate.
+"""A class-specific gate in a model of timm: both paths in every step, then the model without the gate.
 
-python examples/attach_torchvision.py [steps] [images]
+pip install timm
+python examples/attach_timm.py [model] [steps] [images]
 """
 
 import sys
 
+import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import csg_ext
 from csg_ext.data import Batches, load_images
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-count = int(sys.argv[2]) if len(sys.argv) > 2 else 12000
+name = sys.argv[1] if len(sys.argv) > 1 else "resnet10t"  # any of timm.list_models()
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+count = int(sys.argv[3]) if len(sys.argv) > 3 else 12000
 
 torch.manual_seed(0)
 data = load_images()  # the Fashion-MNIST subset inside the package
 mean, std = data.statistics()
 batches = Batches(data.train_images[:count], data.train_labels[:count], 32, mean=mean, std=std, shift=2, flip=True)
-model = torchvision.models.resnet18(num_classes=len(data.classes))
+model = timm.create_model(name, num_classes=len(data.classes), in_chans=1)  # pretrained=True loads weights
 g = csg_ext.attach(model)
 weights_optimizer = torch.optim.SGD(g.weights(), lr=0.02, momentum=0.9, weight_decay=1e-3)
 gate_optimizer = csg_ext.optim.ProjectedSGD([g.gate], lr=2.0)
 
 
 def images(x: torch.Tensor) -> torch.Tensor:
-    """Grey 28 x 28 images as the network expects them."""
-    return F.interpolate(x, size=64, mode="bilinear").expand(-1, 3, -1, -1)
+    """Images of 28 x 28 as the network expects them."""
+    return F.interpolate(x, size=64, mode="bilinear")
 
 
 for step in range(steps):
