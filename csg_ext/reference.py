@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def clip(values: Tensor) -> Tensor:
+    """Values clipped to [0, 1]; its gradient at both ends is 1; that of ``clamp`` depends on PyTorch's version."""
+    return torch.where((values < 0) | (values > 1), values.detach().clamp(0, 1), values)
+
+
 def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
     """Projection onto V_G = {G in [0,1]^(C x K) : every column's maximum is 1}; differentiable.
 
@@ -25,10 +30,10 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
     one_hot = torch.zeros_like(gate).scatter(0, where[None], 1.0)
     if method == "scale":
         alive = top > 0
-        projected = (gate / torch.where(alive, top, 1.0)).clamp(0, 1)
+        projected = clip(gate / torch.where(alive, top, 1.0))
         projected = torch.where(alive, projected, one_hot)
     elif method == "euclidean":
-        projected = torch.where(one_hot.bool(), torch.ones_like(gate), gate.clamp(0, 1))
+        projected = torch.where(one_hot.bool(), torch.ones_like(gate), clip(gate))
     else:
         raise ValueError(f"project_gate: method must be 'scale' or 'euclidean', got {method!r}")
     return torch.where(torch.isnan(top), top, projected)

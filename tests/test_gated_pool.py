@@ -113,6 +113,31 @@ def compare(x, gate, labels, **options):
     assert_within(got_gate, want_gate, terms * max(1.0, rounding / 40), "gradient of gate")
 
 
+@pytest.mark.parametrize("dtype", [F64, BF16])
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradient_of_projection_passes_at_both_ends(dtype, soft):
+    """Entries equal to the column's maximum, or 0: clip's subgradient is 1 there, whatever torch's clamp has."""
+    gate = torch.tensor([[2.0, 0.0], [2.0, 4.0], [-1.0, 2.0]], dtype=dtype, requires_grad=True)
+    labels = torch.tensor([0, 1, 2])
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=dtype)
+    weights = torch.eye(3, dtype=dtype) if soft else labels
+    (grad,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, weights, project=True).sum(), gate)
+    # Row c of 1 / max where 0 <= g_c; the first maximum loses sum_c x_c P_c / max.
+    expected = torch.tensor([[0.5 - (1 + 3) / 2, 0.5], [1.5, 1.0 - (4 + 6 / 2) / 4], [0.0, 1.5]], dtype=dtype)
+    torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+
+
+def test_half_gradients_of_projected_weights_are_finite():
+    """1 / max^2 is no number of float16 here, but the gradient is."""
+    gate = torch.tensor([[-0.4], [0.0012]], dtype=F16, requires_grad=True)
+    gate64 = gate.detach().double().requires_grad_()
+    x, weights = torch.tensor([[0.5]], dtype=F16), torch.tensor([[0.25, 0.5]], dtype=F16)
+    (got,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, weights, project=True).sum(), gate)
+    out = reference.gated_pool(x.double(), gate64, weights.double(), project=True)
+    (want,) = torch.autograd.grad(out.sum(), gate64)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=torch.finfo(F16).eps / 0.0012)  # of terms of 1 / max
+
+
 def reference_gate(gate: Tensor, options: dict) -> Tensor:
     return (reference.project_gate(gate) if options.get("project") else gate).detach()
 

@@ -118,7 +118,7 @@ def gated_pool(
         return (out, pooled) if return_pooled else out
     if torch._C._are_functorch_transforms_active():
         if project:
-            gate = reference.project_gate(gate)
+            gate = _projected(gate)
         out, pooled, _ = _TransformedGatedPool.apply(x, gate, rows, None, None, mode)
         return (out, pooled) if return_pooled else out
     try:
@@ -140,6 +140,11 @@ def _validate_labels(labels: Tensor, classes: int) -> None:
         raise ValueError(f"gated_pool: labels[{n}] = {int(labels[n])} is outside [0, {classes})")
 
 
+def _projected(gate: Tensor) -> Tensor:
+    """The projected gate; of half dtypes by way of float32, as 1 / max^2 in the gradient exceeds float16's numbers."""
+    return reference.project_gate(gate.to(torch.promote_types(gate.dtype, torch.float32))).to(gate.dtype)
+
+
 def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tensor:
     """labels @ gate, (N, K): a matrix product, so the BLAS library's; in the gate's dtype even under autocast."""
     if gate.dim() != 2 or weights.dim() != 2 or x.dim() < 2 or tuple(weights.shape) != (x.shape[0], gate.shape[0]):
@@ -154,7 +159,7 @@ def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tenso
             n, c = weights.isnan().nonzero()[0].tolist()
             raise ValueError(f"gated_pool: labels[{n}, {c}] is NaN, expected a weight")
     with torch.autocast(gate.device.type, enabled=False):
-        return weights.to(gate.dtype) @ (reference.project_gate(gate) if project else gate)
+        return weights.to(gate.dtype) @ (_projected(gate) if project else gate)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -207,7 +212,7 @@ def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Te
     if top is not None:
         one_hot = torch.zeros_like(gate).scatter(0, where[None], 1.0)
         largest = torch.where(top > 0, gate.gather(0, where[None])[0], 1.0)
-        projected = torch.where(top > 0, (gate / largest).clamp(0, 1), one_hot)
+        projected = torch.where(top > 0, reference.clip(gate / largest), one_hot)
         projected = torch.where(top.isnan(), top, projected)
     used = gate if projected is None else projected
     row = used if labels is None else used[labels]
