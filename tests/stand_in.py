@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import re
 import shlex
 import subprocess
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +119,7 @@ class StandIn:
         self.library.cuda_on_cpu_map.argtypes = [ctypes.c_size_t]
         self.library.cuda_on_cpu_unmap.argtypes = [Pointer, ctypes.c_size_t]
         self.library.cuda_on_cpu_set_seed.argtypes = [ctypes.c_uint64]
+        self.library.cuda_on_cpu_set_ends_only.argtypes = [Bool]
         self.library.cuda_on_cpu_launches.restype = Int64
         self.library.cuda_on_cpu_launched.restype = Pointer
         self.library.cuda_on_cpu_launched.argtypes = [ctypes.c_size_t]
@@ -124,6 +127,15 @@ class StandIn:
 
     def seed(self, seed: int) -> None:
         self.library.cuda_on_cpu_set_seed(seed)
+
+    @contextlib.contextmanager
+    def ends_only(self) -> Iterator[None]:
+        """Launches run their first and their last blocks alone, with one tile each."""
+        self.library.cuda_on_cpu_set_ends_only(True)
+        try:
+            yield
+        finally:
+            self.library.cuda_on_cpu_set_ends_only(False)
 
     def launches(self) -> int:
         return self.library.cuda_on_cpu_launches()

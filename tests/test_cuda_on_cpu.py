@@ -8,8 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from stand_in import HERE, KERNELS, STAND_IN, build
-from stand_in_kernels import Kernels
+from stand_in import HERE, KERNELS, STAND_IN, TYPES, build
+from stand_in_kernels import Backward, ColumnMax, Forward, GateRows, Kernels, Step
 from torch import Tensor
 
 from csg_ext import reference
@@ -327,6 +327,63 @@ def test_offsets_beyond_31_bits(kernels: Kernels) -> None:
     x, labels = torch.randn(2, k, 3).half(), torch.tensor([rows - 1, 1])
     out, pooled, _ = kernels.forward(x, gate, labels, copy=False)
     close(out, pooled.double() * torch.tensor([[0.5], [0.25]]))
+
+
+# Samples, rows and channels, positions: each makes more than 2^31 elements of x, and all but the last of out, too.
+LARGE = [(2**20 + 1, 64, 49), (2**15 + 1, 2**16, 2), (2**15 + 1, 2**16, 1), (2, 2**16, 2**15 + 1), (3, 2**15, 2**15)]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_more_than_31_bits_of_elements(kernels: Kernels, shape: tuple[int, int, int]) -> None:
+    """The first and the last tiles of maps, results and gradients that are only reserved; small integers: exact."""
+    n, k, s = shape
+    p, count = kernels.pointer, 16 if s < 2**15 else 1  # channels that the last tile has at least
+    chosen = torch.arange(k - count, k)
+    for pool, channels_last in itertools.product(("avg", "max"), (False, True)):
+        strides = (k * s, 1, k) if channels_last else (k * s, s, 1)
+        x, grad_x = (kernels.sparse(n * k * s, torch.float16).as_strided(shape, strides) for _ in range(2))
+        out, pooled, up = (kernels.sparse(n * k, torch.float32).view(n, k) for _ in range(3))
+        index, labels = kernels.sparse(n * k, torch.int64).view(n, k), kernels.sparse(n, torch.int64)
+        gate = torch.zeros(2, k)
+        gate[1], labels[-1] = 4, 1
+        first, last = (chosen % 7).float(), (chosen % 5 + 8).float()
+        x[-1, -count:, 0] = first
+        x[-1, -count:, -1] = last
+        rows, keep = kernels.rows(gate, None, False)
+        rows.labels = p(labels)
+        layout = (TYPES[x.dtype], pool == "max", n, k, s, *strides)
+        with kernels.ends_only():
+            kernels.call("csg_gated_pool_forward", Forward(p(x), *layout, rows, p(out), p(pooled), p(index)))
+        want = last if pool == "max" else (last + (first if s > 1 else 0)) / s
+        assert torch.equal(pooled[-1, -count:], want) and torch.equal(out[-1, -count:], 4 * want)
+        assert pool == "avg" or (index[-1, -count:] == s - 1).all()
+        up[-1, -count:], index[-1, -count:] = 6, s - 1
+        parameters = Backward(
+            p(up), None, p(pooled), p(index), pool == "max", n, k, s, rows, p(grad_x), TYPES[x.dtype], *strides, None
+        )
+        with kernels.ends_only():
+            kernels.call("csg_gated_pool_backward", parameters)
+        assert (grad_x[-1, -count:, -1] == (24 if pool == "max" else torch.tensor(24 / s).half())).all()
+        del keep
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_gates_of_more_than_31_bits_of_elements(kernels: Kernels, project: bool) -> None:
+    c, k, p = 2**11 + 1, 2**20, kernels.pointer
+    gate, buffer, up, pooled, grad_gate = (kernels.sparse(c * k, torch.float32).view(c, k) for _ in range(5))
+    top, where, labels = kernels.sparse(k, torch.float32), kernels.sparse(k, torch.int64), torch.arange(c)
+    labels = kernels.guarded(labels)
+    gate[0, -9:], gate[-1, -9:], up[-1, -9:], pooled[-1, -9:] = 1, 2, 3, 2
+    with kernels.ends_only():
+        kernels.call("csg_column_max", ColumnMax(p(gate), TYPES[gate.dtype], c, k, p(top), p(where)))
+        assert (top[-9:] == 2).all() and (where[-9:] == c - 1).all()
+        rows = GateRows(p(gate), TYPES[gate.dtype], c, p(labels), *((p(top), p(where)) if project else (None, None)))
+        backward = (p(up), None, p(pooled), None, False, c, k, 1, rows, None, TYPES[gate.dtype], k, 1, 1, p(grad_gate))
+        kernels.call("csg_gated_pool_backward", Backward(*backward))
+        assert (grad_gate[-1, -9:] == (0 if project else 6)).all()  # what moves the maximum moves nothing, projected
+        options = (0.5, 1.0, 0.0, 0.0, False, False, not project)
+        kernels.call("csg_gate_step", Step(p(gate), p(up), p(buffer), TYPES[gate.dtype], c, k, *options))
+    assert (buffer[-1, -9:] == 3).all() and (gate[0, -9:] == 1).all() and (gate[-1, -9:] == 0.5).all()
 
 
 # ---- gate_step.

@@ -18,6 +18,11 @@ def _check_gate(name: str, gate: Tensor) -> None:
         raise TypeError(f"{name}: gate must have a floating dtype, got {gate.dtype}")
 
 
+def _l1_norm(gate: Tensor) -> Tensor:
+    """||G||_1, of half dtypes in float32: 65504, the largest number of float16, is soon reached."""
+    return gate.abs().sum(dtype=torch.promote_types(gate.dtype, torch.float32))
+
+
 def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") -> Tensor:
     """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar.
 
@@ -33,13 +38,13 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
     _check_gate("gate_penalty", gate)
     if budget is not None:
         budget = real("gate_penalty", "budget", budget)
-    excess = F.relu(gate.abs().sum() - (gate.shape[1] if budget is None else budget))
+    excess = F.relu(_l1_norm(gate) - (gate.shape[1] if budget is None else budget))
     if norm == "l1":
-        return excess
+        return excess.to(gate.dtype)
     if norm == "l2":
-        return excess.square()
+        return excess.square().to(gate.dtype)
     if norm == "smooth_l1":
-        return F.smooth_l1_loss(excess, torch.zeros_like(excess))
+        return F.smooth_l1_loss(excess, torch.zeros_like(excess)).to(gate.dtype)
     raise ValueError(f"gate_penalty: norm must be 'l1', 'l2' or 'smooth_l1', got {norm!r}")
 
 
@@ -55,7 +60,7 @@ def l1_density(gate: Tensor) -> Tensor:
     _check_gate("l1_density", gate)
     if gate.numel() == 0:
         raise ValueError(f"l1_density: gate must have an entry, got shape {tuple(gate.shape)}")
-    return gate.abs().sum() / gate.numel()
+    return (_l1_norm(gate) / gate.numel()).to(gate.dtype)
 
 
 def resolve_path(name: str, labels: Tensor | None, path: str | None) -> str:

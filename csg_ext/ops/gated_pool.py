@@ -218,8 +218,8 @@ def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Te
     row = used if labels is None else used[labels]
     spread = grad_out * row if grad_pooled is None else grad_out * row + grad_pooled
     if pool == _AVG:
-        mean = (spread / positions).to(x_dtype)
-        grad_x = mean.reshape(n, k, *[1] * len(spatial)).expand(n, k, *spatial)
+        mean = (spread / positions).reshape(n, k, *[1] * len(spatial))
+        grad_x = mean.expand(n, k, *spatial).to(x_dtype)  # in this order: what comes back is summed in the gate's dtype
     else:
         flat = torch.zeros(n, k, positions, dtype=x_dtype, device=gate.device)
         grad_x = flat.scatter(2, index[..., None], spread.to(x_dtype)[..., None]).reshape(n, k, *spatial)

@@ -46,7 +46,8 @@ int launch(void (*kernel)(Params...), int64_t tiles, int threads, size_t shared_
 template <typename... Params>
 int launch(void (*kernel)(Params...), int64_t tiles, int threads, size_t shared_bytes, void*,
            std::type_identity_t<Params>... params) {
-  return cuda_on_cpu::launch(reinterpret_cast<const void*>(kernel), std::min(tiles, kMaxBlocks), threads, shared_bytes,
+  return cuda_on_cpu::launch(reinterpret_cast<const void*>(kernel),
+                             std::min(tiles, cuda_on_cpu::most_blocks(kMaxBlocks)), threads, shared_bytes,
                              [=] { kernel(params...); });
 }
 

@@ -5,8 +5,9 @@ constexpr int64_t kChannelBlock = 256;        // channels handled together: thei
 constexpr int64_t kChannelStep = 32;          // where the channels of the gate's gradient may be split
 constexpr int64_t kRowBlock = 64;             // rows of one work item
 constexpr int64_t kWideBlock = 2048;          // the same for channels-last maps, where a block is one memory stream
-constexpr int64_t kSumBlock = 2048;           // positions summed in one go: bounds the rounding error of long sums
-constexpr int64_t kSumBlockWide = 128;        // the same where one chain of additions sees every position
+constexpr int64_t kChain = 32;                // additions one after the other, whose rounding errors add up
+constexpr int64_t kChainWide = 16;            // the same where a sum is one chain, not the sum of many
+constexpr int64_t kSumBlockWide = 128;        // positions of channels-last maps summed in one go
 constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
 constexpr int64_t kPrefetchBytes = 16384;     // how far ahead of strided reads: DRAM's latency at full bandwidth
 constexpr int64_t kDramPrefetchBytes = 8192;  // the same for long rows of an x that no cache holds
@@ -80,9 +81,25 @@ static void finish(const GatedPoolForward& p, int64_t n, int64_t k0, int64_t len
   finish_as<double>(p, n, k0, len, sum);
 }
 
-// The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n <= kSumBlock.
+// sum += v, with what rounding loses of it kept in `error`, to be added at the end by corrected(). Knuth's TwoSum.
+template <typename V>
+CSG_INLINE void add_exactly(V v, V* sum, V* error) {
+  const V before = *sum, total = before + v, added = total - before;
+  *error += (before - (total - added)) + (v - added);
+  *sum = total;
+}
+template <typename V>
+CSG_INLINE V corrected(V sum, V error) {
+  return sum + (error - error == 0 ? error : V{});  // of an infinite sum it is a NaN
+}
+
+// Values whose partial sums are chains of kChain additions.
 template <typename X>
-CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n, bool from_dram = false) {
+constexpr int64_t kSumBlock = kChain * 4 * kLanes<X>;
+
+// The lanes of the result add up to the sum of n contiguous values, kLanes<X> <= n.
+template <typename X>
+CSG_INLINE typename Simd<X>::Vec block_sums(const X* x, int64_t n, bool from_dram) {
   using S = Simd<X>;
   using Vec = typename S::Vec;
   using Int = typename S::Int;
@@ -116,6 +133,7 @@ struct Strip {
   static CSG_MEMBER Int load(const X* x) { return (Int)Simd<X>::load(x); }
   CSG_MEMBER void set(Int bits) { sum = (Vec)bits; }
   CSG_MEMBER void add(Int bits) { sum += (Vec)bits; }
+  CSG_MEMBER void add(const Strip& other) { sum += other.sum; }
   CSG_MEMBER Vec total() const { return sum; }
   CSG_MEMBER void store(Accumulator<X>* to) const { store_bits(to, sum); }
 };
@@ -134,12 +152,15 @@ struct Strip<BFloat16> {
     even += (VecF)((VecU32)bits << 16);
     odd += (VecF)((VecU32)bits & 0xffff0000u);
   }
+  CSG_MEMBER void add(const Strip& other) { even += other.even, odd += other.odd; }
   CSG_MEMBER VecF total() const { return even + odd; }
   CSG_MEMBER void store(float* to) const { store_interleaved(to, even, odd); }
 };
-CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n, bool = false) {
+template <>
+constexpr int64_t kSumBlock<BFloat16> = kChain * Strip<BFloat16>::lanes;
+CSG_INLINE VecF block_sums(const BFloat16* x, int64_t n, bool) {
   using S = Strip<BFloat16>;
-  if (n < S::lanes) return partial_sums<BFloat16>(x, n);
+  if (n < S::lanes) return block_sums<BFloat16>(x, n, false);
   S sum;
   int64_t i = 0;
   for (; i + S::lanes <= n; i += S::lanes) sum.add(S::load(x + i));
@@ -147,6 +168,17 @@ CSG_INLINE VecF partial_sums(const BFloat16* x, int64_t n, bool = false) {
   return sum.total();
 }
 #endif
+
+// The same, from blocks of a long row.
+template <typename X>
+CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n, bool from_dram) {
+  constexpr int64_t block = kSumBlock<X>;
+  if (n <= block) return block_sums(x, n, from_dram);
+  typename Simd<X>::Vec sum{}, error{};
+  for (; n >= block + kLanes<X>; n -= block, x += block) add_exactly(block_sums(x, block, from_dram), &sum, &error);
+  add_exactly(block_sums(x, n, from_dram), &sum, &error);  // up to a vector longer than a block
+  return corrected(sum, error);
+}
 
 // The sums of as many rows of n values as a load has lanes, which lie one after the other: n whole vectors, none of
 // which crosses a cache line where the first is aligned. One that holds the end of a row and the begin of the next is
@@ -191,7 +223,7 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, boo
       for (int64_t i = 0; i < n; ++i) v += widen(x[i]);
       sum[j] = v;
     }
-  } else if (n <= kSumBlock) {
+  } else {
     int64_t j = 0;
     Vec part[L];
     if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, sum);
@@ -201,20 +233,9 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, boo
       store_bits(sum + j, transposed_sum<1>(part));
     }
     if (j < len) {
-      for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n) : Vec{};
+      for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n, from_dram) : Vec{};
       const Vec last = transposed_sum<1>(part);
       for (int r = 0; j + r < len; ++r) sum[j + r] = last[r];
-    }
-  } else {
-    for (int64_t j = 0; j < len; ++j, x += stride) {
-      sum[j] = 0;
-      int64_t i = 0;
-      for (; i + kSumBlock <= n; i += kSumBlock) sum[j] += lane_sum(partial_sums(x + i, kSumBlock));
-      if (n - i >= L) {
-        sum[j] += lane_sum(partial_sums(x + i, n - i));
-      } else {
-        for (; i < n; ++i) sum[j] += widen(x[i]);
-      }
     }
   }
 }
@@ -289,18 +310,23 @@ CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* n
   constexpr int channels = Strip<X>::lanes;
   constexpr int64_t piece = Strips * channels * int64_t(sizeof(X));
   const int64_t ahead = min64(count, max64(1, kPrefetchBytes / piece));
-  Strip<X> strip[Strips];
-  for (int64_t s = 0; s < count; ++s, x += stride) {
-    const X* later = s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
+  Strip<X> total[Strips];
+  for (int64_t s = 0; s < count;) {
+    Strip<X> strip[Strips];
+    for (const int64_t end = min64(count, s + kChainWide); s < end; ++s, x += stride) {
+      const X* later = s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
 #pragma GCC unroll 16
-    for (int i = 0; i < Strips; ++i) {
-      if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
-        __builtin_prefetch(later + i * channels, 0, 2);
-      strip[i].add(Strip<X>::load(x + i * channels));
+      for (int i = 0; i < Strips; ++i) {
+        if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
+          __builtin_prefetch(later + i * channels, 0, 2);
+        strip[i].add(Strip<X>::load(x + i * channels));
+      }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < Strips; ++i) total[i].add(strip[i]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < Strips; ++i) strip[i].store(sum + i * channels);
+  for (int i = 0; i < Strips; ++i) total[i].store(sum + i * channels);
 }
 
 // The same for the channels of whole strips; returns how many they are.
@@ -322,8 +348,12 @@ CSG_INLINE void sum_positions(const X* x, int64_t stride, int64_t count, int64_t
   constexpr int lanes = Strip<X>::lanes;
   if (len < lanes) {
     for (int64_t j = 0; j < len; ++j) sum[j] = 0;
-    for (int64_t s = 0; s < count; ++s, x += stride)
-      for (int64_t j = 0; j < len; ++j) sum[j] += widen(x[j]);
+    for (int64_t s = 0; s < count;) {
+      Accumulator<X> part[lanes] = {};
+      for (const int64_t end = min64(count, s + kChainWide); s < end; ++s, x += stride)
+        for (int64_t j = 0; j < len; ++j) part[j] += widen(x[j]);
+      for (int64_t j = 0; j < len; ++j) sum[j] += part[j];
+    }
   } else if (sum_whole_strips<kStrips<X>>(x, stride, count, len, next, sum) < len) {
     sum_strips<1>(x + len - lanes, stride, count, next, sum + len - lanes);  // overlaps: sums some again
   }
@@ -360,7 +390,7 @@ template <typename X>
 CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   using Lane = decltype(typename Simd<X>::Int{}[0] + 0);
-  A pooled[kWideBlock], part[kWideBlock];
+  A pooled[kWideBlock], part[kWideBlock], error[kWideBlock];
   Lane where[kWideBlock];
   const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
   for (int64_t item = begin; item < end; ++item) {
@@ -373,9 +403,10 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
         const X* at = x + s * p.stride_s;
         const X* next = s + count < p.s ? at + count * p.stride_s : x + p.stride_n;
         sum_positions(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
-        if (s == 0) continue;
-        for (int64_t j = 0; j < len; ++j) pooled[j] += part[j];
+        for (int64_t j = 0; j < len && s == 0; ++j) error[j] = 0;
+        for (int64_t j = 0; j < len && s > 0; ++j) add_exactly(part[j], &pooled[j], &error[j]);
       }
+      for (int64_t j = 0; j < len && p.s > kSumBlockWide; ++j) pooled[j] = corrected(pooled[j], error[j]);
     } else {
       int64_t* index = p.index + n * p.k + k0;
       for (int64_t s = 0; s < p.s; s += kMaxBlock) {
@@ -421,9 +452,9 @@ void gated_pool_forward(const GatedPoolForward& p, ParallelFor parallel_for) {
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// value = (grad_out * row + grad_pooled) * scale, rounded to X; the row is of type T or already in the accumulator's.
+// value = (grad_out * row + grad_pooled) / divisor, rounded to X; the row is of type T or already in the accumulator's.
 template <typename X, typename T, typename Row>
-CSG_INLINE void spread_gradient(const Row* row, const T* grad_out, const T* grad_pooled, Accumulator<T> scale,
+CSG_INLINE void spread_gradient(const Row* row, const T* grad_out, const T* grad_pooled, Accumulator<T> divisor,
                                 int64_t len, X* value) {
   using Vec = typename Simd<T>::Vec;
   int64_t j = 0;
@@ -431,13 +462,13 @@ CSG_INLINE void spread_gradient(const Row* row, const T* grad_out, const T* grad
     Vec sum{};
     if (grad_out) sum = Simd<T>::load(grad_out + j) * Simd<Row>::load(row + j);
     if (grad_pooled) sum += Simd<T>::load(grad_pooled + j);
-    Simd<X>::store(value + j, sum * scale);
+    Simd<X>::store(value + j, sum / divisor);
   }
   for (; j < len; ++j) {
     Accumulator<T> sum = 0;
     if (grad_out) sum = widen(grad_out[j]) * widen(row[j]);
     if (grad_pooled) sum += widen(grad_pooled[j]);
-    value[j] = narrow<X>(sum * scale);
+    value[j] = narrow<X>(sum / divisor);
   }
 }
 template <typename X, typename T>
@@ -445,12 +476,12 @@ CSG_INLINE void position_gradient_as(const GatedPoolBackward& p, int64_t n, int6
   const int64_t at = n * p.k + k0;
   const T* grad_out = p.grad_out ? static_cast<const T*>(p.grad_out) + at : nullptr;
   const T* grad_pooled = p.grad_pooled ? static_cast<const T*>(p.grad_pooled) + at : nullptr;
-  const Accumulator<T> scale = p.pool == Pool::Avg ? 1 / Accumulator<T>(p.s) : 1;
+  const Accumulator<T> divisor = p.pool == Pool::Avg ? Accumulator<T>(p.s) : 1;
   if (const T* row = stored_row<T>(p.rows, n, k0, p.k))
-    return spread_gradient(row, grad_out, grad_pooled, scale, len, value);
+    return spread_gradient(row, grad_out, grad_pooled, divisor, len, value);
   Accumulator<T> row[kChannelBlock];
   load_row<T>(p.rows, n, k0, len, p.k, row);
-  spread_gradient(row, grad_out, grad_pooled, scale, len, value);
+  spread_gradient(row, grad_out, grad_pooled, divisor, len, value);
 }
 // What every position of channel k0 + j receives, or for Max the position of its maximum; len <= kChannelBlock.
 template <typename X>

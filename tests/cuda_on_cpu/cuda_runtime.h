@@ -46,6 +46,9 @@ int launch(const void* kernel, int64_t blocks, int threads, size_t dynamic_share
            const std::function<void()>& body);
 const char* error();
 void set_seed(uint64_t seed);
+// `limit`, or as many as CUDA allows while launches run their first and last blocks alone, a tile each: for arrays that
+// are too long to be touched from end to end.
+int64_t most_blocks(int64_t limit);
 
 // Shared memory of the running block; poisoned before the block starts.
 unsigned char* dynamic_shared();

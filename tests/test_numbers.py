@@ -1,0 +1,113 @@
+"""Errors against extended precision are no larger than those of PyTorch's eager form in the same dtype.
+
+What is compared: the mean of the errors, relative to the sums of the magnitudes of the terms, and the largest of them.
+Sums in another order have other errors: of the first ours may be larger by one rounding to the result's dtype, of the
+second, which is one element's, by two.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import error_cases
+import numpy as np
+import pytest
+import torch
+from error_cases import LONG, MAGNITUDES, STEPS, TYPES, Result, errors, pool_case
+
+import csg_ext
+
+DTYPES = {name: TYPES[name][0] for name in ("fp64", "fp32", "fp16", "bf16")}
+
+
+def assert_no_larger(results: Iterable[Result], what: str) -> None:
+    count = 0
+    for result in results:
+        assert result.ours.dtype == result.theirs.dtype
+        ours, theirs = errors(result.ours, result), errors(result.theirs, result)
+        rounding = torch.finfo(result.ours.dtype).eps / 2
+        text = f"{what}, {result.name}: ours {ours}, PyTorch's {theirs}"
+        assert ours.mean <= theirs.mean + rounding, text
+        assert ours.max <= theirs.max + 2 * rounding, text
+        assert ours.lost <= theirs.lost, text
+        count += 1
+    assert count
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("types", TYPES)
+def test_gated_pool(cpu_level, types, layout):
+    for magnitude in MAGNITUDES:
+        assert_no_larger(pool_case(types, magnitude, layout=layout).results(), magnitude)
+    assert_no_larger(pool_case(types, "positive", (3, 5, 9, 9), layout).results(), "fewer channels than a vector")
+
+
+@pytest.mark.parametrize("layout", ["rows", "channels last"])
+@pytest.mark.parametrize("types", TYPES)
+def test_long_rows(cpu_level, types, layout):
+    for magnitude in ("normal", "positive"):
+        assert_no_larger(pool_case(types, magnitude, LONG, layout).results(), magnitude)
+    assert_no_larger(pool_case(types, "positive", (1, 16, 300_000), layout).results(), "300,000 positions")
+
+
+@pytest.mark.parametrize("types", TYPES)
+def test_gradients(cpu_level, types):
+    options = [{}, {"project": True}, {"soft": True}, {"soft": True, "project": True}, {"pool": "max"}]
+    for magnitude, option in itertools.product(MAGNITUDES, options):
+        if magnitude == "sums overflow" and option == {"project": True}:
+            continue  # which parts of the sums overflow depends on their order, in PyTorch's form, too
+        case = pool_case(types, "positive", (16, 64, 5, 5), upstream=magnitude, **option)
+        assert_no_larger(case.results(), f"{magnitude}, {option}")
+    for magnitude in MAGNITUDES:
+        case = pool_case(types, "normal", (16, 64, 5, 5), upstream=magnitude)
+        assert_no_larger(case.results(second=True), f"{magnitude}, second derivatives")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gate(cpu_level, dtype):
+    for magnitude in MAGNITUDES:
+        gate = error_cases.draw(magnitude, (10, 300), DTYPES[dtype])
+        for method in ("scale", "euclidean"):
+            assert_no_larger(error_cases.project_case(gate, method), f"{magnitude}, {method}")
+    for magnitude, method, (name, options) in itertools.product(MAGNITUDES, ("scale", "euclidean"), STEPS.items()):
+        if magnitude == "sums overflow":
+            continue  # momentum overflows, and inf - inf is no number, in PyTorch's form either
+        gate = torch.rand(10, 300).to(DTYPES[dtype])
+        grads = [error_cases.draw(magnitude, (10, 300), DTYPES[dtype]) for _ in range(3)]
+        assert_no_larger(error_cases.step_case(gate, grads, options, method), f"{magnitude}, {method}, {name}")
+    for shape in ((10, 64), (1000, 2048)):
+        assert_no_larger(error_cases.norm_cases(torch.rand(shape).to(DTYPES[dtype])), f"{shape}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mutual_information(cpu_level, dtype):
+    labels = torch.randint(5, (300,))
+    features = (torch.randn(300, 16) + labels[:, None] * torch.rand(16)).to(DTYPES[dtype])
+    seed = int(torch.randint(1000, ()))
+    assert_no_larger([error_cases.mutual_info_case(features, labels, 5, seed)], "scikit-learn")
+    for bins in (7, 20):
+        assert_no_larger([error_cases.binned_case(features, labels, 5, bins)], f"{bins} bins")
+
+
+def test_a_larger_error_is_found():
+    """Sums of a float32 map one after the other, as a kernel of one's own might add them."""
+    case = pool_case("fp32", "positive", LONG)
+    result = next(case.results())
+    values = case.x.flatten(2).numpy()
+    chain = torch.from_numpy(np.add.accumulate(values, 2, dtype=np.float32)[..., -1].copy())
+    worse = case.gate[case.labels] * (chain / values.shape[2])
+    assert errors(worse, result).mean > 2 * errors(result.theirs, result).mean
+    with pytest.raises(AssertionError, match="positive, out: ours"):
+        assert_no_larger([Result("out", worse, result.theirs, result.exact, result.terms)], "positive")
+
+
+def test_norms_of_half_gates_are_finite():
+    gate = torch.rand(1000, 300).half().requires_grad_()
+    density, penalty = csg_ext.l1_density(gate), csg_ext.gate_penalty(gate, budget=1.4e5)
+    assert density.dtype == penalty.dtype == torch.float16
+    size = gate.detach().double().sum()
+    torch.testing.assert_close(density.double(), size / gate.numel(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(penalty.double(), size - 1.4e5, rtol=1e-3, atol=0)
+    (grad,) = torch.autograd.grad(penalty, gate)
+    assert grad.dtype == torch.float16 and torch.equal(grad, gate.detach().sign())
