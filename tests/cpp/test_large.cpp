@@ -36,12 +36,14 @@ class Reserved {
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory_ == MAP_FAILED) {
       std::printf("FAILED: %zu bytes cannot be reserved\n", bytes_);
-      std::exit(1);
+      std::abort();
     }
   }
   ~Reserved() { munmap(memory_, bytes_); }
   Reserved(const Reserved&) = delete;
   Reserved& operator=(const Reserved&) = delete;
+  Reserved(Reserved&&) = delete;
+  Reserved& operator=(Reserved&&) = delete;
   T* data() const { return static_cast<T*>(memory_); }
   T& operator[](int64_t i) const { return data()[i]; }
 
