@@ -33,7 +33,7 @@ TESTS = (
     "test_mutual_info_classif.py",
     "test_info.py",
 )
-HELPERS = ("conftest.py", "short_run.py", "tolerances.py", "mutual_info_inputs.py")
+HELPERS = ("conftest.py", "short_run.py", "tolerances.py", "mutual_info_inputs.py", "browser_page.py")
 TOOLS = ("pytest", "hypothesis", "expecttest", "scikit-learn", "numpy", "setuptools>=77")
 
 
