@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from csg_ext.info import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results" / "detect"
@@ -69,7 +70,7 @@ def run(seeds: list[int], settings: dict[str, list[str]], scratch: Path) -> None
             continue
         folder = scratch / f"demo-{seed}"
         if not (folder / "summary.json").exists():
-            again = ["--resume"] if (folder / "run.json").exists() else ["--seed", str(seed)]
+            again = ["--resume"] if (folder / "run.json").exists() else ["--seed", str(seed), "--precision", "bf16"]
             options = ["--threads", "1", "--device", "cpu", "--output", folder]
             subprocess.run([*command, "train", *again, *options], cwd=ROOT, check=True)
         options = [part for name, values in settings.items() for part in (name, *values)]
@@ -89,15 +90,6 @@ def run(seeds: list[int], settings: dict[str, list[str]], scratch: Path) -> None
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(kept, allow_nan=False) + "\n")
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 # ---- numbers over the seeds
@@ -175,7 +167,7 @@ def tables(found: list[dict[str, Any]]) -> str:
     )
     several = len(found) > 1
     lines = [
-        f"`python examples/reproduction/detect.py run --seeds {seeds}`, which calls `csg-ext train` with its defaults "
+        f"`python examples/reproduction/detect.py run --seeds {seeds}`, which calls `csg-ext train` with its defaults, in bf16 "
         f"({first['config']['model']}, {first['config']['epochs']} epochs, lambda_2 = {first['config']['lambda_2']:g}) "
         f"and `csg-ext detect RUN {' '.join(first['options'])}`; {first['machine']}; torch "
         f"{first['versions']['torch']}; {max(f['date'] for f in found)}. Accuracy on the test part, seed by seed: "

@@ -125,6 +125,7 @@ def run(seeds: list[int], epochs: int, lambda_2: float, scratch: Path) -> None:
         folder = scratch / f"scenes-{seed}"
         if not (folder / "summary.json").exists():
             settings = ["--data", scenes, "--epochs", str(epochs), "--seed", str(seed), "--lambda-2", str(lambda_2)]
+            settings += ["--precision", "bf16"]  # as the results that are kept, whatever the processor prefers
             again = ["--resume"] if (folder / "run.json").exists() else settings
             options = ["--threads", "1", "--device", "cpu", "--output", folder]
             subprocess.run([*command, "train", *again, *options], cwd=ROOT, check=True)
