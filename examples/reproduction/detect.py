@@ -167,8 +167,9 @@ def tables(found: list[dict[str, Any]]) -> str:
     )
     several = len(found) > 1
     lines = [
-        f"`python examples/reproduction/detect.py run --seeds {seeds}`, which calls `csg-ext train` with its defaults, in bf16 "
-        f"({first['config']['model']}, {first['config']['epochs']} epochs, lambda_2 = {first['config']['lambda_2']:g}) "
+        f"`python examples/reproduction/detect.py run --seeds {seeds}`, which calls `csg-ext train` with its "
+        f"defaults, in bf16 ({first['config']['model']}, {first['config']['epochs']} epochs, "
+        f"lambda_2 = {first['config']['lambda_2']:g}) "
         f"and `csg-ext detect RUN {' '.join(first['options'])}`; {first['machine']}; torch "
         f"{first['versions']['torch']}; {max(f['date'] for f in found)}. Accuracy on the test part, seed by seed: "
         f"{accuracy}. Of {first['arms']['std']['test_images']} test images the networks get right: {counts}. Attacked "
