@@ -1,8 +1,9 @@
 """Errors against extended precision are no larger than those of PyTorch's eager form in the same dtype.
 
 What is compared: the mean of the errors, relative to the sums of the magnitudes of the terms, and the largest of them.
-Sums in another order have other errors: of the first ours may be larger by one rounding to the result's dtype, of the
-second, which is one element's, by two.
+Sums in another order have other errors: the mean may be larger by what one more rounding adds to it, eps / 4 of the
+result's dtype, the largest, which is one element's, by two roundings, eps. The gradient of x has no long
+sums: eps / 16.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import csg_ext
 DTYPES = {name: TYPES[name][0] for name in ("fp64", "fp32", "fp16", "bf16")}
 
 
-def assert_no_larger(results: Iterable[Result], what: str) -> None:
+def assert_no_larger(results: Iterable[Result], what: str, slack: float = 1 / 4) -> None:
+    """slack: of the mean, in units of eps."""
     count = 0
     for result in results:
         assert result.ours.dtype == result.theirs.dtype
         ours, theirs = errors(result.ours, result), errors(result.theirs, result)
-        rounding = torch.finfo(result.ours.dtype).eps / 2
+        eps = torch.finfo(result.ours.dtype).eps
         text = f"{what}, {result.name}: ours {ours}, PyTorch's {theirs}"
-        assert ours.mean <= theirs.mean + rounding, text
-        assert ours.max <= theirs.max + 2 * rounding, text
+        assert ours.mean <= theirs.mean + (1 / 16 if result.name == "gradient of x" else slack) * eps, text
+        assert ours.max <= theirs.max + eps, text
         assert ours.lost <= theirs.lost, text
         count += 1
     assert count
@@ -85,9 +87,10 @@ def test_mutual_information(cpu_level, dtype):
     labels = torch.randint(5, (300,))
     features = (torch.randn(300, 16) + labels[:, None] * torch.rand(16)).to(DTYPES[dtype])
     seed = int(torch.randint(1000, ()))
-    assert_no_larger([error_cases.mutual_info_case(features, labels, 5, seed)], "scikit-learn")
+    # Its sums are of integers, multiples of 2^-48 nats here.
+    assert_no_larger([error_cases.mutual_info_case(features, labels, 5, seed)], "scikit-learn", slack=1 / 2)
     for bins in (7, 20):
-        assert_no_larger([error_cases.binned_case(features, labels, 5, bins)], f"{bins} bins")
+        assert_no_larger([error_cases.binned_case(features, labels, 5, bins)], f"{bins} bins", slack=0)
 
 
 def test_a_larger_error_is_found():

@@ -167,7 +167,12 @@ struct BinnedClasses {
     terms.reserve(size_t(p.n) + 1);
     terms.push_back(0);
     for (int64_t i = 1; i <= p.n; ++i) terms.push_back(double(i) * std::log(double(i)) - 0.5);
-    for (const int64_t s : sizes) constants.push_back(terms.back() - (terms[size_t(s)] + terms[size_t(p.n - s)]));
+    // Differences of large numbers: rounded once, from extended precision.
+    const auto term = [](int64_t i) {
+      const auto v = static_cast<long double>(i);
+      return i == 0 ? v : v * std::log(v) - 0.5L;
+    };
+    for (const int64_t s : sizes) constants.push_back(double(term(p.n) - (term(s) + term(p.n - s))));
   }
 };
 

@@ -791,7 +791,7 @@ static void count_bin(const BinnedWorkspace& w, const int32_t* label, int64_t si
 
 static void binned_feature(const BinnedMutualInfo& p, BinnedWorkspace& w, double* x, double* out) {
   fill_buckets(w, x, w.labels, p.n, max64(p.n / kShared, 1));
-  __builtin_memcpy(out, w.constants, size_t(p.classes) * sizeof(double));
+  for (int64_t c = 0; c < p.classes; ++c) out[c] = 0;
   int64_t begin = 0;
   for (int64_t b = 1; b <= p.bins; ++b) {
     int64_t end = (b * p.n + p.bins - 1) / p.bins;
@@ -800,10 +800,14 @@ static void binned_feature(const BinnedMutualInfo& p, BinnedWorkspace& w, double
       const int64_t last = order_bucket(w, end - 1);
       while (end < last && w.value[end] == w.value[end - 1]) ++end;
     }
+    if (end - begin == p.n) return;  // one bin tells nothing: exactly 0
     count_bin(w, w.label + begin, end - begin, p.classes, out);
     begin = end;
   }
-  for (int64_t c = 0; c < p.classes; ++c) out[c] = out[c] > 0 ? out[c] / double(p.n) : 0;
+  for (int64_t c = 0; c < p.classes; ++c) {
+    const double sum = out[c] + w.constants[c];  // last: smaller sums round less
+    out[c] = sum > 0 ? sum / double(p.n) : 0;
+  }
 }
 
 void binned_mutual_info_features(const BinnedMutualInfo& p, BinnedWorkspace& w, int64_t begin, int64_t end) {
