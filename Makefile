@@ -14,7 +14,7 @@ CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -
 # Compiling bytecode is left to the first import: most of what pip would compile is never used.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --no-compile
 
-.PHONY: help demo test pytest ctest fuzz bench bench-quick instructions instruction-baseline lint format tidy docs pins wheels \
+.PHONY: help demo test pytest ctest op fuzz bench bench-quick instructions instruction-baseline lint format tidy docs pins wheels \
   audit compile_commands clean
 .DELETE_ON_ERROR:
 .SECONDARY:
@@ -22,6 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
 	@echo "make test          run all tests, Python and C++"
+	@echo "make op            build what changed, test and time one operator: OP=gated_pool (or gate_step, mutual_info)"
 	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
 	@echo "                   a target; needs clang (CLANG=clang++-14)"
 	@echo "make bench         measure operators and training steps beside peers, write docs/performance*.md"
@@ -53,6 +54,16 @@ ctest: $(VENV)/.package-dev
 	@$(CONFIGURE) -DCSG_EXTENSION=OFF
 	@$(BIN)/cmake --build $(CMAKE_BUILD)
 	$(BIN)/ctest --test-dir $(CMAKE_BUILD) --parallel 2 --output-on-failure
+
+# One operator, in about a minute: what takes longer than all of it is left to the whole tests and benchmarks:
+# torch.compile, the baseline instruction set, and peers that are never the fastest.
+OP ?= gated_pool
+op: $(VENV)/.requirements-dev
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pytest -q --disable-warnings tests/test_$(OP).py -k 'not compile and not opcheck and not baseline'
+	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest -q --disable-warnings benchmarks/bench_$(OP).py \
+	  -k 'not compiled and not autotuned and not masked and not both and not scikit' \
+	  --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds
 
 FUZZ_EXAMPLES ?= 2000
 FUZZ_SECONDS ?= 60
