@@ -9,8 +9,8 @@ constexpr int64_t kChain = 32;                // additions one after the other, 
 constexpr int64_t kChainWide = 16;            // the same where a sum is one chain, not the sum of many
 constexpr int64_t kSumBlockWide = 128;        // positions of channels-last maps summed in one go
 constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 16384;     // how far ahead of strided reads: DRAM's latency at full bandwidth
-constexpr int64_t kDramPrefetchBytes = 8192;  // the same for long rows of an x that no cache holds
+constexpr int64_t kPrefetchBytes = 4096;      // how far ahead of strided reads, into L1
+constexpr int64_t kDramPrefetchBytes = 8192;  // the same for rows of an x that no cache holds
 constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
 constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
 
@@ -184,13 +184,15 @@ CSG_INLINE typename Simd<X>::Vec partial_sums(const X* x, int64_t n, bool from_d
 // which crosses a cache line where the first is aligned. One that holds the end of a row and the begin of the next is
 // split by a mask.
 template <int n, typename X>
-CSG_INLINE void sum_adjacent_rows(const X* x, Accumulator<X>* sum) {
+CSG_INLINE void sum_adjacent_rows(const X* x, bool prefetch, Accumulator<X>* sum) {
   using S = Strip<X>;
   typename Simd<X>::Vec part[S::lanes];
   S row;
 #pragma GCC unroll 64
   for (int i = 0; i < n; ++i) {
     const int r = i * S::lanes / n, begun = i * S::lanes - r * n, left = n - begun;
+    if (prefetch && i * S::lanes * sizeof(X) % 64 == 0)
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i * S::lanes) + kDramPrefetchBytes, 0, 3);
     const auto bits = S::load(x + i * S::lanes);
     const auto next = bits & last_lanes<typename S::Int>(left < S::lanes ? S::lanes - left : 0);
     const auto here = bits ^ next;
@@ -206,9 +208,13 @@ CSG_INLINE void sum_adjacent_rows(const X* x, Accumulator<X>* sum) {
 }
 
 template <int n, typename X>
-CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, Accumulator<X>* sum) {
+CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, bool from_dram, Accumulator<X>* sum) {
   int64_t j = 0;
-  for (; j + Strip<X>::lanes <= len; j += Strip<X>::lanes) sum_adjacent_rows<n>(x + j * n, sum + j);
+  if (from_dram && sizeof(X) == 2) {  // converting halves, the processor does not read far enough ahead by itself
+    for (; j + Strip<X>::lanes <= len; j += Strip<X>::lanes) sum_adjacent_rows<n>(x + j * n, true, sum + j);
+  } else {
+    for (; j + Strip<X>::lanes <= len; j += Strip<X>::lanes) sum_adjacent_rows<n>(x + j * n, false, sum + j);
+  }
   return j;
 }
 
@@ -226,14 +232,15 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, boo
   } else {
     int64_t j = 0;
     Vec part[L];
-    if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, sum);
-    if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, sum);
+    const bool prefetch = from_dram && n >= 256;  // shorter rows have no room for it
+    if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, from_dram, sum);
+    if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, from_dram, sum);
     for (; j + L <= len; j += L) {
-      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n, from_dram);
+      for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n, prefetch);
       store_bits(sum + j, transposed_sum<1>(part));
     }
     if (j < len) {
-      for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n, from_dram) : Vec{};
+      for (int r = 0; r < L; ++r) part[r] = j + r < len ? partial_sums(x + (j + r) * stride, n, prefetch) : Vec{};
       const Vec last = transposed_sum<1>(part);
       for (int r = 0; j + r < len; ++r) sum[j + r] = last[r];
     }
@@ -283,7 +290,7 @@ template <typename X>
 CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   A pooled[kRowBlock];
-  const bool from_dram = p.s >= 256 && p.n * p.k * p.s * int64_t(sizeof(X)) > kCacheBytes;
+  const bool from_dram = p.n * p.k * p.s * int64_t(sizeof(X)) > kCacheBytes;
   const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t n = item / blocks, k0 = item % blocks * kRowBlock;
@@ -318,7 +325,7 @@ CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* n
 #pragma GCC unroll 16
       for (int i = 0; i < Strips; ++i) {
         if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
-          __builtin_prefetch(later + i * channels, 0, 2);
+          __builtin_prefetch(later + i * channels, 0, 3);
         strip[i].add(Strip<X>::load(x + i * channels));
       }
     }
