@@ -629,53 +629,67 @@ CSG_INLINE void add_gate_gradient(const T* grad_out, const T* pooled, const Accu
   }
 }
 
-// grad_gate of `len` channels. Samples are added in their order, so the result does not depend on the threads.
+// The sums of `len` channels of grad_gate; row c's are at sum[slot[c] * stride], or where there are no slots at
+// sum[c * stride]. Samples are added in their order, so the result does not depend on the threads.
 template <typename T>
-CSG_INLINE void backward_gate(const GatedPoolBackward& p, int64_t k0, int64_t len, Accumulator<T>* scratch) {
+CSG_INLINE void sum_gate_gradient(const GatedPoolBackward& p, int64_t k0, int64_t len, Accumulator<T>* sum,
+                                  int64_t stride, const int64_t* slot) {
   using A = Accumulator<T>;
   const GateRows& g = p.rows;
-  A row[kChannelBlock], along[kChannelBlock];
-  T* out = static_cast<T*>(p.grad_gate) + k0;
-  const int64_t rows = g.rows;
-  // Half types are summed in fp32 beside the result and rounded once; the others are summed in place.
-  A* sum = scratch ? scratch : reinterpret_cast<A*>(out);
-  const int64_t stride = scratch ? len : p.k;
-  for (int64_t c = 0; c < rows; ++c) __builtin_memset(sum + c * stride, 0, size_t(len) * sizeof(A));
-  __builtin_memset(along, 0, sizeof(along));
-  if (p.grad_out) {
-    for (int64_t n = 0; n < p.n; ++n) {
-      const int64_t c = g.labels ? g.labels[n] : n, at = n * p.k + k0;
-      if (c < 0 || c >= rows) continue;
-      if (g.col_max) load_row<T>(g, n, k0, len, p.k, row);
-      add_gate_gradient(static_cast<const T*>(p.grad_out) + at, static_cast<const T*>(p.pooled) + at,
-                        g.col_max ? row : nullptr, len, sum + c * stride, along);
+  A row[kChannelBlock], along[kChannelBlock] = {};
+  for (int64_t n = 0; n < p.n && p.grad_out; ++n) {
+    const int64_t c = g.labels ? g.labels[n] : n, at = n * p.k + k0;
+    if (c < 0 || c >= g.rows) continue;
+    if (g.col_max) load_row<T>(g, n, k0, len, p.k, row);
+    add_gate_gradient(static_cast<const T*>(p.grad_out) + at, static_cast<const T*>(p.pooled) + at,
+                      g.col_max ? row : nullptr, len, sum + (slot ? slot[c] : c) * stride, along);
+  }
+  if (g.col_max == nullptr) return;
+  // d clip(g_c / m) with m = g_top: 1/m into row c where 0 <= g_c, -P_c/m into the row of the maximum.
+  const T* gate = static_cast<const T*>(g.gate) + k0;
+  const T* col_max = static_cast<const T*>(g.col_max) + k0;
+  for (int64_t c = 0; c < g.rows; ++c) {
+    for (int64_t j = 0; j < len; ++j) {
+      const A top = widen(col_max[j]);
+      A v = sum[c * stride + j];
+      v = widen(gate[c * p.k + j]) >= 0 ? v : A(0);
+      v = g.col_arg[k0 + j] == c ? v - along[j] : v;
+      sum[c * stride + j] = top > 0 ? v / top : (top != top ? top : A(0));
     }
   }
-  if (g.col_max) {
-    // d clip(g_c / m) with m = g_top: 1/m into row c where 0 <= g_c, -P_c/m into the row of the maximum.
-    const T* gate = static_cast<const T*>(g.gate) + k0;
-    const T* col_max = static_cast<const T*>(g.col_max) + k0;
-    for (int64_t c = 0; c < rows; ++c) {
-      for (int64_t j = 0; j < len; ++j) {
-        const A top = widen(col_max[j]);
-        A v = sum[c * stride + j];
-        v = widen(gate[c * p.k + j]) >= 0 ? v : A(0);
-        v = g.col_arg[k0 + j] == c ? v - along[j] : v;
-        sum[c * stride + j] = top > 0 ? v / top : (top != top ? top : A(0));
-      }
-    }
-  }
-  if (scratch)
-    for (int64_t c = 0; c < rows; ++c) narrow_block(out + c * p.k, sum + c * stride, len);
 }
 
+// grad_gate of the channels [begin, end).
 template <typename T>
 static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t end) {
   using A = Accumulator<T>;
-  constexpr bool beside = sizeof(T) < sizeof(A);
-  const Scratch scratch(beside ? p.rows.rows * min64(end - begin, kChannelBlock) * int64_t(sizeof(A)) : 0);
-  A* sum = beside ? static_cast<A*>(scratch.get()) : nullptr;
-  for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock) backward_gate<T>(p, k0, min64(kChannelBlock, end - k0), sum);
+  const GateRows& g = p.rows;
+  T* out = static_cast<T*>(p.grad_gate);
+  // Most rows may have no sample: zero them first, in stretches as long as there are.
+  for (int64_t c = 0; c < g.rows; ++c) __builtin_memset(out + c * p.k + begin, 0, size_t(end - begin) * sizeof(T));
+  if constexpr (sizeof(T) == sizeof(A)) {
+    for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock)
+      sum_gate_gradient<T>(p, k0, min64(kChannelBlock, end - k0), out + k0, p.k, nullptr);
+  } else {
+    // Half types are summed in fp32 beside the result, the rows that have a sample, and rounded once.
+    const Scratch slots(g.rows * int64_t(sizeof(int64_t)));
+    int64_t* slot = static_cast<int64_t*>(slots.get());
+    int64_t used = g.col_max ? g.rows : 0;
+    for (int64_t c = 0; c < g.rows; ++c) slot[c] = g.col_max ? c : -1;
+    for (int64_t n = 0; n < p.n; ++n) {
+      const int64_t c = g.labels ? g.labels[n] : n;
+      if (c >= 0 && c < g.rows && slot[c] < 0) slot[c] = used++;
+    }
+    const Scratch sums(used * min64(end - begin, kChannelBlock) * int64_t(sizeof(A)));
+    A* sum = static_cast<A*>(sums.get());
+    for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock) {
+      const int64_t len = min64(kChannelBlock, end - k0);
+      __builtin_memset(sum, 0, size_t(used * len) * sizeof(A));
+      sum_gate_gradient<T>(p, k0, len, sum, len, slot);
+      for (int64_t c = 0; c < g.rows; ++c)
+        if (slot[c] >= 0) narrow_block(out + c * p.k + k0, sum + slot[c] * len, len);
+    }
+  }
 }
 static void backward_gate(const GatedPoolBackward& p, int64_t begin, int64_t end) {
   if (begin >= end) return;
