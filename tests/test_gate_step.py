@@ -14,7 +14,7 @@ from csg_ext import reference
 from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-SHAPES = [(1, 1), (1, 7), (2, 64), (10, 64), (7, 129), (100, 33), (1000, 40), (3, 1025)]
+SHAPES = [(1, 1), (1, 7), (2, 64), (10, 64), (7, 129), (100, 33), (1000, 40), (3, 1025), (520, 201)]
 METHODS = ["scale", "euclidean"]
 
 
@@ -115,6 +115,23 @@ def test_step_matches_the_definition(device, dtype, method):
         gate = reference.project_gate(torch.rand(*shape, device=device, dtype=torch.float64)).to(dtype)
         grad = torch.randn(*shape, device=device).to(dtype)
         step_and_compare(gate, grad, method, option, dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_of_equal_maxima_gets_the_one_wherever_rows_are_split(device, dtype, method):
+    rows, columns = 600, 210
+    gate = -torch.rand(rows, columns, device=device) - 0.5
+    first = torch.randint(rows, (columns,))
+    for k, c in enumerate(first.tolist()):  # one to three equal entries, the largest of a column without a positive one
+        gate[torch.tensor([c, *torch.randint(c, rows, (2,)).tolist()]), k] = -0.25
+    gate[first[0], 0] = float("nan")
+    gate[:, 1] = 0.0
+    first[1] = 0
+    want = torch.zeros(rows, columns).scatter(0, first[None], 1.0)
+    want[:, 0] = float("nan")
+    got = csg_ext.project_gate(gate.to(dtype), method).float().cpu()
+    assert torch.equal(got.nan_to_num(9), want.nan_to_num(9))
 
 
 def test_same_bits_for_any_number_of_threads():

@@ -1,11 +1,15 @@
 // gate_step's CPU kernels for one instruction set; see ../common/simd.inl for how this file is compiled.
-// Bytes that must move: gate and buffer read and written once, grad read once. A panel of columns, as wide as a
-// thread's share, is updated row by row while its maxima stay in L1, then projected in a second pass. Of a panel beyond
-// the cache the gate moves twice, but in the order in which memory is read fastest: narrow panels were slower.
+// Bytes that must move: gate and buffer read and written once, grad read once. Rows are updated one after the other, a
+// panel of columns at a time whose maxima stay in L1, and projected in a second pass. Of a gate beyond the cache it
+// moves twice, but in the order in which memory is read fastest: narrow panels were slower. Threads share out the rows:
+// where each had columns of every row, the prefetchers fetched what another thread was writing.
 
-constexpr int64_t kColumnBlock = 32;       // columns that threads do not share
-constexpr int64_t kPanelBytes = 16 << 10;  // maxima in L1
-constexpr int kStripVectors = 4;           // of a row, side by side in registers
+constexpr int64_t kColumnBlock = 32;             // columns that threads do not share
+constexpr int64_t kPanelBytes = 16 << 10;        // maxima in L1
+constexpr int kStripVectors = 4;                 // of a row, side by side in registers
+constexpr int64_t kGrainElements = 32 << 10;     // below this a second thread costs more than it brings
+constexpr int64_t kPartElements = 24 << 10;      // the same of the parts of the rows that threads share out
+constexpr int64_t kMinRows = 8, kMaxParts = 64;  // each part has maxima of its own
 
 // How a strip of a row is read and written: `count` vectors of `lanes` elements, or one element alone. The formulas
 // below take either.
@@ -107,44 +111,58 @@ struct Panel {
   static constexpr int64_t columns = kPanelBytes / int64_t(sizeof(A));
   A top[columns], wanted[columns];
   bool wants[columns / kLanes<T>];
-  static constexpr int64_t padded(int64_t len) { return (len + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
 };
-
 template <typename T>
-CSG_INLINE void step_panel(const GateStep& p, int64_t k0, int64_t len, Panel<T>& panel) {
-  using V = typename Simd<T>::Vec;
-  constexpr int64_t lanes = kLanes<T>;
-  // Rounded once: half types are updated again in the second pass instead of being kept in fp32 until then.
-  constexpr bool again = sizeof(T) < sizeof(Accumulator<T>);
-  T* const gate = static_cast<T*>(p.gate) + k0;
-  for (int64_t j = 0; j < Panel<T>::padded(len); ++j) panel.top[j] = -__builtin_inff();
-  for (int64_t c = 0; c < p.c; ++c)
+CSG_INLINE int64_t whole_vectors(int64_t len) {
+  return (len + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Half types are rounded once: they are updated again in the second pass instead of being kept in fp32 until then.
+template <typename T>
+constexpr bool kUpdatedAgain = sizeof(T) < sizeof(Accumulator<T>);
+
+// Updates the rows [begin, end) of `len` columns; top: the maxima, of whole vectors of columns.
+template <typename T>
+CSG_INLINE void update_rows(const GateStep& p, int64_t begin, int64_t end, int64_t k0, int64_t len,
+                            Accumulator<T>* top) {
+  for (int64_t j = 0; j < whole_vectors<T>(len); ++j) top[j] = -__builtin_inff();
+  for (int64_t c = begin; c < end; ++c)
     for_strips<T>(len, [&](int64_t j, auto access) __attribute__((always_inline)) {
       using S = decltype(access);
-      T* const row = gate + c * p.k + j;
+      T* const row = static_cast<T*>(p.gate) + c * p.k + k0 + j;
       typename S::Vec v[S::count];
-      update_strip<T>(p, c * p.k + k0 + j, access, !again, v);
+      update_strip<T>(p, c * p.k + k0 + j, access, !kUpdatedAgain<T>, v);
       for (int i = 0; i < S::count; ++i) {
-        if (!again && p.grad) access.store(row + i * S::lanes, v[i]);
-        auto* const top = panel.top + j + i * S::lanes;
-        const auto best = load_bits<typename S::Vec>(top);
-        store_bits(top, exceeds(v[i], best) ? v[i] : best);
+        if (!kUpdatedAgain<T> && p.grad) access.store(row + i * S::lanes, v[i]);
+        const auto best = load_bits<typename S::Vec>(top + j + i * S::lanes);
+        store_bits(top + j + i * S::lanes, exceeds(v[i], best) ? v[i] : best);
       }
     });
+}
+
+// Projects the rows [begin, end) of `len` columns, whose maxima are in panel.top. `has_maximum(j)`: whether the first
+// entry that equals a column's maximum is in these rows.
+template <typename T, typename F>
+CSG_INLINE void project_rows(const GateStep& p, int64_t begin, int64_t end, int64_t k0, int64_t len, Panel<T>& panel,
+                             F has_maximum) {
+  using V = typename Simd<T>::Vec;
+  constexpr int64_t lanes = kLanes<T>;
   const bool scale = p.projection == Projection::Scale;
   for (int64_t j = 0; j < len; j += lanes) {
     const V top = load_bits<V>(panel.top + j);
     const auto enough = (typename Simd<T>::Int)(scale ? top > 0 : top >= 1);
     store_bits(panel.wanted + j, enough ? V{} + __builtin_nanf("") : top);
     panel.wants[j / lanes] = first_lane(~enough) >= 0;
+    for (int64_t i = j; panel.wants[j / lanes] && i < min64(len, j + lanes); ++i)
+      if (!has_maximum(i)) panel.wanted[i] = __builtin_nanf("");
   }
-  for (int64_t c = 0; c < p.c; ++c)
+  for (int64_t c = begin; c < end; ++c)
     for_strips<T>(len, [&](int64_t j, auto access) __attribute__((always_inline)) {
       using S = decltype(access);
       using Vec = typename S::Vec;
-      T* const row = gate + c * p.k + j;
+      T* const row = static_cast<T*>(p.gate) + c * p.k + k0 + j;
       Vec v[S::count];
-      if (again) {
+      if (kUpdatedAgain<T>) {
         update_strip<T>(p, c * p.k + k0 + j, access, true, v);
       } else {
         for (int i = 0; i < S::count; ++i) v[i] = access.load(row + i * S::lanes);
@@ -162,6 +180,83 @@ CSG_INLINE void step_panel(const GateStep& p, int64_t k0, int64_t len, Panel<T>&
         access.store(row + i * S::lanes, v[i]);
       }
     });
+}
+
+// Calls f(first column, columns) for the panels of the columns [begin, end).
+template <typename T, typename F>
+CSG_INLINE void for_panels(int64_t begin, int64_t end, F f) {
+  for (int64_t k0 = begin; k0 < end; k0 += Panel<T>::columns) f(k0, min64(Panel<T>::columns, end - k0));
+}
+
+// Calls f(first column, columns) for the panels of every thread's share of the columns.
+template <typename T, typename F>
+CSG_INLINE void for_shared_panels(int64_t c, int64_t k, ParallelFor parallel_for, F f) {
+  const int64_t blocks = (k + kColumnBlock - 1) / kColumnBlock;
+  const int64_t grain = max64(1, kGrainElements / max64(1, c * min64(k, kColumnBlock)));
+  parallel_ranges(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
+    for_panels<T>(begin * kColumnBlock, min64(k, end * kColumnBlock), f);
+  });
+}
+
+// The largest power of two that leaves every part enough to do; half types take twice the time for an element.
+template <typename T>
+CSG_INLINE int64_t parts_of(int64_t c, int64_t k) {
+  constexpr int64_t grain = kUpdatedAgain<T> ? kPartElements / 2 : kPartElements;
+  int64_t parts = 1;
+  while (2 * parts <= min64(kMaxParts, min64(c / kMinRows, c * k / grain))) parts *= 2;
+  return parts;
+}
+
+// The same in parts of the rows: what is updated by all parts is projected by all parts.
+template <typename T>
+CSG_INLINE void step_parts(const GateStep& p, int64_t parts, ParallelFor parallel_for) {
+  using A = Accumulator<T>;
+  using V = typename Simd<T>::Vec;
+  using Int = typename Simd<T>::Int;
+  using Lane = std::remove_reference_t<decltype(Int{}[0])>;
+  const int64_t stride = whole_vectors<T>(p.k);
+  const Scratch maxima((parts + 1) * stride * int64_t(sizeof(A))), owners(stride * int64_t(sizeof(Lane)));
+  A* const top = static_cast<A*>(maxima.get());
+  A* const part_top = top + stride;
+  Lane* const owner = static_cast<Lane*>(owners.get());  // the first part that has a column's maximum
+  parallel_ranges(parallel_for, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part)
+      for_panels<T>(0, p.k, [&](int64_t k0, int64_t len) {
+        update_rows<T>(p, p.c * part / parts, p.c * (part + 1) / parts, k0, len, part_top + part * stride + k0);
+      });
+  });
+  for (int64_t j = 0; j < stride; j += kLanes<T>) {
+    V best = load_bits<V>(part_top + j);
+    Int first{};
+    for (int64_t part = 1; part < parts; ++part) {
+      const V value = load_bits<V>(part_top + part * stride + j);
+      const auto better = exceeds(value, best);
+      best = better ? value : best;
+      first = better ? Int{} + Lane(part) : first;
+    }
+    store_bits(top + j, best);
+    store_bits(owner + j, first);
+  }
+  parallel_ranges(parallel_for, parts, 1, [&](int64_t begin, int64_t end) {
+    Panel<T> panel;  // NOLINT(cppcoreguidelines-pro-type-member-init): filled as far as it has columns
+    for (int64_t part = begin; part < end; ++part)
+      for_panels<T>(0, p.k, [&](int64_t k0, int64_t len) {
+        __builtin_memcpy(panel.top, top + k0, size_t(whole_vectors<T>(len)) * sizeof(A));
+        project_rows<T>(p, p.c * part / parts, p.c * (part + 1) / parts, k0, len, panel,
+                        [&](int64_t j) { return owner[k0 + j] == Lane(part); });
+      });
+  });
+}
+
+template <typename T>
+CSG_INLINE void gate_step_of(const GateStep& p, ParallelFor parallel_for) {
+  const int64_t parts = parts_of<T>(p.c, p.k);
+  if (parts > 1) return step_parts<T>(p, parts, parallel_for);
+  for_shared_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
+    Panel<T> panel;  // NOLINT(cppcoreguidelines-pro-type-member-init): filled as far as it has columns
+    update_rows<T>(p, 0, p.c, k0, len, panel.top);
+    project_rows<T>(p, 0, p.c, k0, len, panel, [](int64_t) { return true; });
+  });
 }
 
 template <typename T>
@@ -193,28 +288,9 @@ CSG_INLINE void column_max_panel(const ColumnMax& p, int64_t k0, int64_t len) {
   narrow_block(static_cast<T*>(p.col_max) + k0, top, len);
 }
 
-// Calls f(first column, columns) for the panels of every thread's share.
-template <typename T, typename F>
-CSG_INLINE void for_panels(int64_t c, int64_t k, ParallelFor parallel_for, F f) {
-  const int64_t blocks = (k + kColumnBlock - 1) / kColumnBlock;
-  const int64_t grain = max64(1, (32 << 10) / max64(1, c * min64(k, kColumnBlock)));
-  parallel_ranges(parallel_for, blocks, grain, [&](int64_t begin, int64_t end) {
-    const int64_t last = min64(k, end * kColumnBlock);
-    for (int64_t k0 = begin * kColumnBlock; k0 < last; k0 += Panel<T>::columns)
-      f(k0, min64(Panel<T>::columns, last - k0));
-  });
-}
-
-template <typename T>
-CSG_INLINE void gate_step_of(const GateStep& p, ParallelFor parallel_for) {
-  for_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
-    Panel<T> panel;  // NOLINT(cppcoreguidelines-pro-type-member-init): step_panel fills as much as it has columns
-    step_panel<T>(p, k0, len, panel);
-  });
-}
 template <typename T>
 CSG_INLINE void column_max_of(const ColumnMax& p, ParallelFor parallel_for) {
-  for_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) { column_max_panel<T>(p, k0, len); });
+  for_shared_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) { column_max_panel<T>(p, k0, len); });
 }
 
 void gate_step(const GateStep& p, ParallelFor parallel_for) {
