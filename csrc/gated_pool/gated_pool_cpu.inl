@@ -13,6 +13,7 @@ constexpr int64_t kPrefetchBytes = 4096;      // how far ahead of strided reads,
 constexpr int64_t kDramPrefetchBytes = 8192;  // the same for rows of an x that no cache holds
 constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
 constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
+constexpr int64_t kZeroBytes = 896 << 10;     // from here on a parallel region for zeroing pays
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
 
@@ -661,12 +662,12 @@ CSG_INLINE void sum_gate_gradient(const GatedPoolBackward& p, int64_t k0, int64_
 
 // grad_gate of the channels [begin, end).
 template <typename T>
-static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t end, bool zeroed) {
   using A = Accumulator<T>;
   const GateRows& g = p.rows;
   T* out = static_cast<T*>(p.grad_gate);
-  // Most rows may have no sample: zero them first, in stretches as long as there are.
-  for (int64_t c = 0; c < g.rows; ++c) __builtin_memset(out + c * p.k + begin, 0, size_t(end - begin) * sizeof(T));
+  if (!zeroed)  // most rows may have no sample: in stretches as long as there are
+    for (int64_t c = 0; c < g.rows; ++c) __builtin_memset(out + c * p.k + begin, 0, size_t(end - begin) * sizeof(T));
   if constexpr (sizeof(T) == sizeof(A)) {
     for (int64_t k0 = begin; k0 < end; k0 += kChannelBlock)
       sum_gate_gradient<T>(p, k0, min64(kChannelBlock, end - k0), out + k0, p.k, nullptr);
@@ -691,18 +692,29 @@ static void backward_gate_as(const GatedPoolBackward& p, int64_t begin, int64_t 
     }
   }
 }
-static void backward_gate(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+static void backward_gate(const GatedPoolBackward& p, int64_t begin, int64_t end, bool zeroed) {
   if (begin >= end) return;
   switch (p.rows.type) {
     case ScalarType::Float32:
-      return backward_gate_as<float>(p, begin, end);
+      return backward_gate_as<float>(p, begin, end, zeroed);
     case ScalarType::Float64:
-      return backward_gate_as<double>(p, begin, end);
+      return backward_gate_as<double>(p, begin, end, zeroed);
     case ScalarType::Float16:
-      return backward_gate_as<Half>(p, begin, end);
+      return backward_gate_as<Half>(p, begin, end, zeroed);
     case ScalarType::BFloat16:
-      return backward_gate_as<BFloat16>(p, begin, end);
+      return backward_gate_as<BFloat16>(p, begin, end, zeroed);
   }
+}
+
+// Zeroes a gate's gradient that is large enough to be shared out by rows, each thread one stretch of memory.
+CSG_INLINE bool zero_gate_gradient(const GatedPoolBackward& p, ParallelFor parallel_for) {
+  const ScalarType type = p.rows.type;
+  const int64_t row = p.k * (type == ScalarType::Float64 ? 8 : type == ScalarType::Float32 ? 4 : 2);
+  if (!p.grad_gate || p.rows.rows * row < kZeroBytes) return false;
+  parallel_ranges(parallel_for, p.rows.rows, max64(1, kGrainBytes / row), [&](int64_t begin, int64_t end) {
+    __builtin_memset(static_cast<char*>(p.grad_gate) + begin * row, 0, size_t((end - begin) * row));
+  });
+  return true;
 }
 
 // Both gradients in one parallel region: who has the items [begin, end) of `items` has the same share of the channels.
@@ -714,12 +726,13 @@ CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
   const int64_t items = !fill ? p.k : channels_last ? p.n : p.n * p.k;
   const int64_t gate_bytes = p.grad_gate ? (p.rows.rows + 2 * p.n) * p.k * int64_t(sizeof(X)) : 0;
   const int64_t bytes = gate_bytes + (fill ? p.n * p.k * p.s * int64_t(sizeof(X)) : 0);
+  const bool zeroed = zero_gate_gradient(p, parallel_for);
   const auto first_channel = [&](int64_t item) {
     return item == items ? p.k : p.k * item / items / kChannelStep * kChannelStep;
   };
   parallel_ranges(parallel_for, items, max64(1, kGrainBytes / max64(1, bytes / items)),
                   [&](int64_t begin, int64_t end) {
-                    if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end));
+                    if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end), zeroed);
                     if (!fill) return;
                     if (channels_last) return backward_channels_last<X>(p, begin, end);
                     backward_rows<X>(p, begin, end);
