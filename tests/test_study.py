@@ -55,7 +55,12 @@ def test_every_study_has_settings_that_exist(study):
     assert len({s.name for s in study.STUDIES}) == len(study.STUDIES)
     for s in study.STUDIES:
         TrainConfig(**s.settings)
-    assert all((s.hold_out is None) == (s.name in ("demo", "demo-low", "long-low", "scenes")) for s in study.STUDIES)
+    on_the_test_part = {s.name for s in study.STUDIES if s.hold_out is None}
+    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "scenes"}
+    for s in study.STUDIES:
+        other = next((o for o in study.STUDIES if o.name == s.std), s)
+        assert "std" in other.arms and set(s.seeds) <= set(other.seeds)
+        assert (other.hold_out, other.data) == (s.hold_out, s.data)
 
 
 def test_tables_say_what_is_missing(study):

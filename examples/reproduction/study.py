@@ -4,9 +4,9 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `demo`, `demo-low`, `long-low` and `scenes` are measured on the test part with settings
-fixed before; every other study varies one setting and is measured on images held out of the train part: the test part
-chooses nothing.
+is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low` and `scenes` are measured on the test part with
+settings fixed before; every other study varies one setting and is measured on images held out of the train part: the
+test part chooses nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Study:
     seeds: range = ABLATION_SEEDS
     hold_out: int | None = HOLD_OUT
     data: str = "fashion"  # the embedded subset, or "scenes": its items on photographs, in colour
+    std: str = ""  # the study whose STD arm is compared, where it has none of its own
 
 
 PRECISION = {"precision": "bf16"}  # what "auto" was on the processors of the study, whatever it is on another one
@@ -47,11 +48,12 @@ BASE = {"lambda_2": 0.01}  # the default when these were trained; what they show
 
 
 def _ablation(name: str, text: str, settings: dict[str, Any] | None = None, arms: tuple[str, ...] = ("csg",)) -> Study:
-    return Study(name, text, BASE | (settings or {}), arms)
+    return Study(name, text, BASE | (settings or {}), arms, std="" if "std" in arms else "default")
 
 
 STUDIES = [
     Study("demo", "12 epochs, the default", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
+    Study("long", "24 epochs", {"epochs": 24}, seeds=MAIN_SEEDS, hold_out=None, std="long-low"),
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
@@ -202,6 +204,13 @@ def load(study: Study, arm: str) -> dict[int, dict[str, Any]]:
     return found
 
 
+def both_arms(study: Study) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """(seed, STD, CSG) for the seeds that have both."""
+    other = next((s for s in STUDIES if s.name == study.std), study)
+    std, csg = load(other, "std"), load(study, "csg")
+    return [(seed, std[seed], csg[seed]) for seed in sorted(set(std) & set(csg))]
+
+
 def t_interval(values: list[float], level: float = 0.95) -> float:
     """Half the width of the confidence interval of the mean of a few values (Student's t)."""
     from scipy.stats import t
@@ -229,16 +238,14 @@ def main_table(study: Study) -> list[str]:
     """STD beside CSG, seed by seed; with all of the study's seeds also the intervals of the means and the verdict."""
     import numpy as np
 
-    std, csg = load(study, "std"), load(study, "csg")
-    seeds = sorted(set(std) & set(csg))
+    runs = both_arms(study)
     lines = [
         "| seed | STD accuracy | CSG accuracy | difference, points | standard error | STD MIS | CSG MIS | "
         "STD ceiling | gap closed | L1-density | gate class = MI class | own filters only |",
         "|---" * 12 + "|",
     ]
     differences = []
-    for seed in seeds:
-        a, b = std[seed], csg[seed]
+    for seed, a, b in runs:
         right = [np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["images"]] for r in (a, b)]
         paired = 100 * (right[1].astype(float) - right[0].astype(float))
         differences.append(float(paired.mean()))
@@ -255,9 +262,9 @@ def main_table(study: Study) -> list[str]:
             f"{b['one_hot_accuracy']:.2%}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if not seeds:
+    if not runs:
         return ["Not trained yet."]
-    both = [(std[seed], csg[seed]) for seed in seeds]
+    both = [(a, b) for _, a, b in runs]
     columns = [
         spread([a["accuracy"] for a, _ in both], ".2%"),
         spread([b["accuracy"] for _, b in both], ".2%"),
@@ -272,14 +279,14 @@ def main_table(study: Study) -> list[str]:
         spread([b["one_hot_accuracy"] for _, b in both], ".2%"),
     ]
     lines.append("| mean ± sd | " + " | ".join(columns) + " |")
-    if len(seeds) < len(study.seeds):
-        lines += ["", f"{len(seeds)} of {len(study.seeds)} seeds so far, too few for an interval or a verdict."]
-    elif len(seeds) > 1:
+    if len(runs) < len(study.seeds):
+        lines += ["", f"{len(runs)} of {len(study.seeds)} seeds so far, too few for an interval or a verdict."]
+    elif len(runs) > 1:
         low, high = (statistics.mean(differences) + sign * t_interval(differences) for sign in (-1, 1))
         gaps = [closed(a, b) for a, b in both]
         lines += [
             "",
-            f"Accuracy of CSG less that of STD over {len(seeds)} seeds: {statistics.mean(differences):+.2f} points, 95 "
+            f"Accuracy of CSG less that of STD over {len(runs)} seeds: {statistics.mean(differences):+.2f} points, 95 "
             f"% interval of the mean [{low:+.2f}, {high:+.2f}] (Student's t, seeds as the units). Gap closed: "
             f"{statistics.mean(gaps):.2f}, interval [{statistics.mean(gaps) - t_interval(gaps):.2f}, "
             f"{statistics.mean(gaps) + t_interval(gaps):.2f}].",
@@ -301,16 +308,14 @@ def ablation_table(studies: list[Study]) -> list[str]:
         "| setting | seeds | STD accuracy | CSG accuracy | CSG MIS | gap closed | L1-density | gate class = MI class |",
         "|---" * 8 + "|",
     ]
-    default = next(study for study in studies if study.name == "default")
     for study in studies:
-        std, csg = load(study if "std" in study.arms else default, "std"), load(study, "csg")
-        seeds = sorted(set(std) & set(csg))
-        if not seeds:
+        runs = both_arms(study)
+        if not runs:
             continue
-        both = [(std[seed], csg[seed]) for seed in seeds]
+        both = [(a, b) for _, a, b in runs]
         cells = [
             study.text,
-            ", ".join(map(str, seeds)),
+            ", ".join(str(seed) for seed, *_ in runs),
             spread([a["accuracy"] for a, _ in both], ".2%"),
             spread([b["accuracy"] for _, b in both], ".2%"),
             spread([b["mis"] for _, b in both], ".4f"),
