@@ -24,7 +24,7 @@ help:
 	@echo "make test          run all tests, Python and C++"
 	@echo "make op            build what changed, test and time one operator: OP=gated_pool (or gate_step, mutual_info)"
 	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
-	@echo "                   a target; needs clang (CLANG=clang++-14)"
+	@echo "                   for each of 27 targets, one after the other; needs clang (CLANG=clang++-14)"
 	@echo "make bench         measure operators and training steps beside peers, write docs/performance*.md"
 	@echo "make bench-quick   a few sizes, less than 2 minutes; writes nothing"
 	@echo "make instructions  count the CPU kernels' instructions (valgrind), fail where 5 % more than the committed baseline;"
@@ -69,8 +69,7 @@ FUZZ_EXAMPLES ?= 2000
 FUZZ_SECONDS ?= 60
 fuzz: $(VENV)/.package-dev $(VENV)/.fuzz
 	CSG_FUZZ=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_fuzz_mutual_info.py
-	for name in $$($(BIN)/python tests/fuzz_files.py --list); do \
-	  PYTHONPATH=$(VENV)/fuzz $(BIN)/python tests/fuzz_files.py $$name -max_total_time=$(FUZZ_SECONDS) || exit 1; done
+	PYTHONPATH=$(VENV)/fuzz $(BIN)/python tests/fuzz_files.py --all -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/cmake -S . -B build/cmake-fuzz -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja --log-level=WARNING \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_CXX_COMPILER=$(CLANG) -DCSG_FUZZ=ON
 	$(BIN)/cmake --build build/cmake-fuzz

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from csg_ext._text import name_list
 from csg_ext.analysis import localization as loc
 from csg_ext.data import ImageData
 from csg_ext.data.batches import normalise
@@ -94,7 +95,7 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     if not isinstance(loaded, dict):
         return {"test_masks": loaded}
     if "test_masks" not in loaded:
-        raise ValueError(f"masks: expected the array test_masks in {file}, got {', '.join(sorted(loaded)) or 'none'}")
+        raise ValueError(f"masks: expected the array test_masks in {file}, got {name_list(loaded)}")
     return {key: loaded[key] for key in wanted if key in loaded}
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from csg_ext._extension import CUDA_ERROR
+from csg_ext._text import name_list
 from csg_ext.data.formats import load_numpy
 from csg_ext.metrics import best_class, dead_filters, mutual_information_score
 from csg_ext.ops.mutual_info import class_entropy, class_mutual_info
@@ -69,7 +70,7 @@ def read_features(path: str | Path, labels: str | Path | None = None) -> list[Fe
         found["labels"] = _load(Path(labels))
     for key in ("features", "labels"):
         if key not in found:
-            raise ValueError(f"{file}: expected the array {key}, got {', '.join(sorted(found)) or 'none'}")
+            raise ValueError(f"{file}: expected the array {key}, got {name_list(found)}")
     return [FeatureSet(file.name, found["features"], found["labels"])]
 
 
@@ -80,7 +81,7 @@ def _read_arm(folder: Path) -> FeatureSet:
         raise ValueError(f"expected a folder that csg-ext train wrote, with {ARRAYS}, got {folder}")
     found = _load(file)
     if "features" not in found or "labels" not in found:
-        raise ValueError(f"{file}: expected features and labels, got {', '.join(sorted(found)) or 'none'}")
+        raise ValueError(f"{file}: expected features and labels, got {name_list(found)}")
     classes = None
     summary = folder.parent / SUMMARY
     if summary.is_file():

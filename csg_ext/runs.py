@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csg_ext._text import reason
+from csg_ext._text import name_list, reason
 from csg_ext.data.images import ImageData, load_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
@@ -185,7 +185,7 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     config = extra.get("config") if isinstance(extra, dict) else None
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{expected}, got {', '.join(sorted(map(str, content))[:5]) or 'an empty one'}")
+        raise ValueError(f"{expected}, got {name_list(content)}")
     return {str(name).removeprefix(_PREFIX): tensor for name, tensor in state.items()}, config
 
 

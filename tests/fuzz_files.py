@@ -1,7 +1,8 @@
 """Fuzz targets for every file that the package reads: variants of real files give a result or one sentence of ours.
 
 `python tests/fuzz_files.py TARGET -max_total_time=60` goes after new lines of the package with atheris (libFuzzer,
-whose options it takes); with `--runs N [SEED]` it tries N drawn variants; `--list` names the targets.
+whose options it takes); with `--runs N [SEED]` it tries N drawn variants; `--list` names the targets. `--all
+-max_total_time=60` follows all targets, one after the other, goes on after a finding, and prints the table of inputs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-GUIDED = __name__ == "__main__" and not {"--runs", "--list"} & set(sys.argv)
+GUIDED = __name__ == "__main__" and not {"--runs", "--list", "--all"} & set(sys.argv)
 followed: Any = contextlib.nullcontext()
 if GUIDED:
     import atheris
@@ -402,9 +405,32 @@ def guided(target: Target, scratch: Path, options: list[str]) -> None:
     atheris.Fuzz()
 
 
+def every(names: list[str], options: list[str]) -> None:
+    """Follows each target in a process of its own; prints how many inputs it had, ends with 1 after any finding."""
+    print("| target | inputs | seconds |\n|---|---|---|", flush=True)
+    failed = []
+    for name in names:
+        done = subprocess.run(
+            [sys.executable, __file__, name, *options], stderr=subprocess.STDOUT, stdout=subprocess.PIPE
+        )
+        output = done.stdout.decode(errors="replace")
+        counts = re.search(r"^Done (\d+) runs in (\d+) second", output, re.MULTILINE)
+        if done.returncode == 0 and counts:
+            print(f"| `{name}` | {int(counts[1]):,} | {counts[2]} |", flush=True)
+        else:
+            print(f"| `{name}` | failed | |", flush=True)
+            print("\n".join(output.splitlines()[-60:]), file=sys.stderr, flush=True)
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
 def main() -> None:
     name, *options = sys.argv[1:]
     known = targets()
+    if name == "--all":
+        every(list(known), options)
+        return
     if name == "--list":
         print("\n".join(known))
         return

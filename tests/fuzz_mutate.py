@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import random
 import tarfile
 import warnings
@@ -161,6 +162,6 @@ def mutate(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
             change = change_safetensors
     try:
         return change(data, rng, others)
-    except (ValueError, OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error,
+    except (ValueError, OSError, KeyError, IndexError, EOFError, RuntimeError, zlib.error, lzma.LZMAError,
             zipfile.BadZipFile, tarfile.TarError):  # fmt: skip
         return flip(data, rng, others)  # it is damaged already

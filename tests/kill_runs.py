@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,8 @@ def begin(folder: Path, data: Path, log: Path) -> int:
                 torch.set_num_threads(1)
                 compare.run_arms = _arms_here
                 os._exit(cli.main(arguments))
+        except BaseException:
+            log.write_text(traceback.format_exc())
         finally:
             os._exit(99)
     return child
@@ -181,7 +184,10 @@ def kill_runs(kills: int, seed: int, scratch: Path) -> dict[str, int]:
                 status = _wait_for_a_write(child, folder, generator, length)
             if status is None:
                 os.kill(child, signal.SIGKILL)
-                assert _wait(child, None) == -signal.SIGKILL
+                ended = _wait(child, None)
+                if ended != -signal.SIGKILL:  # it had ended before the signal came
+                    status = ended
+                    break
                 check_files(folder) if folder.exists() else None
                 counts["kills"] += 1
                 counts[stage(folder)] += 1

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import random
+import zipfile
 
 import fuzz_files
 import numpy as np
 import pytest
 import torch
 from fuzz_mutate import change_value
+from safetensors.numpy import save
 
 from csg_ext.data.images import ImageData
 from csg_ext.training.arm import fit_arm
@@ -54,6 +57,38 @@ def test_settings_and_numbers(name, change, message, tmp_path):
         (tmp_path / target.file).write_bytes(text)
         with pytest.raises(ValueError, match=message if text[:2] in (b'{"', b"[{") else "expected"):
             target.read(tmp_path)
+
+
+def many_names(rng):
+    """Names of arrays that are long, have line breaks or are none, and a lot of them."""
+    names = ["a\nb\r\u2028", "x" * 5000, "y\0z", " ", *(f"{n}-{rng.random()}" for n in range(3000))]
+    return rng.sample(names, len(names))
+
+
+@pytest.mark.parametrize("name", ["images.npz", "features.npz", "masks.npz", "arrays.npz"])
+def test_names_in_an_archive(name, tmp_path):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for member in many_names(random.Random()):
+            archive.writestr(f"{member}.npy", fuzz_files.saved(np.save, np.zeros(1)))
+    fuzz_files.place(TARGETS[name], tmp_path)
+    assert not fuzz_files.check(TARGETS[name], tmp_path, content.getvalue())
+
+
+@pytest.mark.parametrize("name", ["features.safetensors", "weights.safetensors", "detector"])
+def test_names_in_safetensors(name, tmp_path):
+    metadata = {"detector": "softmax"} if name == "detector" else None
+    content = save({member: np.zeros(1) for member in many_names(random.Random())}, metadata)
+    fuzz_files.place(TARGETS[name], tmp_path)
+    assert not fuzz_files.check(TARGETS[name], tmp_path, content)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "weights"])
+@pytest.mark.parametrize("value", [1, torch.zeros(1)])
+def test_names_in_a_checkpoint(name, value, tmp_path):
+    content = fuzz_files.saved(lambda file: torch.save(dict.fromkeys(many_names(random.Random()), value), file))
+    fuzz_files.place(TARGETS[name], tmp_path)
+    assert not fuzz_files.check(TARGETS[name], tmp_path, content)
 
 
 @pytest.mark.parametrize("act", ["write", "run", "wait", "allocate", "raise"])

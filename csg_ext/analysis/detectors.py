@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from csg_ext._text import reason
+from csg_ext._text import name_list, reason
 from csg_ext.training.files import atomic_file
 
 Array = NDArray[Any]
@@ -300,7 +300,7 @@ def load_detector(path: str | Path) -> Detector:
     kind = DETECTORS[name]
     fields = {f.name for f in dataclasses.fields(kind)}
     if arrays.keys() != fields or arrays["threshold"].shape != ():
-        raise ValueError(f"{file}: expected the arrays {', '.join(sorted(fields))}, got {', '.join(sorted(arrays))}")
+        raise ValueError(f"{file}: expected the arrays {', '.join(sorted(fields))}, got {name_list(arrays)}")
     threshold = float(arrays.pop("threshold"))
     if np.isnan(threshold):
         raise ValueError(f"{file}: threshold must be a number, got NaN")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from csg_ext._text import reason
+from csg_ext._text import name_list, reason
 from csg_ext.data.images import ImageData
 
 _IDX_DIMENSIONS = 4  # at most; sets of images have three
@@ -59,7 +59,7 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
         raise ValueError(f"{path}: expected a readable .npz file, got one that fails with: {reason(error)}") from None
     missing = {"train_images", "train_labels", "test_images", "test_labels"} - arrays.keys()
     if missing:
-        raise ValueError(f"{path}: expected the array {min(missing)}, got {', '.join(sorted(arrays)) or 'none'}")
+        raise ValueError(f"{path}: expected the array {min(missing)}, got {name_list(arrays)}")
     for part in ("train", "test"):
         images = arrays[f"{part}_images"]
         arrays[f"{part}_images"] = images[:, None] if images.ndim == 3 else images

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from csg_ext._text import reason
+from csg_ext._text import name_list, reason
 from csg_ext.data import decode
 from csg_ext.data.index import PARTS, ImageIndex, ImageList
 
@@ -151,7 +151,7 @@ class _Reader:
         where = f"{shard}: {sample['__key__']}"
         if len(images) > 1:
             raise ValueError(
-                f"{where}: expected one image per key, which ends at the first dot, got {', '.join(sorted(images))}"
+                f"{where}: expected one image per key, which ends at the first dot, got {name_list(images)}"
             )
         if not images:
             if any(suffix in sample for suffix in _LABELS):
