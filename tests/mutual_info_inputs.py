@@ -12,8 +12,8 @@ EQUAL = 1e-9  # what "scikit-learn's value" means
 
 
 def psi_table(n: int) -> tuple[Tensor, int]:
-    """round(digamma(i) * 2^bits) for i in [0, n], and bits: sums of n of them fit into 64 bits."""
-    bits = 57 - max(1, n).bit_length()
+    """round(digamma(i) * 2^bits) for i in [0, n], and bits."""
+    bits = 53
     psi = torch.special.digamma(torch.arange(n + 1, dtype=torch.float64))
     psi[0] = 0
     return (psi * 2.0**bits).round().to(torch.int64), bits

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from fractions import Fraction
 
 import error_cases
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from error_cases import LONG, MAGNITUDES, STEPS, TYPES, Result, errors, pool_case
 
 import csg_ext
+from csg_ext.ops.mutual_info import _psi
 
 DTYPES = {name: TYPES[name][0] for name in ("fp64", "fp32", "fp16", "bf16")}
 
@@ -84,13 +86,26 @@ def test_gate(cpu_level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mutual_information(cpu_level, dtype):
+    for n, width in ((300, 16), (2000, 1)):
+        labels = torch.randint(5, (n,))
+        features = (torch.randn(n, width) + labels[:, None] * torch.rand(width)).to(DTYPES[dtype])
+        result = error_cases.mutual_info_case(features, labels, 5, int(torch.randint(1000, ())))
+        assert_no_larger([result], f"scikit-learn, {n} samples", slack=0)
+        # Five values of psi, each off by at most 2^-54, and two roundings of a result below log 2.
+        assert errors(result.ours, result).max <= 2**-54
     labels = torch.randint(5, (300,))
     features = (torch.randn(300, 16) + labels[:, None] * torch.rand(16)).to(DTYPES[dtype])
-    seed = int(torch.randint(1000, ()))
-    # Its sums are of integers, multiples of 2^-48 nats here.
-    assert_no_larger([error_cases.mutual_info_case(features, labels, 5, seed)], "scikit-learn", slack=1 / 2)
     for bins in (7, 20):
         assert_no_larger([error_cases.binned_case(features, labels, 5, bins)], f"{bins} bins", slack=0)
+
+
+def test_table_of_digamma():
+    table, bits = _psi(600, torch.device("cpu"))
+    harmonic = Fraction(0)
+    assert table[0] == table[1] == 0
+    for i in range(2, 601):
+        harmonic += Fraction(1, i - 1)
+        assert abs(int(table[i]) - harmonic * 2**bits) <= Fraction(1, 2)
 
 
 def test_a_larger_error_is_found():

@@ -395,11 +395,17 @@ def _noise(random_state: int | np.random.RandomState | None, n: int, k: int, beg
 
 @functools.lru_cache(maxsize=4)
 def _psi(n: int, device: torch.device) -> tuple[Tensor, int]:
-    """round(digamma(i) * 2^bits) for i in [0, n], 0 at i = 0, and bits: as many as a sum of n such values leaves."""
-    bits = 57 - n.bit_length()
-    table = torch.special.digamma(torch.arange(n + 1, dtype=torch.float64, device="cpu"))
-    table[0] = 0
-    return (table * 2.0**bits).round().to(torch.int64).to(device), bits
+    """round((digamma(i) + Euler's constant) * 2^bits) for i in [0, n], 0 at i = 0, and bits, the most the op takes.
+
+    Those are sums of 2^bits / j for j < i; of their whole parts and of what is left of them, so that no bit is lost.
+    """
+    bits = 53
+    j = torch.arange(1, max(n, 1), device="cpu")
+    whole = torch.div(2**bits, j, rounding_mode="floor")
+    left = ((2**bits - whole * j) / j.double()).cumsum(0).round().to(torch.int64)
+    table = torch.zeros(n + 1, dtype=torch.int64, device="cpu")
+    table[2:] = whole.cumsum(0) + left
+    return table.to(device), bits
 
 
 def _bounds(counts: Tensor, protocol: str) -> Tensor:

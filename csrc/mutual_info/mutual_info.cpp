@@ -65,7 +65,8 @@ Tensor class_mutual_info(Tensor features, Tensor labels, int64_t num_classes, in
   check(psi.scalar_type() == TorchType::Long && psi.is_contiguous() && psi.dim() == 1 && psi.size(0) == p.n + 1, kOp,
         ": psi must be int64 of the shape (N + 1,)");
   check_same_device(psi, features, kOp, "psi");
-  check(psi_bits >= 0 && psi_bits < 63, kOp, ": psi_bits must be in [0, 63), got ", psi_bits);
+  check(psi_bits >= 0 && psi_bits <= kMostPsiBits, kOp, ": psi_bits must be in [0, ", kMostPsiBits, "], got ",
+        psi_bits);
   if (noise) {
     check(noise->scalar_type() == TorchType::Double && noise->dim() == 2 && noise->size(0) == p.n &&
               noise->size(1) == p.k,

@@ -6,8 +6,8 @@
 //   MI[f, c] = max(0, psi(N) - (n_c psi(n_c) + (N - n_c) psi(N - n_c)) / N + sum_i (psi(k_i) - psi(m_i)) / N)
 //
 // Sample i's ball reaches to its k-th nearest neighbour on its own side (class c, or the rest); k_i counts the samples
-// of its side in the ball, m_i all samples. Sums are integers: psi is given in fixed point, so the order of additions,
-// the threads and the device do not matter.
+// of its side in the ball, m_i all samples. Sums are integers of 128 bits: psi is given in fixed point, so the order of
+// additions, the threads and the device do not matter, and the result is rounded once, at its end.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,8 @@
 #include "../common/types.h"
 
 namespace csg {
+
+constexpr int kMostPsiBits = 53;  // sums of 32 values below 32 take 63 bits
 
 enum class Ties : int8_t {
   Noise,  // scikit-learn's values: features scaled by their standard deviation, noise added, open balls, k_i = k
@@ -35,9 +37,9 @@ struct MutualInfo : LabelledFeatures {
   const double* noise;  // [N, K], standard normal; nullptr with Ties::Exact
   int64_t noise_stride_n, noise_stride_k;
   bool multiclass;     // MI(feature; label) instead of one class against the rest: out is [K]
-  const int64_t* psi;  // [N + 1] round(digamma(i) * 2^psi_bits), 0 at i = 0
-  int psi_bits;
-  double* out;  // [K, classes] contiguous; a feature with NaN, inf or (Ties::Noise) an infinite variance: NaN
+  const int64_t* psi;  // [N + 1] round((digamma(i) + any constant) * 2^psi_bits), below 32 * 2^psi_bits; 0 at i = 0
+  int psi_bits;        // at most kMostPsiBits
+  double* out;         // [K, classes] contiguous; a feature with NaN, inf or (Ties::Noise) an infinite variance: NaN
 };
 
 // The approximation from equal-frequency bins. Bin b holds the samples of ranks ceil(b N / bins) to ceil((b + 1) N /

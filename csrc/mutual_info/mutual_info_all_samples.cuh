@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, kNearBlocks<T>)
           slow = slow || (!skip && e >= T - k);
           extra[i] = skip ? 0 : e;
         }
-        unsigned long long* const without = c.without + feature * c.width;
+        Total* const without = c.without + feature * c.width;
         const int64_t* const psi = c.psi + k;
 #pragma unroll
         for (int i = 0; i < kMost; ++i)
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) one_sample(const Chunk c, c
     const Word64 item = active ? c.left_over[first + lane] : 0;
     const auto feature = static_cast<int64_t>(item >> 32), p = static_cast<int64_t>(item >> 1 & 0x7fffffff);
     const Feature<V> f(c, values, feature);
-    const auto emit = [&](int32_t label, int64_t d) { add(&c.without[feature * c.width + label], d); };
+    const auto emit = [&](int32_t label, PsiSum d) { add(&c.without[feature * c.width + label], d); };
     bool is_long = false;
     if (!active) {
       // Nothing to do but to help.
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) one_sample(const Chunk c, c
         const Word64 shared = __shfl_sync(kFullMask, item, source);
         const auto its_feature = static_cast<int64_t>(shared >> 32);
         long_ball(Feature<V>(c, values, its_feature), static_cast<int64_t>(shared >> 1 & 0x7fffffff), lane,
-                  [&](int32_t label, int64_t d) { add(&c.without[its_feature * c.width + label], d); });
+                  [&](int32_t label, PsiSum d) { add(&c.without[its_feature * c.width + label], d); });
       }
     }
   }

@@ -35,17 +35,17 @@ struct Classes {
   std::vector<int64_t> kept_at;  // their rows, where some do not
   std::vector<int32_t> labels;
   std::vector<int64_t> begins, sizes;
-  std::vector<double> constants;
-  int64_t padded = 0;  // length of class_value
+  std::vector<PsiSum> constants;  // what sizes add to N MI
+  int64_t padded = 0;             // length of class_value
   int64_t dominant = -1;
-  double psi_n = 0, psi_sizes = 0;
-  bool few, three;  // few samples; three classes, all large
+  PsiSum weighted = 0;  // N psi(N) less the sum of n_c psi(n_c)
+  bool few, three;      // few samples; three classes, all large
 
   const int64_t* kept = nullptr;
   const int32_t* label;
   const int64_t* begin;
   const int64_t* size;
-  const double* constant;
+  const PsiSum* constant;
 
   explicit Classes(const MutualInfo& p) : sizes(size_t(p.classes)) {
     const int64_t k = p.neighbors;
@@ -62,17 +62,15 @@ struct Classes {
     }
     few = n < 4 * k + 8;
     large = p.ties == Ties::Exact ? k + 1 : 2 * k + 2;  // scikit-learn goes about smaller ones in its own way
-    const double unit = 1 / double(int64_t(1) << p.psi_bits);
-    const auto psi = [&](int64_t i) { return double(p.psi[i]) * unit; };
-    psi_n = psi(n);
+    weighted = PsiSum(n) * p.psi[n];
     padded = 0;
     for (int64_t c = 0; c < p.classes; ++c) {
       const int64_t s = sizes[size_t(c)], rest = n - s, padding = s >= large ? k + 1 : 1;
       padded += padding;
       begins.push_back(padded);
       padded += s + padding;
-      if (s > 1) psi_sizes += double(s) * psi(s);
-      constants.push_back(psi_n - (double(s) * psi(s) + double(rest) * psi(rest)) / double(n));
+      weighted -= PsiSum(s) * p.psi[s];
+      constants.push_back(of_sizes(p.psi, n, s));
       if (rest >= 1 && rest <= 2 * k + 1) dominant = c;
     }
     padded += kPadding;
@@ -134,12 +132,14 @@ struct Workspace : SortWorkspace {
   const Classes* classes;
   std::vector<double> nearest_, members_;
   std::vector<int32_t> counts_, group_;
-  std::vector<int64_t> own_, without_, generic_, cursor_;
+  std::vector<PsiSum> own_, without_, generic_;
+  std::vector<int64_t> cursor_;
 
   double* class_value = nullptr;  // where the column lay that was sorted
   double *nearest, *members;
   int32_t *counts, *group;
-  int64_t *own, *without, *generic, *cursor;
+  PsiSum *own, *without, *generic;
+  int64_t* cursor;
 
   Workspace(const MutualInfo& p, const Classes& c) : SortWorkspace(p, c.n, before_columns(p, c)), classes(&c) {
     nearest = make(nearest_, p.neighbors);

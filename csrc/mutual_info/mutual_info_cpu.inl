@@ -340,11 +340,11 @@ CSG_INLINE double kth_distance(const double* v, int64_t n, int64_t i, int64_t k,
   return Closed ? nearest[k - 1] : __builtin_sqrt(nearest[k - 1]);
 }
 
-// Sum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples, value by value.
+// PsiSum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples, value by value.
 template <bool Closed>
-CSG_STAGE int64_t small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+CSG_STAGE PsiSum small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   const int64_t k = min64(f.k, n - 1);
-  int64_t sum = 0;
+  PsiSum sum = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double r = kth_distance<Closed>(v, n, i, k, w.nearest);
     int64_t m = ball_size<Closed>(w, f.n, v[i], r);
@@ -370,11 +370,12 @@ static int64_t tied_sample(const Workspace& w, const SortedFeature& f, const dou
   return f.psi[own - 1] - f.psi[ball_size<true>(w, f.n, v[t], r) - 1];
 }
 
-// Sum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
+// PsiSum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
 template <bool Closed, int K>
-CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+CSG_STAGE PsiSum large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   const int64_t k = K ? K : f.k;
-  int64_t sum = 0, others = 0;
+  PsiSum total = 0;
+  int64_t others = 0;
   double tied_x = 0, tied_r = -1;  // duplicates share their result
   int64_t tied = 0;
   double radius[kBatch], edge[2][kBatch];
@@ -383,6 +384,7 @@ CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const 
   int64_t at[2][kBatch];
   for (int64_t begin = 0; begin < n; begin += kBatch) {
     const int count = int(min64(kBatch, n - begin));
+    int64_t sum = 0;  // of a batch: fits
     bool any_slow = false;
     for (int i = 0; i < count; i += kDoubles) {
       const double* here = v + begin + i;
@@ -431,18 +433,19 @@ CSG_STAGE int64_t large_class(const Workspace& w, const SortedFeature& f, const 
       sum -= f.psi[Closed ? m - 1 : m];
       ++others;
     }
+    total += sum;
   }
-  return sum + others * f.psi[k];
+  return total + PsiSum(others) * f.psi[k];
 }
 
 template <bool Closed>
-static int64_t large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
+static PsiSum large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   return f.k == 3 ? large_class<Closed, 3>(w, f, v, n) : large_class<Closed, 0>(w, f, v, n);
 }
 
 // The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
-static int64_t all_but_one(const SortedFeature& f, const double* v, int64_t n) {
-  int64_t sum = 0;
+static PsiSum all_but_one(const SortedFeature& f, const double* v, int64_t n) {
+  PsiSum sum = 0;
   for (int64_t t = 0; t < n; ++t) {
     const int64_t l = window_begin(v, t, f.k);
     const double below = v[t] - v[l], above = v[l + f.k] - v[t], r = below > above ? below : above;
@@ -500,7 +503,7 @@ CSG_INLINE void bitonic_sort(VecD* d, Labels* label) {
 
 template <bool Closed>
 CSG_INLINE void one_sample(const Workspace& w, const SortedFeature& f, int64_t p) {
-  const auto emit = [&](int32_t c, int64_t d) { w.without[c] += d; };
+  const auto emit = [&](int32_t c, PsiSum d) { w.without[c] += d; };
   if (Closed) {
     closed_ball(f, p, emit);
   } else {
@@ -570,7 +573,7 @@ CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t cla
   }
   for (; p < n; ++p) one_sample<Closed>(w, f, p);
   for (int64_t c = 0; c < classes; ++c)
-    for (int64_t e = 1; e < T - k; ++e) w.without[c] += w.counts[c * T + e] * (f.psi[k] - f.psi[k + e]);
+    for (int64_t e = 1; e < T - k; ++e) w.without[c] += PsiSum(w.counts[c * T + e]) * (f.psi[k] - f.psi[k + e]);
 }
 
 // Three large classes: the other two as one class. Faster than among_all, which leaves a sample to one_sample where
@@ -595,15 +598,14 @@ static void among_other_two(const Workspace& w, const SortedFeature& f) {
 // Few samples: every target in turn, every sample against every other. group[i] < 0: left out.
 template <bool Closed>
 static double direct(const MutualInfo& p, const Workspace& w, const double* x, int64_t groups) {
-  const double unit = 1 / double(int64_t(1) << p.psi_bits);
-  int64_t total = 0, sum = 0;
-  double psi_sizes = 0;
+  int64_t total = 0;
+  PsiSum sum = 0;
   for (int64_t g = 0; g < groups; ++g) {
     int64_t size = 0;
     for (int64_t i = 0; i < p.n; ++i) size += w.group[i] == g;
     if (size == 1)
       for (int64_t i = 0; i < p.n; ++i) w.group[i] = w.group[i] == g ? -1 : w.group[i];
-    if (size > 1) total += size, psi_sizes += rounded(double(size) * (double(p.psi[size]) * unit));
+    if (size > 1) total += size, sum -= PsiSum(size) * p.psi[size];
   }
   if (total == 0) return 0;
   for (int64_t i = 0; i < p.n; ++i) {
@@ -634,8 +636,7 @@ static double direct(const MutualInfo& p, const Workspace& w, const double* x, i
     }
     sum += p.psi[own] - p.psi[m];
   }
-  const double mi = double(p.psi[total]) * unit + (double(sum) * unit - psi_sizes) / double(total);
-  return mi > 0 ? mi : 0;
+  return mean_of(sum + PsiSum(total) * p.psi[total], total, p.psi_bits);
 }
 
 template <bool Closed>
@@ -667,8 +668,7 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
 
   const SortedFeature f{w.value,      w.label, w.bucket, w.class_value, classes.begin,
                         classes.size, p.psi,   n,        p.neighbors,   classes.dominant};
-  const double unit = 1 / double(int64_t(1) << p.psi_bits);
-  int64_t all = 0;
+  PsiSum all = 0;
   for (int64_t c = 0; c < count; ++c) {
     const int64_t size = classes.size[c];
     const double* v = w.class_value + classes.begin[c];
@@ -678,19 +678,17 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
     all += w.own[c];
   }
   if (count == 2 && min64(classes.size[0], classes.size[1]) > 1) {  // one class is the other's rest
-    const double mi = classes.constant[0] + double(all) * unit / double(n);
-    out[0] = mi > 0 ? mi : 0;
+    out[0] = mean_of(classes.constant[0] + all, n, p.psi_bits);
     if (!p.multiclass) out[1] = out[0];
     return;
   }
   if (p.multiclass) {
-    const double mi = classes.psi_n + (double(all) * unit - classes.psi_sizes) / double(n);
-    out[0] = mi > 0 ? mi : 0;
+    out[0] = mean_of(classes.weighted + all, n, p.psi_bits);
     return;
   }
 
-  __builtin_memset(w.without, 0, size_t(count) * sizeof(int64_t));
-  __builtin_memset(w.generic, 0, size_t(count) * sizeof(int64_t));
+  __builtin_memset(w.without, 0, size_t(count) * sizeof(PsiSum));
+  __builtin_memset(w.generic, 0, size_t(count) * sizeof(PsiSum));
   if (classes.three) {
     among_other_two<Closed>(w, f);
   } else if (f.k == 3) {
@@ -700,19 +698,22 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
   } else {
     for (int64_t i = 0; i < n; ++i) one_sample<Closed>(w, f, i);
   }
-  int64_t generic = 0;
+  PsiSum generic = 0;
   for (int64_t c = 0; c < count; ++c) generic += w.generic[c];
   for (int64_t c = 0; c < count; ++c) {
     const int64_t size = classes.size[c], others = n - size;
-    double mi;
+    PsiSum sum = 0;  // N MI of the samples that take part
+    int64_t taking_part = n;
     if (size == 0 || others == 0) {
-      mi = double(generic) * unit / double(n);
+      sum = generic;
     } else if (size == 1) {
-      mi = Closed ? 0 : double(generic - w.generic[c] + w.without[c]) * unit / double(n - 1);
+      if (!Closed) sum = generic - w.generic[c] + w.without[c];
+      taking_part = n - 1;
     } else if (others == 1) {
-      mi = Closed ? 0 : double(all_but_one(f, w.class_value + classes.begin[c], size)) * unit / double(size);
+      if (!Closed) sum = all_but_one(f, w.class_value + classes.begin[c], size);
+      taking_part = size;
     } else {
-      int64_t rest = generic - w.generic[c] + w.without[c];
+      PsiSum rest = generic - w.generic[c] + w.without[c];
       if (c == classes.dominant) {
         int64_t found = 0;
         for (int64_t b = 0; b < count; ++b)
@@ -720,9 +721,9 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
             w.members[found++] = w.class_value[classes.begin[b] + i];
         rest = small_group<Closed>(w, f, w.members, found);
       }
-      mi = classes.constant[c] + double(w.own[c] + rest) * unit / double(n);
+      sum = classes.constant[c] + w.own[c] + rest;
     }
-    out[c] = mi > 0 ? mi : 0;
+    out[c] = mean_of(sum, taking_part, p.psi_bits);
   }
 }
 

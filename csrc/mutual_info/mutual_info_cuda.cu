@@ -15,7 +15,7 @@
 //   one_sample         as many of the samples as have ties or crowded classes around them
 // (50,000 samples, 1000 classes: 196 bytes.) Share of the memory bandwidth reached: not measured on a GPU.
 //
-// Sums are 64-bit integers, so that the order of the atomic additions changes no bit. Products that are added to
+// Sums are 128-bit integers, so that the order of the atomic additions changes no bit. Products that are added to
 // something are rounded first (__dmul_rn): fused, they would not be the CPU's.
 #include "mutual_info_cuda.h"
 
@@ -53,7 +53,7 @@ struct Layout {
   Fields fields;
   size_t scratch_bytes = 0;
   // Of all chunks.
-  int64_t class_size, class_begin, constant, row, summary, found;
+  int64_t class_size, class_begin, row, summary, found;
   // Of one.
   int64_t words, spare, value, label, scale, scratch, sums, sums_end, own, without, generic, generics, rest, count;
 
@@ -75,7 +75,6 @@ struct Layout {
     const auto take = [&](int64_t* at, int64_t size) { *at = bytes, bytes += ceil_div(size, 256) * 256; };
     take(&class_size, 4 * p.classes);
     take(&class_begin, 4 * p.classes);
-    take(&constant, 8 * p.classes);
     take(&row, p.multiclass ? 4 * p.n : 0);
     take(&summary, sizeof(Summary));
     take(&found, 4);
@@ -86,11 +85,12 @@ struct Layout {
     take(&scale, static_cast<int64_t>(sizeof(Scale)) * features);
     take(&scratch, static_cast<int64_t>(scratch_bytes));
     sums = bytes;
-    take(&own, 8 * features * width);
-    take(&without, p.multiclass ? 0 : 8 * features * width);
-    take(&generic, p.multiclass || p.ties == Ties::Exact ? 0 : 8 * features * width);
-    take(&generics, 8 * features);
-    take(&rest, 8 * features);
+    constexpr int64_t total = sizeof(Total);
+    take(&own, total * features * width);
+    take(&without, p.multiclass ? 0 : total * features * width);
+    take(&generic, p.multiclass || p.ties == Ties::Exact ? 0 : total * features * width);
+    take(&generics, total * features);
+    take(&rest, total * features);
     take(&count, 8);
     sums_end = bytes;
     return status;
@@ -270,13 +270,12 @@ struct Run {
     c.psi = p.psi;
     c.fields = layout.fields;
     c.class_size = at<int32_t>(layout.class_size), c.class_begin = at<int32_t>(layout.class_begin);
-    c.constant = at<double>(layout.constant);
     c.summary = at<Summary>(layout.summary);
     c.scale = p.ties == Ties::Noise ? at<Scale>(layout.scale) : nullptr;
     c.label = at<int32_t>(layout.label);
-    using Sums = unsigned long long;
-    c.own = at<Sums>(layout.own), c.without = at<Sums>(layout.without), c.generic = at<Sums>(layout.generic);
-    c.generics = at<Sums>(layout.generics), c.rest = at<Sums>(layout.rest), c.count = at<Sums>(layout.count);
+    c.own = at<Total>(layout.own), c.without = at<Total>(layout.without), c.generic = at<Total>(layout.generic);
+    c.generics = at<Total>(layout.generics), c.rest = at<Total>(layout.rest);
+    c.count = at<unsigned long long>(layout.count);
     gpu.clear(c.class_size, 0, 4 * p.classes);
     gpu.clear(c.summary, 0xff, sizeof(Summary));
     gpu.items(count_classes, p.n, p, c);

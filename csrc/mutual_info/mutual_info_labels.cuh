@@ -22,37 +22,34 @@ __global__ void __launch_bounds__(kThreads) count_classes(const MutualInfo p, co
 // One block. The multi-class value leaves classes of one sample out: their size becomes zero.
 __global__ void __launch_bounds__(kThreads) summarise(const MutualInfo p, const Chunk c) {
   CSG_SHARED(int64_t, samples, kThreads);
-  CSG_SHARED(int64_t, weights, kThreads);
+  CSG_SHARED(PsiSum, weights, kThreads);
   const int thread = threadIdx.x;
   const int64_t share = (p.classes + kThreads - 1) / kThreads;
   const int64_t from = min(thread * share, p.classes), to = min(from + share, p.classes);
-  int64_t sum = 0, weight = 0;
+  int64_t sum = 0;
+  PsiSum weight = 0;
   for (int64_t i = from; i < to; ++i) {
     if (p.multiclass && c.class_size[i] == 1) c.class_size[i] = 0;
     const int64_t size = c.class_size[i];
     sum += size;
-    if (size > 1) weight += size * p.psi[size];
+    weight += PsiSum(size) * p.psi[size];
   }
   samples[thread] = sum, weights[thread] = weight;
   __syncthreads();
-  int64_t begin = 0, n = 0, weighted = 0;
+  int64_t begin = 0, n = 0;
+  PsiSum weighted = 0;
   for (int i = 0; i < kThreads; ++i) {
     begin += i < thread ? samples[i] : 0;
     n += samples[i];
     weighted += weights[i];
   }
-  const double unit = 1 / static_cast<double>(int64_t(1) << p.psi_bits);
-  const auto psi = [&](int64_t i) { return static_cast<double>(p.psi[i]) * unit; };
   for (int64_t i = from; i < to; ++i) {
     const int64_t size = c.class_size[i], rest = n - size;
     c.class_begin[i] = static_cast<int32_t>(begin);
     begin += size;
-    const double sums =
-        __dmul_rn(static_cast<double>(size), psi(size)) + __dmul_rn(static_cast<double>(rest), psi(rest));
-    c.constant[i] = psi(n) - sums / static_cast<double>(n);
     if (!p.multiclass && rest >= 1 && rest <= 2 * p.neighbors + 1) c.summary->dominant = i;
   }
-  if (thread == 0) c.summary->samples = n, c.summary->weighted = weighted;
+  if (thread == 0) c.summary->samples = n, c.summary->weighted = PsiSum(n) * p.psi[n] - weighted;
 }
 
 // The rows that take part, in any order. `found` is zero.

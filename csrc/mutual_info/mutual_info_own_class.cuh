@@ -87,7 +87,7 @@ __device__ inline int64_t own_sample(const Feature<V>& f, const StagedClass<V>& 
 }
 
 // Adds the lanes' sums by class; samples of a class are side by side. Every lane of the warp calls it.
-__device__ inline void add_by_class(unsigned long long* sums, int32_t c, int64_t sum) {
+__device__ inline void add_by_class(Total* sums, int32_t c, int64_t sum) {
   const int lane = threadIdx.x % kWarp;
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const int64_t other = __shfl_down_sync(kFullMask, sum, offset);

@@ -15,6 +15,22 @@
 
 namespace csg {
 
+// A sum of psi in fixed point: exact, so the same in any order. A term, and a sum of 32 of them, fits into 64 bits.
+using PsiSum = __int128;
+
+// sum / (n 2^bits), at least 0. Rounded here and nowhere before.
+CSG_HOST_DEVICE double mean_of(PsiSum sum, int64_t n, int bits) {
+  if (sum <= 0) return 0;
+  const double high = static_cast<double>(static_cast<int64_t>(sum >> 64)) * 0x1p64;  // exact: also if it is fused
+  return (high + static_cast<double>(static_cast<uint64_t>(sum))) /
+         (static_cast<double>(n) * static_cast<double>(int64_t(1) << bits));
+}
+
+// n psi(n) - s psi(s) - (n - s) psi(n - s): what the sizes of a class and of its rest add to N MI.
+CSG_HOST_DEVICE PsiSum of_sizes(const int64_t* psi, int64_t n, int64_t s) {
+  return PsiSum(n) * psi[n] - PsiSum(s) * psi[s] - PsiSum(n - s) * psi[n - s];
+}
+
 // One feature of N samples, sorted, beside the same values in class order. The functions below take any type with its
 // fields value, label, class_size, psi, n, k, dominant and with its member functions.
 struct SortedFeature {
@@ -24,7 +40,7 @@ struct SortedFeature {
   const double* class_value;   // every class's values ascending, with -inf before and +inf behind each class
   const int64_t* class_begin;  // [classes] where a class begins in class_value
   const int64_t* class_size;   // [classes]
-  const int64_t* psi;          // [N + 1] fixed point
+  const int64_t* psi;          // [N + 1] as in MutualInfo
   int64_t n, k;                // samples, neighbours; N >= 4 k + 8
   int64_t dominant;            // the class that leaves at most 2 k + 1 samples to the rest, or -1
 
@@ -209,7 +225,7 @@ CSG_HOST_DEVICE void member_of_ball(const Feature& f, const ClosedBall& ball, in
   if (before <= x ? x - before <= ball.reach : before - x <= ball.reach) return;
   const int64_t q = class_inside(f, label, rank, x, ball.reach);
   const int64_t points = is_run ? ball.end - ball.begin - q : 1;  // samples of other classes with this ball
-  if (points > 0) emit(label, points * without_class(f, x, ball.begin, ball.end, label, q, rank));
+  if (points > 0) emit(label, PsiSum(points) * without_class(f, x, ball.begin, ball.end, label, q, rank));
 }
 
 // Closed balls. Among all samples psi(k_p) - psi(m_p) is zero; emit(c, d) as above. A run of equal values is dealt with

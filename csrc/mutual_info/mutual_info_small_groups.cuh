@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (p.multiclass) return c.class_size[g];
       return g == 1 ? c.class_size[target] : p.n - c.class_size[target];
     };
-    int64_t sum = 0;
+    PsiSum sum = 0;
     for (int64_t i = 0; i < p.n; ++i) {
       const int64_t g = group(i), size = size_of(g), k = min(c.neighbors, size - 1);
       if (size < 2) continue;  // a group of one sample is left out
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       }
       sum += p.psi[own] - p.psi[Closed ? m - 1 : m];
     }
-    c.own[at] = static_cast<unsigned long long>(sum);
+    c.own[at] = Total(sum);
   }
 }
 

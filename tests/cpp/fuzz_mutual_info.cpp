@@ -118,7 +118,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int64_t gap = 1 + in.below(3);
   const bool by_row = in.below(2) == 0;
   p.neighbors = std::min(p.neighbors, p.n - 1);
-  p.bits = 57 - 6;
+  p.bits = kMostPsiBits;
   for (int64_t i = 0; i <= p.n; ++i) p.psi.push_back(i == 0 ? 0 : std::llround(std::ldexp(digamma(i), p.bits)));
   for (int64_t i = 0; i < p.n; ++i) p.labels.push_back(in.below(p.classes));
 

@@ -140,7 +140,7 @@ struct Problem {
 void test(int64_t n, int64_t neighbors, int label_kind) {
   Problem p{n, 1 + random_below(7), 0, neighbors, {}, {}, {}, {}};
   p.labels = draw_labels(label_kind, n, &p.classes);
-  p.bits = 57 - int(std::ceil(std::log2(double(n + 1))));
+  p.bits = kMostPsiBits;
   for (int64_t i = 0; i <= n; ++i) p.psi.push_back(i == 0 ? 0 : std::llround(std::ldexp(digamma(i), p.bits)));
   std::normal_distribution<double> normal;
   std::string kinds;
