@@ -18,10 +18,10 @@ __global__ void __launch_bounds__(kThreads) finish(const MutualInfo p, const Chu
     if (c.multiclass) {
       sum += summary.weighted;
     } else if (c.few) {
-      taking_part = 0;
-      for (const int64_t size : {n - c.class_size[target], static_cast<int64_t>(c.class_size[target])})
-        if (size > 1) taking_part += size, sum -= PsiSum(size) * p.psi[size];
-      sum += PsiSum(taking_part) * p.psi[taking_part];
+      const auto two_or_more = [](int64_t size) { return size > 1 ? size : 0; };  // a single sample takes no part
+      const int64_t size = two_or_more(c.class_size[target]);
+      taking_part = size + two_or_more(n - c.class_size[target]);
+      sum += of_sizes(p.psi, taking_part, size);
     } else {
       const int64_t size = c.class_size[target], others = n - size;
       PsiSum all = 0, rest = c.without[at].value();
