@@ -282,6 +282,20 @@ def test_same_bits_for_any_number_of_threads():
                 assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_a_sample_has_the_same_bits_in_any_batch(types):
+    for shape, pool, layout in itertools.product([(9, 130, 7, 7), (9, 33, 13, 5)], ["avg", "max"], LAYOUTS.values()):
+        x, gate, labels = inputs(shape, types)
+        x, grad = layout(x).requires_grad_(), torch.randn(9, shape[1]).to(gate.dtype)
+        out = csg_ext.gated_pool(x, gate, labels, pool=pool, project=True)
+        (grad_x,) = torch.autograd.grad(out, x, grad)
+        for part in (slice(0, 1), slice(2, 6), slice(8, 9)):
+            alone = layout(x.detach()[part].clone()).requires_grad_()
+            got = csg_ext.gated_pool(alone, gate, labels[part], pool=pool, project=True)
+            assert torch.equal(got, out[part])
+            assert torch.equal(torch.autograd.grad(got, alone, grad[part])[0], grad_x[part])
+
+
 def test_half_sums_do_not_overflow(device):
     x = torch.full((2, 3, 64, 64), 60000.0, dtype=F16, device=device)  # the sum is 2.5e8, the mean fits
     out = csg_ext.gated_pool(
@@ -384,6 +398,11 @@ def test_compile_in_one_graph(device, pool, soft):
         out, pooled = csg_ext.gated_pool(x.relu(), gate, labels, pool=pool, project=True, return_pooled=True)
         return (out * 2 + pooled).tanh()
 
+    def alone(x, gate, labels):
+        return csg_ext.gated_pool(x, gate, labels, pool=pool, project=True)
+
+    x, gate, labels = inputs((8, 16, 7, 7), (F32, F32), device, soft=soft, project=True)
+    assert torch.equal(torch.compile(alone, fullgraph=True)(x, gate, labels), alone(x, gate, labels))
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for shape in [(8, 16, 5, 5), (5, 16, 7, 4)]:
         x, gate, labels = inputs(shape, (F32, F32), device, soft=soft, project=True)
