@@ -54,7 +54,7 @@ GATE = """\
 A momentum step on a gate (C, K) with its projection. The limit is a copy that moves as many bytes as the step
 must: gate and momentum buffer read and written, the gradient read. Peers: `torch.optim.SGD` (foreach, or fused), then
 the projection in PyTorch; compiled: both under one `torch.compile`. A peer's cell has its time in multiples of
-csg_ext's, then its peak memory in multiples of the gate's bytes; not in csg_ext's memory: at most 65 rows of maxima that
+csg_ext's, then its peak memory in multiples of the gate's bytes; csg_ext's is without the maxima, at most 65 rows, that
 the CPU kernel takes beside torch's allocator. The first step, which makes the momentum buffer, is not measured.
 """
 END_TO_END = """\
