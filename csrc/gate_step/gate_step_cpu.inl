@@ -207,7 +207,7 @@ CSG_INLINE int64_t parts_of(int64_t c, int64_t k) {
   return parts;
 }
 
-// The same in parts of the rows: what is updated by all parts is projected by all parts.
+// The step in parts of the rows: all are updated before any is projected.
 template <typename T>
 CSG_INLINE void step_parts(const GateStep& p, int64_t parts, ParallelFor parallel_for) {
   using A = Accumulator<T>;

@@ -340,7 +340,7 @@ CSG_INLINE double kth_distance(const double* v, int64_t n, int64_t i, int64_t k,
   return Closed ? nearest[k - 1] : __builtin_sqrt(nearest[k - 1]);
 }
 
-// PsiSum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples, value by value.
+// Sum of psi(k_i) - psi(m_i) over a group of 2 <= n <= 2 k + 1 samples, value by value.
 template <bool Closed>
 CSG_STAGE PsiSum small_group(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   const int64_t k = min64(f.k, n - 1);
@@ -370,7 +370,7 @@ static int64_t tied_sample(const Workspace& w, const SortedFeature& f, const dou
   return f.psi[own - 1] - f.psi[ball_size<true>(w, f.n, v[t], r) - 1];
 }
 
-// PsiSum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
+// Sum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
 template <bool Closed, int K>
 CSG_STAGE PsiSum large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
   const int64_t k = K ? K : f.k;
