@@ -204,11 +204,12 @@ class Kernels(StandIn):
         noise: Tensor | None = None,
         multiclass: bool = False,
         features_at_once: int = 256,
+        copy: bool = True,
     ) -> Tensor:
         """The result, and what is not written stays NaN; work memory for about so many features at once."""
         n, width = features.shape
         psi, bits = psi_table(n)
-        keep = [self.guarded(t) for t in (features, labels, noise, psi)]
+        keep = [self.guarded(t) if copy else t for t in (features, labels, noise, psi)]
         out = self.empty(width, 1 if multiclass else classes, dtype=torch.float64)
         p = self.pointer
         parameters = MutualInfo(

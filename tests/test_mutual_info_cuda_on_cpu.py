@@ -169,6 +169,30 @@ def test_same_bits_on_every_schedule(kernels: Kernels, noise: bool) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@EXACT_OR_NOISE
+@pytest.mark.parametrize("by_rows", [False, True], ids=["columns apart", "rows apart"])
+@pytest.mark.parametrize("n", [9, 67])
+def test_offsets_beyond_31_bits(kernels: Kernels, n: int, by_rows: bool, noise: bool) -> None:
+    """Features and noise more than 2^31 elements from the first: memory is reserved, only what is read is touched."""
+    far = 2**31 + 64
+    strides = (far // (n - 1), 1) if by_rows else (1, far // 2)
+    last = (n - 1) * strides[0] + 2 * strides[1]
+    assert last >= 2**31
+    labels, values, drawn = torch.arange(n) % 4, torch.randn(n, 3), torch.randn(n, 3).double()
+    features = kernels.sparse(last + 1, torch.float16).as_strided((n, 3), strides)
+    features.copy_(values)
+    far_noise = None
+    if noise:
+        far_noise = kernels.sparse(last + 1, torch.float64).as_strided((n, 3), strides)
+        far_noise.copy_(drawn)
+    for multiclass in (False, True):
+        got = kernels.mutual_info(features, labels, 4, 3, far_noise, multiclass, copy=False)
+        want = kernels.mutual_info(values.half(), labels, 4, 3, drawn if noise else None, multiclass)
+        assert torch.equal(got, want)
+        arguments = (labels, 4, 3, far_noise, multiclass, *psi_table(n))
+        assert torch.equal(torch.ops.csg_ext.class_mutual_info(features, *arguments), want)
+
+
 def test_labels_outside(kernels: Kernels) -> None:
     features = torch.randn(50, 3)
     for label in (-1, 4, 2**40):
