@@ -128,7 +128,7 @@ def main() -> None:
         "instruction set to its bound: the mean error at most PyTorch's and eps / 4, what one rounding adds to it, the",
         "largest at most PyTorch's and eps. Where the mean is larger, within that bound: sums of a few dozen values in",
         "another order. Mutual information has no such allowance: its mean error is at most that of scikit-learn (of",
-        "PyTorch's operators for the bins), because sums of integers, the same in any order, are rounded once.",
+        "PyTorch's operators for the bins), because sums of integers, the same in any order, are rounded last.",
         "",
         f"date {datetime.date.today().isoformat()}, {info.processor()}, {info.cpu_kernels()}, "
         f"torch {torch.__version__}, csg_ext {csg_ext.__version__}. Not measured on a GPU.",

@@ -252,11 +252,13 @@ template <typename T>
 CSG_INLINE void gate_step_of(const GateStep& p, ParallelFor parallel_for) {
   const int64_t parts = parts_of<T>(p.c, p.k);
   if (parts > 1) return step_parts<T>(p, parts, parallel_for);
-  for_shared_panels<T>(p.c, p.k, parallel_for, [&](int64_t k0, int64_t len) {
+  const auto step = [&](int64_t k0, int64_t len) {
     Panel<T> panel;  // NOLINT(cppcoreguidelines-pro-type-member-init): filled as far as it has columns
     update_rows<T>(p, 0, p.c, k0, len, panel.top);
     project_rows<T>(p, 0, p.c, k0, len, panel, [](int64_t) { return true; });
-  });
+  };
+  if (p.c >= 2 * kMinRows) return for_panels<T>(0, p.k, step);  // too little for parts
+  for_shared_panels<T>(p.c, p.k, parallel_for, step);           // too few rows
 }
 
 template <typename T>

@@ -7,7 +7,7 @@
 //
 // Sample i's ball reaches to its k-th nearest neighbour on its own side (class c, or the rest); k_i counts the samples
 // of its side in the ball, m_i all samples. Sums are integers of 128 bits: psi is given in fixed point, so the order of
-// additions, the threads and the device do not matter, and the result is rounded once, at its end.
+// additions, the threads and the device do not matter, and rounding comes last.
 #pragma once
 
 #include <cstdint>

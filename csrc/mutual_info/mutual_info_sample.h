@@ -18,7 +18,7 @@ namespace csg {
 // A sum of psi in fixed point: exact, so the same in any order. A term, and a sum of 32 of them, fits into 64 bits.
 using PsiSum = __int128;
 
-// sum / (n 2^bits), at least 0. Rounded here and nowhere before.
+// sum / (n 2^bits), at least 0. Rounded here and nowhere before: sum, and quotient.
 CSG_HOST_DEVICE double mean_of(PsiSum sum, int64_t n, int bits) {
   if (sum <= 0) return 0;
   const double high = static_cast<double>(static_cast<int64_t>(sum >> 64)) * 0x1p64;  // exact: also if it is fused
