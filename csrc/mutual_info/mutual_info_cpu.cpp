@@ -19,7 +19,9 @@ constexpr int32_t kCrowded = 48;  // values in a bucket that deserve buckets of 
 constexpr int64_t kShared = 8;    // values in a bucket, on average, where only the edges of bins are put in order
 constexpr int kPasses = 3;        // over neighbours that may stand in the wrong order
 constexpr int kRanks = 16;        // neighbours of a sample that are looked at side by side, at most
+constexpr int kMostLanes = 8;     // doubles in a vector, at most
 constexpr int kBatch = 32;        // samples whose memory accesses travel together
+constexpr int64_t kMany = 64;     // classes, so that the neighbours of most samples are of different ones
 constexpr int64_t kPadding = 32;  // values beyond both ends that vectors may read
 
 // Linear buckets; `starts` is where their first indices stand in Workspace::starts.
@@ -142,7 +144,7 @@ struct Workspace : SortWorkspace {
   int64_t* cursor;
 
   Workspace(const MutualInfo& p, const Classes& c) : SortWorkspace(p, c.n, before_columns(p, c)), classes(&c) {
-    nearest = make(nearest_, p.neighbors);
+    nearest = make(nearest_, p.neighbors * kMostLanes);
     members = make(members_, c.three ? c.n + 2 * (p.neighbors + 1) + kPadding : c.few ? p.n : 2 * p.neighbors + 1);
     counts = make(counts_, p.classes * kRanks);
     group = make(group_, c.few ? p.n : 0);

@@ -6,7 +6,7 @@
 // sample, stay in the second-level cache up to 30,000 samples.
 
 // Not inlined: the stages stay apart for profilers, and their loops keep the registers to themselves.
-#define CSG_STAGE static __attribute__((noinline))
+#define CSG_STAGE static __attribute__((noinline, aligned(64)))
 
 constexpr int kDoubles = CSG_WIDTH / 8;
 typedef int32_t VecI32Half __attribute__((vector_size(CSG_WIDTH / 2)));
@@ -370,77 +370,200 @@ static int64_t tied_sample(const Workspace& w, const SortedFeature& f, const dou
   return f.psi[own - 1] - f.psi[ball_size<true>(w, f.n, v[t], r) - 1];
 }
 
-// Sum of psi(k_i) - psi(m_i) over a class of more than k samples. K is k, or 0: not known when this is compiled.
-template <bool Closed, int K>
-CSG_STAGE PsiSum large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
-  const int64_t k = K ? K : f.k;
-  PsiSum total = 0;
-  int64_t others = 0;
-  double tied_x = 0, tied_r = -1;  // duplicates share their result
-  int64_t tied = 0;
-  double radius[kBatch], edge[2][kBatch];
-  int32_t bucket[2][kBatch];
-  uint8_t slow_at[kBatch];
-  int64_t at[2][kBatch];
-  for (int64_t begin = 0; begin < n; begin += kBatch) {
-    const int count = int(min64(kBatch, n - begin));
-    int64_t sum = 0;  // of a batch: fits
-    bool any_slow = false;
-    for (int i = 0; i < count; i += kDoubles) {
-      const double* here = v + begin + i;
-      const VecD x = load_bits<VecD>(here);
-      VecD r = larger(x - load_bits<VecD>(here - k), load_bits<VecD>(here) - x);
-#pragma GCC unroll 8
-      for (int64_t a = 1; a <= k; ++a)
-        r = smaller(r, larger(x - load_bits<VecD>(here - k + a), load_bits<VecD>(here + a) - x));
-      auto slow = r == VecD{};
-      if (Closed) {
-        VecI64 inside{};
-#pragma GCC unroll 8
-        for (int64_t a = 1; a <= k + 1; ++a) {
-          inside = x - load_bits<VecD>(here - a) <= r ? inside + 1 : inside;
-          inside = load_bits<VecD>(here + a) - x <= r ? inside + 1 : inside;
-        }
-        slow |= inside != k;
-      }
-      const VecD low = x - r, high = x + r;
-      store_bits(radius + i, r);
-      store_bits(edge[0] + i, low);
-      store_bits(edge[1] + i, high);
-      store_bits(bucket[0] + i, bucket_of(w.top, low));
-      store_bits(bucket[1] + i, bucket_of(w.top, high));
-      const bool some = first_lane((VecI64)slow) >= 0;
-      any_slow = any_slow || some;
-      for (int j = 0; j < kDoubles; ++j) slow_at[i + j] = some && slow[j];
-    }
-    for (int side = 0; side < 2; ++side)
-      for (int i = 0; i < count; ++i) {
-        at[side][i] = bucket_start(w, edge[side][i], bucket[side][i]);
-        __builtin_prefetch(w.value + at[side][i] - 1);
-      }
-    for (int i = 0; i < count; ++i) {
-      const double value = v[begin + i];
-      if (any_slow && slow_at[i]) {
-        if (tied_x != value || tied_r != radius[i]) {
-          tied_x = value, tied_r = radius[i];
-          tied = tied_sample<Closed>(w, f, v, n, begin + i, tied_r);
-        }
-        sum += tied;
-        continue;
-      }
-      const int64_t m =
-          ball_end<Closed>(w, f.n, value, radius[i], at[1][i]) - ball_begin<Closed>(w, f.n, value, radius[i], at[0][i]);
-      sum -= f.psi[Closed ? m - 1 : m];
-      ++others;
-    }
-    total += sum;
-  }
-  return total + PsiSum(others) * f.psi[k];
+static_assert(kDoubles <= kMostLanes);
+
+// Samples with the radii of their balls, class after class. What is known of a class's sum of psi(k_i) - psi(m_i) is
+// in total; psi(m_i) of the samples that wait here is still to be taken off.
+struct Balls {
+  PsiSum* total;
+  double x[kBatch + kDoubles], radius[kBatch + kDoubles];
+  int count = 0;
+  int begin[kBatch + kDoubles + 1], parts = 0;  // where each class begins
+  int64_t owner[kBatch + kDoubles];             // its place in total
+
+  explicit Balls(PsiSum* of_classes) : total(of_classes) {}
+};
+
+CSG_INLINE void begin_class(Balls& b, int64_t owner, PsiSum total) {
+  b.total[owner] = total;
+  if (b.parts > 0 && b.begin[b.parts - 1] == b.count) --b.parts;
+  b.begin[b.parts] = b.count;
+  b.owner[b.parts++] = owner;
 }
 
+// Counts the first kBatch balls, or all: their memory accesses travel together.
+template <bool Closed>
+CSG_STAGE void count_balls(const Workspace& w, const SortedFeature& f, Balls& b) {
+  double edge[2][kBatch];
+  int32_t bucket[2][kBatch];
+  int64_t at[2][kBatch], psi[kBatch + 1];  // psi: sums over the balls before
+  const int count = b.count < kBatch ? b.count : kBatch;
+  for (int i = 0; i < count; i += kDoubles) {
+    const VecD x = load_bits<VecD>(b.x + i), r = load_bits<VecD>(b.radius + i), low = x - r, high = x + r;
+    store_bits(edge[0] + i, low);
+    store_bits(edge[1] + i, high);
+    store_bits(bucket[0] + i, bucket_of(w.top, low));
+    store_bits(bucket[1] + i, bucket_of(w.top, high));
+  }
+  for (int side = 0; side < 2; ++side)
+    for (int i = 0; i < count; ++i) {
+      at[side][i] = bucket_start(w, edge[side][i], bucket[side][i]);
+      __builtin_prefetch(w.value + at[side][i] - 1);
+    }
+  int64_t sum = psi[0] = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t m = ball_end<Closed>(w, f.n, b.x[i], b.radius[i], at[1][i]) -
+                      ball_begin<Closed>(w, f.n, b.x[i], b.radius[i], at[0][i]);
+    psi[i + 1] = sum += f.psi[Closed ? m - 1 : m];
+  }
+  b.begin[b.parts] = count;
+  for (int i = 0; i < b.parts; ++i) {
+    const int end = b.begin[i + 1] < count ? b.begin[i + 1] : count;
+    b.total[b.owner[i]] -= psi[end] - psi[b.begin[i]];
+  }
+  // What is left is of the last class.
+  b.begin[0] = 0, b.owner[0] = b.owner[b.parts - 1], b.parts = 1;
+  b.count -= count;
+  store_bits(b.x, load_bits<VecD>(b.x + kBatch));
+  store_bits(b.radius, load_bits<VecD>(b.radius + kBatch));
+}
+
+// Adds the first `count` lanes; those that are slow give their psi(k) - psi(m) to tied().
+template <bool Closed, typename Slow, typename Tied>
+CSG_INLINE void add_balls(const Workspace& w, const SortedFeature& f, Balls& b, VecD x, VecD r, int count, Slow slow,
+                          Tied&& tied) {
+  store_bits(b.x + b.count, x);
+  store_bits(b.radius + b.count, r);
+  if (first_lane((VecI64)slow) < 0) {
+    b.count += count;
+  } else {
+    const double *xs = b.x + b.count, *radii = b.radius + b.count;
+    for (int i = 0; i < count; ++i) {
+      const double value = xs[i], radius = radii[i];
+      if (slow[i]) {
+        tied(i, value, radius);
+      } else {
+        b.x[b.count] = value, b.radius[b.count] = radius;
+        ++b.count;
+      }
+    }
+  }
+  if (b.count >= kBatch) count_balls<Closed>(w, f, b);
+}
+
+// A class of more than k samples. K is k, or 0: not known when this is compiled.
+template <bool Closed, int K>
+CSG_INLINE void add_large(const Workspace& w, const SortedFeature& f, const double* v, int64_t n, int64_t owner,
+                          Balls& b) {
+  const int64_t k = K ? K : f.k;
+  double tied_x = 0, tied_r = -1;  // duplicates share their result
+  int64_t tied = 0;
+  begin_class(b, owner, PsiSum(n) * f.psi[k]);
+  for (int64_t t = 0; t < n; t += kDoubles) {
+    const double* here = v + t;
+    const VecD x = load_bits<VecD>(here);
+    // The narrowest of the windows of as many neighbours.
+    const auto reach = [&](int64_t neighbors) {
+      VecD r = larger(x - load_bits<VecD>(here - neighbors), load_bits<VecD>(here) - x);
+#pragma GCC unroll 8
+      for (int64_t a = 1; a <= neighbors; ++a)
+        r = smaller(r, larger(x - load_bits<VecD>(here - neighbors + a), load_bits<VecD>(here + a) - x));
+      return r;
+    };
+    const VecD r = reach(k);
+    auto slow = r == VecD{};
+    if (Closed) slow |= reach(k + 1) <= r;
+    add_balls<Closed>(w, f, b, x, r, int(min64(kDoubles, n - t)), slow, [&](int i, double value, double radius) {
+      if (tied_x != value || tied_r != radius) {
+        tied_x = value, tied_r = radius;
+        tied = tied_sample<Closed>(w, f, v, n, t + i, radius) - f.psi[k];
+      }
+      b.total[owner] += tied;
+    });
+  }
+}
+
+// The radii of kDoubles samples from t on in a group of n: the k-th smallest distances to the others. Open balls: as
+// scikit-learn's brute force has it, which takes groups of at most 2 k + 1 samples: x^2 - 2 x y + y^2 with its
+// cancellation.
+template <bool Closed>
+CSG_INLINE VecD radii(const Workspace& w, const double* v, int64_t n, int64_t t, int64_t k) {
+  const VecD inf = VecD{} + __builtin_inf(), x = load_bits<VecD>(v + t), square = rounded(x * x);
+  for (int64_t a = 0; a < k; ++a) store_bits(w.nearest + a * kDoubles, inf);
+  VecI64 itself;
+  for (int i = 0; i < kDoubles; ++i) itself[i] = t + i;
+  for (int64_t j = 0; j < n; ++j) {
+    const double y = v[j];
+    VecD d;
+    if (Closed) {
+      d = magnitude(x - y);
+    } else {
+      d = (square - 2 * rounded(x * y)) + rounded(y * y);
+      d = d > 0 ? d : VecD{};
+    }
+    d = itself == j ? inf : d;
+    for (int64_t a = 0; a < k; ++a) {
+      const VecD nearest = load_bits<VecD>(w.nearest + a * kDoubles);
+      store_bits(w.nearest + a * kDoubles, smaller(nearest, d));
+      d = larger(nearest, d);
+    }
+  }
+  VecD r = load_bits<VecD>(w.nearest + (k - 1) * kDoubles);
+  if (!Closed) {
+#if CSG_LEVEL == 2
+    r = (VecD)_mm512_sqrt_pd((__m512d)r);
+#else
+    for (int i = 0; i < kDoubles; ++i) r[i] = __builtin_sqrt(r[i]);
+#endif
+  }
+  return r;
+}
+
+// A class of at most 2 k + 1 samples; closed balls: at most k, all of them in the ball of each.
+template <bool Closed>
+CSG_INLINE void add_small(const Workspace& w, const SortedFeature& f, const double* v, int64_t n, int64_t owner,
+                          Balls& b) {
+  const int64_t k = min64(f.k, n - 1);
+  begin_class(b, owner, PsiSum(n) * f.psi[k]);
+  for (int64_t t = 0; t < n; t += kDoubles) {
+    const VecD x = load_bits<VecD>(v + t), r = radii<Closed>(w, v, n, t, k);
+    const auto slow = Closed ? r != r : r == VecD{};
+    add_balls<Closed>(w, f, b, x, r, int(min64(kDoubles, n - t)), slow,
+                      [&](int, double value, double) { b.total[owner] -= f.psi[ball_size<true>(w, f.n, value, 0)]; });
+  }
+}
+
+// The sum of psi(k_i) - psi(m_i) over a class of more than k samples.
 template <bool Closed>
 static PsiSum large_class(const Workspace& w, const SortedFeature& f, const double* v, int64_t n) {
-  return f.k == 3 ? large_class<Closed, 3>(w, f, v, n) : large_class<Closed, 0>(w, f, v, n);
+  PsiSum total = 0;
+  Balls b(&total);
+  if (f.k == 3) {
+    add_large<Closed, 3>(w, f, v, n, 0, b);
+  } else {
+    add_large<Closed, 0>(w, f, v, n, 0, b);
+  }
+  count_balls<Closed>(w, f, b);
+  return total;
+}
+
+// w.own: the sums of psi(k_i) - psi(m_i) over each class. Classes smaller than `large` are small groups.
+template <bool Closed, int K>
+CSG_STAGE void own_classes(const Workspace& w, const SortedFeature& f, int64_t classes, int64_t large) {
+  Balls b(w.own);
+  begin_class(b, 0, 0);
+  for (int64_t c = 0; c < classes; ++c) {
+    const int64_t size = f.class_size[c];
+    const double* v = f.values_of(int32_t(c));
+    if (size >= large) {
+      add_large<Closed, K>(w, f, v, size, c, b);
+    } else if (size > 1) {
+      add_small<Closed>(w, f, v, size, c, b);
+    } else {
+      w.own[c] = 0;
+    }
+  }
+  count_balls<Closed>(w, f, b);
 }
 
 // The class that holds all samples but one, in its own target, which leaves that one out. Open balls.
@@ -472,6 +595,12 @@ CSG_INLINE Labels choose(Mask m, Labels a, Labels b) {
 }
 CSG_INLINE bool any(Mask m) { return m != 0; }
 CSG_INLINE bool in_lane(Mask m, int lane) { return m >> lane & 1; }
+CSG_INLINE VecD gather(const double* p, const int32_t* at) {  // gcc warns of the gather without a mask
+  return (VecD)_mm512_mask_i32gather_pd(__m512d{}, 0xff, load_bits<__m256i>(at), p, 8);
+}
+CSG_INLINE Labels gather_labels(const int32_t* p, const int32_t* at) {
+  return (Labels)_mm256_i32gather_epi32(p, load_bits<__m256i>(at), 4);
+}
 #else
 typedef VecI64 Labels;
 typedef VecI64 Mask;
@@ -483,6 +612,16 @@ CSG_INLINE VecD choose(Mask m, VecD a, VecD b) { return m ? a : b; }
 CSG_INLINE Labels choose(Mask m, Labels a, Labels b) { return m ? a : b; }
 CSG_INLINE bool any(Mask m) { return first_lane(m) >= 0; }
 CSG_INLINE bool in_lane(Mask m, int lane) { return m[lane] != 0; }
+CSG_INLINE VecD gather(const double* p, const int32_t* at) {
+  VecD v;
+  for (int i = 0; i < kDoubles; ++i) v[i] = p[at[i]];
+  return v;
+}
+CSG_INLINE Labels gather_labels(const int32_t* p, const int32_t* at) {
+  Labels v;
+  for (int i = 0; i < kDoubles; ++i) v[i] = p[at[i]];
+  return v;
+}
 #endif
 
 // Puts a bitonic sequence of T distances in order, the labels with them.
@@ -512,68 +651,181 @@ CSG_INLINE void one_sample(const Workspace& w, const SortedFeature& f, int64_t p
   }
 }
 
-// T neighbours of kDoubles samples at a time, k < T: where their distances differ, the ball without class c reaches to
-// the k-th neighbour of another class, at rank k + e with e neighbours of class c before it. Such samples are counted
-// by c and e. K is k, or 0: not known when this is compiled.
-template <bool Closed, int K, int T>
+// Counts one for each index.
+CSG_INLINE void count_each(int32_t* counts, Labels index) {
+  decltype(Labels{}[0] + 0) at[kDoubles];
+  store_bits(at, index);
+  __asm__("" ::"r"(at) : "memory");  // loads are cheaper than taking the vector apart
+  for (const auto lane : at) ++counts[lane];
+}
+
+// Events of each class c that move the ball without class c to rank k + e, counted by c and e < Ranks. Where there are
+// many classes, the counts of an e stand side by side: nearly all are of e = 1 and stay in the first-level cache then.
+template <bool Many, int Ranks>
+struct Events {
+  int32_t* counts;
+  int64_t classes;
+
+  template <typename V>
+  CSG_MEMBER V at(V c, V e) const {
+    return Many ? c + e * int32_t(classes) : c * Ranks + e;
+  }
+  CSG_MEMBER int32_t count(int64_t c, int64_t e) const { return counts[Many ? c + e * classes : c * Ranks + e]; }
+};
+
+// Samples by what their neighbours say: some distances are equal, or too many neighbours are of one class.
+struct Unsettled {
+  Mask tied, far;
+};
+
+// T neighbours of kDoubles samples, k < T, found by the functions value(offset) and label(offset): where their
+// distances differ, the ball without class c reaches to the k-th neighbour of another class, at rank k + e with e
+// neighbours of class c before it. K is k, or 0: not known when this is compiled.
+template <int K, int T, typename Counted, typename Value, typename Label>
+CSG_INLINE Unsettled among_nearest(const Counted& events, int64_t neighbors, const Value& value, const Label& labels) {
+  const int64_t k = K ? K : neighbors;
+  const VecD x = value(0);
+  const Labels own = labels(0);
+  VecD d[T];
+  Labels label[T];
+#pragma GCC unroll 16
+  for (int j = 0; j < T; ++j) {  // the T smallest of two ascending sequences, as a bitonic one
+    const VecD below = x - value(-1 - j), above = value(T - j) - x;
+    const Mask take = less(below, above);
+    d[j] = choose(take, below, above);
+    label[j] = choose(take, labels(-1 - j), labels(T - j));
+  }
+  bitonic_sort<T>(d, label);
+  Mask differ = less(VecD{}, d[k - 1]) & less(d[T - 1], VecD{} + __builtin_inf());
+#pragma GCC unroll 16
+  for (int j = 0; j + 1 < T; ++j) differ &= less(d[j], d[j + 1]);
+  Mask fast = differ;
+  Labels extra[T];
+#pragma GCC unroll 16
+  for (int i = 0; i < (K ? K : T); ++i) {
+    if (!K && i >= k) break;
+    const Labels c = label[i];
+    Labels e{};
+#pragma GCC unroll 16
+    for (int j = 0; j + 1 < T; ++j) {
+      if (j < k) {
+        e = choose(equal(c, label[j]), e + 1, e);
+      } else {
+        e = choose(equal(c, label[j]) & greater(e, j - int(k)), e + 1, e);
+      }
+    }
+    e = choose(greater(c, -1), e, Labels{});
+    e = choose(equal(c, own), Labels{}, e);
+#pragma GCC unroll 16
+    for (int j = 0; j < i; ++j) e = choose(equal(c, label[j]), Labels{}, e);
+    fast &= ~greater(e, T - 1 - int(k));
+    extra[i] = e;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < (K ? K : T); ++i) {
+    if (!K && i >= k) break;
+    const Labels c = choose(greater(label[i], 0), label[i], Labels{});
+    count_each(events.counts, events.at(c, choose(fast, extra[i], Labels{})));
+  }
+  return {Mask(~differ), Mask(differ & ~fast)};
+}
+
+// Whether one of kDoubles samples is of the class of one of the four that follow it.
+CSG_INLINE bool repeats(const int32_t* label) {
+  const Labels own = load_labels(label);
+  return any(Mask(equal(own, load_labels(label + 1)) | equal(own, load_labels(label + 2)) |
+                  equal(own, load_labels(label + 3)) | equal(own, load_labels(label + 4))));
+}
+
+// k = 3, and each of kDoubles samples and its four nearest are all of different classes: the ball without the class of
+// one of the three nearest reaches to the fourth. Returns the samples with equal distances.
+template <bool Closed, typename Counted>
+CSG_INLINE Mask among_different(const Counted& events, const double* value, const int32_t* label) {
+  const VecD x = load_bits<VecD>(value);
+  VecD below[4], above[4], first[4], d[4];
+  for (int j = 0; j < 4; ++j)
+    below[j] = x - load_bits<VecD>(value - 1 - j), above[j] = load_bits<VecD>(value + 1 + j) - x;
+  for (int j = 0; j < 4; ++j) first[j] = smaller(below[j], above[3 - j]);  // the four nearest, as a bitonic sequence
+  for (int j = 0; j < 2; ++j) d[j] = smaller(first[j], first[j + 2]), d[j + 2] = larger(first[j], first[j + 2]);
+  const VecD third = smaller(d[2], d[3]), fourth = larger(d[2], d[3]);
+  Mask fast = less(third, fourth);
+  if (Closed) {
+    VecD fifth = smaller(x - load_bits<VecD>(value - 5), load_bits<VecD>(value + 5) - x);
+    for (int j = 0; j < 4; ++j) fifth = smaller(fifth, larger(below[j], above[3 - j]));
+    fast &= less(fourth, fifth) & less(VecD{}, third);  // closed_ball deals with a run at once
+  } else {
+    fast &= less(larger(d[0], d[1]), third);
+  }
+  for (int j = 0; j < 3; ++j) {
+    const Labels c = choose(less(below[j], above[2 - j]), load_labels(label - 1 - j), load_labels(label + 3 - j));
+    count_each(events.counts, choose(Mask(fast & greater(c, -1)), events.at(c, Labels{} + 1), Labels{}));
+  }
+  return Mask(~fast);
+}
+
+template <bool Closed>
+CSG_INLINE void samples_of(Mask samples, const Workspace& w, const SortedFeature& f, int64_t p) {
+  if (any(samples))
+    for (int lane = 0; lane < kDoubles; ++lane)
+      if (in_lane(samples, lane)) one_sample<Closed>(w, f, p + lane);
+}
+
+// kDoubles samples that stand at `far`, among T neighbours. On its own, because it takes many registers.
+template <bool Closed, int K, int T, typename Counted>
+CSG_STAGE void among_more(const Workspace& w, const SortedFeature& f, const Counted& events, const int32_t* far) {
+  const Unsettled rest = among_nearest<K, T>(
+      events, f.k, [&](int j) { return gather(f.value + j, far); },
+      [&](int j) { return gather_labels(f.label + j, far); });
+  for (int lane = 0; lane < kDoubles; ++lane)
+    if (in_lane(Mask(rest.tied | rest.far), lane)) one_sample<Closed>(w, f, far[lane]);
+}
+
+// Every sample among T neighbours, and k = 3: among different ones first where there are many classes, among 2 T where
+// there are few.
+template <bool Closed, int K, int T, bool Many>
 CSG_STAGE void among_all(const Workspace& w, const SortedFeature& f, int64_t classes) {
-  const int64_t n = f.n, k = K ? K : f.k;
-  __builtin_memset(w.counts, 0, size_t(classes * T) * sizeof(int32_t));
+  constexpr bool further = K == 3 && !Many;
+  constexpr int ranks = further ? 2 * T : T;
+  static_assert(ranks <= kRanks);
+  constexpr int ahead = (3 + kDoubles) / kDoubles;  // vectors that hold four neighbours
+  const Events<Many, ranks> events{w.counts, classes};
+  __builtin_memset(w.counts, 0, size_t(classes * ranks) * sizeof(int32_t));
+  unsigned repeated = ~0u;  // bit i: repeats() of the vector i before the last one that was looked at
+  int32_t far[2 * kDoubles];
+  int far_count = 0, seen = T;  // seen: all e are less than it - k
+  const int64_t n = f.n;
   int64_t p = 0;
   for (; p + kDoubles <= n; p += kDoubles) {
-    const VecD x = load_bits<VecD>(f.value + p);
-    const Labels own = load_labels(f.label + p);
-    VecD d[T];
-    Labels label[T];
-#pragma GCC unroll 16
-    for (int j = 0; j < T; ++j) {  // the T smallest of two ascending sequences, as a bitonic one
-      const VecD below = x - load_bits<VecD>(f.value + p - 1 - j), above = load_bits<VecD>(f.value + p + T - j) - x;
-      const Mask take = less(below, above);
-      d[j] = choose(take, below, above);
-      label[j] = choose(take, load_labels(f.label + p - 1 - j), load_labels(f.label + p + T - j));
-    }
-    bitonic_sort<T>(d, label);
-    Mask fast = less(VecD{}, d[k - 1]) & less(d[T - 1], VecD{} + __builtin_inf());
-#pragma GCC unroll 16
-    for (int j = 0; j + 1 < T; ++j) fast &= less(d[j], d[j + 1]);
-    Labels extra[T];
-#pragma GCC unroll 16
-    for (int i = 0; i < (K ? K : T); ++i) {
-      if (!K && i >= k) break;
-      const Labels c = label[i];
-      Labels e{};
-#pragma GCC unroll 16
-      for (int j = 0; j + 1 < T; ++j) {
-        if (j < k) {
-          e = choose(equal(c, label[j]), e + 1, e);
-        } else {
-          e = choose(equal(c, label[j]) & greater(e, j - int(k)), e + 1, e);
-        }
+    const double* value = f.value + p;
+    const int32_t* label = f.label + p;
+    if (Many) {
+      repeated = repeated << 1 | unsigned(repeats(label + ahead * kDoubles));
+      if ((repeated & ((2u << 2 * ahead) - 1)) == 0) {
+        samples_of<Closed>(among_different<Closed>(events, value, label), w, f, p);
+        continue;
       }
-      e = choose(greater(c, -1), e, Labels{});
-      e = choose(equal(c, own), Labels{}, e);
-#pragma GCC unroll 16
-      for (int j = 0; j < i; ++j) e = choose(equal(c, label[j]), Labels{}, e);
-      fast &= ~greater(e, T - 1 - int(k));
-      extra[i] = e;
     }
-    const Mask slow = Mask(~fast);
-#pragma GCC unroll 16
-    for (int i = 0; i < (K ? K : T); ++i) {
-      if (!K && i >= k) break;
-      const Labels c = choose(greater(label[i], 0), label[i], Labels{});
-      decltype(Labels{}[0] + 0) at[kDoubles];
-      store_bits(at, c * T + choose(fast, extra[i], Labels{}));
-      __asm__("" ::"r"(at) : "memory");  // loads are cheaper than taking the vector apart
-      for (const auto lane : at) ++w.counts[lane];
+    const Unsettled unsettled = among_nearest<K, T>(
+        events, f.k, [&](int j) { return load_bits<VecD>(value + j); }, [&](int j) { return load_labels(label + j); });
+    if (!further) {
+      samples_of<Closed>(Mask(unsettled.tied | unsettled.far), w, f, p);
+      continue;
     }
-    if (any(slow))
-      for (int lane = 0; lane < kDoubles; ++lane)
-        if (in_lane(slow, lane)) one_sample<Closed>(w, f, p + lane);
+    samples_of<Closed>(unsettled.tied, w, f, p);
+    if (!any(unsettled.far)) continue;
+    for (int lane = 0; lane < kDoubles; ++lane)
+      if (in_lane(unsettled.far, lane)) far[far_count++] = int32_t(p + lane);
+    if (far_count < kDoubles) continue;
+    among_more<Closed, K, ranks>(w, f, events, far);
+    seen = ranks;
+    far_count -= kDoubles;
+    for (int i = 0; i < far_count; ++i) far[i] = far[i + kDoubles];
   }
   for (; p < n; ++p) one_sample<Closed>(w, f, p);
-  for (int64_t c = 0; c < classes; ++c)
-    for (int64_t e = 1; e < T - k; ++e) w.without[c] += PsiSum(w.counts[c * T + e]) * (f.psi[k] - f.psi[k + e]);
+  for (int i = 0; i < far_count; ++i) one_sample<Closed>(w, f, far[i]);
+  for (int64_t e = 1; e < seen - f.k; ++e)
+    for (int64_t c = 0; c < classes; ++c)
+      if (const int32_t count = events.count(c, e)) w.without[c] += PsiSum(count) * (f.psi[f.k] - f.psi[f.k + e]);
 }
 
 // Three large classes: the other two as one class. Faster than among_all, which leaves a sample to one_sample where
@@ -668,15 +920,13 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
 
   const SortedFeature f{w.value,      w.label, w.bucket, w.class_value, classes.begin,
                         classes.size, p.psi,   n,        p.neighbors,   classes.dominant};
-  PsiSum all = 0;
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t size = classes.size[c];
-    const double* v = w.class_value + classes.begin[c];
-    w.own[c] = size < 2               ? 0
-               : size < classes.large ? small_group<Closed>(w, f, v, size)
-                                      : large_class<Closed>(w, f, v, size);
-    all += w.own[c];
+  if (f.k == 3) {
+    own_classes<Closed, 3>(w, f, count, classes.large);
+  } else {
+    own_classes<Closed, 0>(w, f, count, classes.large);
   }
+  PsiSum all = 0;
+  for (int64_t c = 0; c < count; ++c) all += w.own[c];
   if (count == 2 && min64(classes.size[0], classes.size[1]) > 1) {  // one class is the other's rest
     out[0] = mean_of(classes.constant[0] + all, n, p.psi_bits);
     if (!p.multiclass) out[1] = out[0];
@@ -691,10 +941,12 @@ static void one_feature(const MutualInfo& p, Workspace& w, double* x, double* ou
   __builtin_memset(w.generic, 0, size_t(count) * sizeof(PsiSum));
   if (classes.three) {
     among_other_two<Closed>(w, f);
+  } else if (f.k == 3 && count >= kMany) {
+    among_all<Closed, 3, 8, true>(w, f, count);
   } else if (f.k == 3) {
-    among_all<Closed, 3, 8>(w, f, count);
+    among_all<Closed, 3, 8, false>(w, f, count);
   } else if (f.k <= 7) {
-    among_all<Closed, 0, 16>(w, f, count);
+    among_all<Closed, 0, 16, false>(w, f, count);
   } else {
     for (int64_t i = 0; i < n; ++i) one_sample<Closed>(w, f, i);
   }

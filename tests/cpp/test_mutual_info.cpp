@@ -61,9 +61,10 @@ double draw(int kind, double normal) {
   }
 }
 
-// Labels: 0 uniform, 1 skewed, 2 nearly all of one class, 3 as many classes as half of the samples, 4 sorted.
+// Labels: 0 uniform, 1 skewed, 2 nearly all of one class, 3 as many classes as half of the samples, 4 sorted, 5 classes
+// of some seven samples.
 std::vector<int64_t> draw_labels(int kind, int64_t n, int64_t* classes) {
-  *classes = kind == 3 ? n / 2 + 1 : 2 + random_below(9);
+  *classes = kind == 3 ? n / 2 + 1 : kind == 5 ? n / 7 : 2 + random_below(9);
   std::vector<int64_t> labels(size_t(n), 0);
   for (auto& label : labels) {
     label = random_below(*classes);
@@ -156,7 +157,8 @@ void test(int64_t n, int64_t neighbors, int label_kind) {
                            std::to_string(label_kind) + " features " + kinds;
   const auto exact = p.run(one_thread, false, false, false), multiclass = p.run(two_threads, false, true, true);
   for (int64_t j = 0; j < p.k; ++j) {
-    for (int64_t c = 0; c < std::min<int64_t>(p.classes, 4); ++c) {
+    for (int i = 0; i < 4; ++i) {
+      const int64_t c = random_below(p.classes);
       std::vector<int64_t> target;
       target.reserve(p.labels.size());
       for (const int64_t label : p.labels) target.push_back(label == c);
@@ -168,6 +170,9 @@ void test(int64_t n, int64_t neighbors, int label_kind) {
   }
   expect(exact == p.run(two_threads, false, false, true), what + ": closed balls, threads and layout");
   const CpuLevel level = cpu_level();
+  set_cpu_level(CpuLevel::Baseline);
+  expect(exact == p.run(one_thread, false, false, true), what + ": closed balls, instruction set");
+  set_cpu_level(level);
   for (const int64_t bins : {int64_t(1), 1 + random_below(n), n}) {
     const auto got = p.run_binned(two_threads, bins, true);
     for (int64_t j = 0; j < p.k; ++j)
@@ -199,6 +204,7 @@ int main() {
     for (const int64_t neighbors : {3, 5, 9}) test(401, neighbors, labels);
   }
   test(2003, 3, 0);
+  for (int i = 0; i < 12; ++i) test(600, 3, 5);
   NormalState state{{1, 2, 3}, 624, false, 0};
   std::vector<double> all(21 * 13), some(21 * 4);
   NormalState again = state;
