@@ -33,7 +33,7 @@ import csg_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS = 3 if measure.QUICK else 7
-CLASSES = [2, 10, 100, 500] if measure.QUICK else [2, 10, 100, 1000, 5000]
+CLASSES = [2, 3, 10, 100, 500] if measure.QUICK else [2, 3, 4, 5, 10, 100, 1000, 5000]
 SAMPLES = [1000, 3000, 10_000] if measure.QUICK else [1000, 5000, 20_000, 80_000, 320_000, 1_280_000]
 Candidates = dict[str, Callable[[], object]]
 
@@ -193,7 +193,11 @@ def matrix_rows(found: list[dict[str, Any]]) -> list[list[str]]:
 
 def text(found: dict[str, Any]) -> str:
     """The report."""
-    spread = {ties: [row[ties] for row in found["classes"]] for ties in ("exact", "noise")}
+
+    def spread(ties: str, fewest: int) -> str:
+        times = [row[ties] for row in found["classes"] if row["classes"] >= fewest]
+        return f"{max(times) / min(times):.2f} ({ties})"
+
     sorts = [key for key in ("numpy.sort, keys alone", "torch.sort") if key in found["samples"][0]]
     one = found["classes"][0]
     lines = [
@@ -245,8 +249,8 @@ def text(found: dict[str, Any]) -> str:
             ["C", "exact", "noise"],
             [[f"{row['classes']:,}", duration(row["exact"]), duration(row["noise"])] for row in found["classes"]],
         ),
-        f"Largest over smallest: {max(spread['exact']) / min(spread['exact']):.2f} (exact), "
-        f"{max(spread['noise']) / min(spread['noise']):.2f} (noise).",
+        f"Largest over smallest: {spread('exact', 2)}, {spread('noise', 2)}; from three classes on: "
+        f"{spread('exact', 3)}, {spread('noise', 3)}.",
         "",
         "## More samples: nanoseconds per value of the features, all threads",
         "",
