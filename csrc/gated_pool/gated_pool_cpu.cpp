@@ -12,8 +12,8 @@ namespace csg {
 void gated_pool_forward_cpu(const GatedPoolForward& p, ParallelFor parallel_for) {
 #if CSG_X86
   // Rows begin anywhere: a 64-byte load crosses a cache line nearly every time, a 32-byte one every other time. Short
-  // rows are summed up to 20 % faster so; longer ones, and bf16 (two values to a lane) but for 7 x 7, are not.
-  const bool narrow = p.x_type != ScalarType::BFloat16 || p.s == 49;
+  // rows are summed up to 20 % faster so; longer ones, and bf16 (two values to a lane), are not.
+  const bool narrow = p.x_type != ScalarType::BFloat16;
   const bool short_rows = p.pool == Pool::Avg && p.stride_k != 1 && p.s < 256 && narrow;
   if (short_rows && cpu_level() == CpuLevel::Avx512) return avx2::gated_pool_forward(p, parallel_for);
 #endif

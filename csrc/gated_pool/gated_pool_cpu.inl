@@ -10,7 +10,7 @@ constexpr int64_t kChainWide = 16;            // the same where a sum is one cha
 constexpr int64_t kSumBlockWide = 128;        // positions of channels-last maps summed in one go
 constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
 constexpr int64_t kPrefetchBytes = 4096;      // how far ahead of strided reads, into L1
-constexpr int64_t kDramPrefetchBytes = 8192;  // the same for rows of an x that no cache holds
+constexpr int64_t kDramPrefetchBytes = 8192;  // the same for rows in the last cache or none
 constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
 constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
 constexpr int64_t kZeroBytes = 896 << 10;     // from here on a parallel region for zeroing pays
@@ -144,7 +144,11 @@ struct Strip<BFloat16> {
   typedef uint16_t Int __attribute__((vector_size(CSG_WIDTH)));
   static constexpr int lanes = 2 * kLanes<BFloat16>;
   VecF even{}, odd{};
-  static CSG_MEMBER Int load(const BFloat16* x) { return load_bits<Int>(x); }
+  static CSG_MEMBER Int load(const BFloat16* x) {
+    Int bits = load_bits<Int>(x);
+    __asm__("" : "+v"(bits));  // or gcc loads for the even ones and once more for the odd ones
+    return bits;
+  }
   CSG_MEMBER void set(Int bits) {
     even = (VecF)((VecU32)bits << 16);
     odd = (VecF)((VecU32)bits & 0xffff0000u);
@@ -158,15 +162,20 @@ struct Strip<BFloat16> {
   CSG_MEMBER void store(float* to) const { store_interleaved(to, even, odd); }
 };
 template <>
-constexpr int64_t kSumBlock<BFloat16> = kChain * Strip<BFloat16>::lanes;
+constexpr int64_t kSumBlock<BFloat16> = kChain * 2 * Strip<BFloat16>::lanes;
 CSG_INLINE VecF block_sums(const BFloat16* x, int64_t n, bool) {
   using S = Strip<BFloat16>;
   if (n < S::lanes) return block_sums<BFloat16>(x, n, false);
-  S sum;
+  S a, b;  // two, or the processor waits for additions
   int64_t i = 0;
-  for (; i + S::lanes <= n; i += S::lanes) sum.add(S::load(x + i));
-  if (i < n) sum.add(S::load(x + n - S::lanes) & last_lanes<S::Int>(int(n - i)));
-  return sum.total();
+  for (; i + 2 * S::lanes <= n; i += 2 * S::lanes) {
+    a.add(S::load(x + i));
+    b.add(S::load(x + i + S::lanes));
+  }
+  if (i + S::lanes <= n) a.add(S::load(x + i)), i += S::lanes;
+  if (i < n) b.add(S::load(x + n - S::lanes) & last_lanes<S::Int>(int(n - i)));
+  a.add(b);
+  return a.total();
 }
 #endif
 
@@ -219,6 +228,38 @@ CSG_INLINE int64_t sum_all_adjacent_rows(const X* x, int64_t len, bool from_dram
   return j;
 }
 
+// 7 x 7, the commonest last map. Returns how many of the rows are done.
+template <typename X>
+CSG_INLINE int64_t sum_rows_of_49(const X* x, int64_t stride, int64_t len, bool from_dram, Accumulator<X>* sum) {
+  return stride == 49 ? sum_all_adjacent_rows<49>(x, len, from_dram, sum) : 0;
+}
+#if CSG_LEVEL == 2
+// From two loads of 32 that overlap: half the instructions of splitting the vectors that two rows share.
+CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len, bool, float* sum) {
+  constexpr int lanes = kLanes<BFloat16>, fresh = 15;  // the second load's first element that the other does not hold
+  VecU32 odd_fresh;
+  for (int i = 0; i < lanes; ++i) odd_fresh[i] = 2 * i + 1 >= fresh ? 0xffff0000u : 0;
+  constexpr auto even_fresh = __mmask16(0xffff << (fresh + 1) / 2);
+  VecF part[lanes];
+  int64_t j = 0;
+  for (; j + lanes <= len; j += lanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r, x += stride) {
+      const char* later = reinterpret_cast<const char*>(x) + kDramPrefetchBytes;
+      __builtin_prefetch(later, 0, 3);
+      if (r % 2) __builtin_prefetch(later + 48, 0, 3);  // a row is one and a half cache lines
+      __m512i first = load_bits<__m512i>(x), last = load_bits<__m512i>(x + 49 - 2 * lanes);
+      __asm__("" : "+v"(first), "+v"(last));  // or gcc loads both twice, and loads are what takes longest
+      const VecF even = (VecF)_mm512_slli_epi32(first, 16) + (VecF)_mm512_maskz_slli_epi32(even_fresh, last, 16);
+      const VecF odd = (VecF)((VecU32)first & 0xffff0000u) + (VecF)((VecU32)last & odd_fresh);
+      part[r] = even + odd;
+    }
+    store_bits(sum + j, transposed_sum<1>(part));
+  }
+  return j;
+}
+#endif
+
 // The sums of `len` rows.
 template <typename X>
 CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, bool from_dram, Accumulator<X>* sum) {
@@ -234,7 +275,7 @@ CSG_INLINE void sum_rows(const X* x, int64_t stride, int64_t n, int64_t len, boo
     int64_t j = 0;
     Vec part[L];
     const bool prefetch = from_dram && n >= 256;  // shorter rows have no room for it
-    if (stride == n && n == 49) j = sum_all_adjacent_rows<49>(x, len, from_dram, sum);
+    if (n == 49) j = sum_rows_of_49(x, stride, len, from_dram, sum);
     if (stride == n && n == 64) j = sum_all_adjacent_rows<64>(x, len, from_dram, sum);
     for (; j + L <= len; j += L) {
       for (int r = 0; r < L; ++r) part[r] = partial_sums(x + (j + r) * stride, n, prefetch);
