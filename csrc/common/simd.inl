@@ -61,6 +61,13 @@ struct Simd<BFloat16> {
 };
 
 #if CSG_LEVEL > 0
+// v in a register: gcc repeats a load for every use that can take its operand from memory.
+template <typename V>
+CSG_INLINE V loaded_once(V v) {
+  __asm__("" : "+v"(v));
+  return v;
+}
+
 // Hides where v came from: clang turns comparisons of widened halves into comparisons of halves, one at a time.
 CSG_INLINE VecF opaque(VecF v) {
 #if defined(__clang__)

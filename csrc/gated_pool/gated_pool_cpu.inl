@@ -144,11 +144,7 @@ struct Strip<BFloat16> {
   typedef uint16_t Int __attribute__((vector_size(CSG_WIDTH)));
   static constexpr int lanes = 2 * kLanes<BFloat16>;
   VecF even{}, odd{};
-  static CSG_MEMBER Int load(const BFloat16* x) {
-    Int bits = load_bits<Int>(x);
-    __asm__("" : "+v"(bits));  // or gcc loads for the even ones and once more for the odd ones
-    return bits;
-  }
+  static CSG_MEMBER Int load(const BFloat16* x) { return loaded_once(load_bits<Int>(x)); }
   CSG_MEMBER void set(Int bits) {
     even = (VecF)((VecU32)bits << 16);
     odd = (VecF)((VecU32)bits & 0xffff0000u);
@@ -248,8 +244,8 @@ CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len
       const char* later = reinterpret_cast<const char*>(x) + kDramPrefetchBytes;
       __builtin_prefetch(later, 0, 3);
       if (r % 2) __builtin_prefetch(later + 48, 0, 3);  // a row is one and a half cache lines
-      __m512i first = load_bits<__m512i>(x), last = load_bits<__m512i>(x + 49 - 2 * lanes);
-      __asm__("" : "+v"(first), "+v"(last));  // or gcc loads both twice, and loads are what takes longest
+      const __m512i first = loaded_once(load_bits<__m512i>(x));
+      const __m512i last = loaded_once(load_bits<__m512i>(x + 49 - 2 * lanes));
       const VecF even = (VecF)_mm512_slli_epi32(first, 16) + (VecF)_mm512_maskz_slli_epi32(even_fresh, last, 16);
       const VecF odd = (VecF)((VecU32)first & 0xffff0000u) + (VecF)((VecU32)last & odd_fresh);
       part[r] = even + odd;

@@ -381,6 +381,7 @@ struct Balls {
   int begin[kBatch + kDoubles + 1], parts = 0;  // where each class begins
   int64_t owner[kBatch + kDoubles];             // its place in total
 
+  // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): beyond count and parts nothing is used
   explicit Balls(PsiSum* of_classes) : total(of_classes) {}
 };
 
