@@ -56,11 +56,32 @@ def test_every_study_has_settings_that_exist(study):
     for s in study.STUDIES:
         TrainConfig(**s.settings)
     on_the_test_part = {s.name for s in study.STUDIES if s.hold_out is None}
-    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "scenes"}
+    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "scenes", "crowded"}
     for s in study.STUDIES:
         other = next((o for o in study.STUDIES if o.name == s.std), s)
         assert "std" in other.arms and set(s.seeds) <= set(other.seeds)
         assert (other.hold_out, other.data) == (s.hold_out, s.data)
+
+
+def test_crowded_classes_are_variants_of_the_items(study):
+    from csg_ext.data import load_images
+
+    data = load_images()
+    found = study.crowded(data)
+    assert len(found.classes) == len(set(found.classes)) == 80
+    assert np.array_equal(study.crowded(data).test_images, found.test_images)
+    for n, label in enumerate(found.test_labels):
+        item, way, tone, size = found.classes[label].split(", ")
+        assert item == data.classes[data.test_labels[n]]
+        image = found.test_images[n, 0].astype(float)
+        image = 255 - image if tone == "negative" else image
+        image = image[::-1] if way == "upside down" else image
+        original = data.test_images[n, 0].astype(float)
+        if size == "half":
+            assert not image[:7].any() and not image[21:].any() and not image[:, :7].any() and not image[:, 21:].any()
+            image = image[7:21, 7:21]
+            original = original.reshape(14, 2, 14, 2).mean((1, 3)).round()
+        assert np.array_equal(image, original)
 
 
 def test_tables_say_what_is_missing(study):

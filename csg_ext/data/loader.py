@@ -197,19 +197,25 @@ class ImageLoader(DataLoader[tuple[Tensor, Tensor]]):
         self.order.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        """Raises ValueError: with strict for an image that does not decode, else for a batch without any that does."""
-        for x, labels, failed in super().__iter__():
-            for line in failed:
-                if self.strict:
-                    raise ValueError(f"data: with strict every image must decode, got {line}")
-                if line not in self.skipped:
-                    self.skipped.append(line)
-                    warnings.warn(f"data: an image is left out: {line}", stacklevel=2)
-            if len(labels) == 0:
-                raise ValueError(
-                    f"data: no image of a batch of {len(failed)} decodes, the first failure is: {failed[0]}"
-                )
-            yield x, labels
+        """Raises ValueError: with strict for an image that does not decode, else for a batch without any that does.
+
+        RuntimeError where a worker dies.
+        """
+        try:
+            for x, labels, failed in super().__iter__():
+                for line in failed:
+                    if self.strict:
+                        raise ValueError(f"data: with strict every image must decode, got {line}")
+                    if line not in self.skipped:
+                        self.skipped.append(line)
+                        warnings.warn(f"data: an image is left out: {line}", stacklevel=2)
+                if len(labels) == 0:
+                    raise ValueError(
+                        f"data: no image of a batch of {len(failed)} decodes, the first failure is: {failed[0]}"
+                    )
+                yield x, labels
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError("data: a DataLoader worker exited unexpectedly while it handed over a batch") from error
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -4,9 +4,9 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low` and `scenes` are measured on the test part with
-settings fixed before; every other study varies one setting and is measured on images held out of the train part: the
-test part chooses nothing.
+is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `scenes` and `crowded` are measured on the test
+part with settings fixed before; every other study varies one setting and is measured on images held out of the train
+part: the test part chooses nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from csg_ext.data import ImageData
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -39,7 +45,7 @@ class Study:
     arms: tuple[str, ...] = ("csg",)
     seeds: range = ABLATION_SEEDS
     hold_out: int | None = HOLD_OUT
-    data: str = "fashion"  # the embedded subset, or "scenes": its items on photographs, in colour
+    data: str = "fashion"  # the embedded subset; "scenes": its items on photographs, in colour; "crowded": 80 classes
     std: str = ""  # the study whose STD arm is compared, where it has none of its own
 
 
@@ -57,6 +63,7 @@ STUDIES = [
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
+    Study("crowded", "12 epochs, 80 classes", arms=("std", "csg"), seeds=range(2), hold_out=None, data="crowded"),
     _ablation("default", "base", arms=("std", "csg")),
     _ablation("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     _ablation("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
@@ -159,6 +166,42 @@ def scenes(folder: Path) -> Path:
     return path
 
 
+def crowded(data: ImageData) -> ImageData:
+    """More classes than the network has filters: images upright or upside down, positive or negative, whole or half.
+
+    Eight variants of ten items are 80 classes. Which variant an image becomes is drawn at random, always the same.
+    """
+    import numpy as np
+
+    from csg_ext.data import ImageData
+
+    rng = np.random.default_rng(0)
+
+    def varied(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        variant = rng.integers(8, size=len(labels))
+        upside_down, negative, half = (variant >> bit & 1 == 1 for bit in range(3))
+        n, channels, height, width = images.shape
+        halves = images[half].reshape(-1, channels, height // 2, 2, width // 2, 2).mean((3, 5))
+        top, left = height // 4, width // 4
+        images = images.copy()
+        images[half] = 0
+        images[half, :, top : top + height // 2, left : left + width // 2] = halves.round()
+        images[upside_down] = images[upside_down, :, ::-1]
+        images[negative] = 255 - images[negative]
+        return images, 8 * labels + variant
+
+    train_images, train_labels = varied(data.train_images, data.train_labels)
+    test_images, test_labels = varied(data.test_images, data.test_labels)
+    names = [
+        f"{item}, {way}, {tone}, {size}"
+        for item in data.classes
+        for size in ("whole", "half")
+        for tone in ("positive", "negative")
+        for way in ("upright", "upside down")
+    ]
+    return ImageData("crowded", train_images, train_labels, test_images, test_labels, names)
+
+
 def run(only: list[str], count: int) -> None:
     """Trains the jobs that have no result, `count` at a time."""
     unknown = set(only) - {study.name for study in STUDIES}
@@ -174,6 +217,7 @@ def run(only: list[str], count: int) -> None:
     for name, hold_out in {(job.study.data, job.study.hold_out) for job in waiting}:
         files[name, hold_out] = scratch / f"{name}-{hold_out or 'test'}.npz"
         data = load_images(scenes(scratch) if name == "scenes" else None)
+        data = crowded(data) if name == "crowded" else data
         (data.hold_out(hold_out) if hold_out else data).save(files[name, hold_out])
     running: list[tuple[Job, subprocess.Popen[str], Path]] = []
     while waiting or running:
