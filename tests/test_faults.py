@@ -20,6 +20,7 @@ from PIL import Image
 import csg_ext
 from csg_ext import cli, reference
 from csg_ext.data import image_loader
+from csg_ext.data.loader import _received
 from csg_ext.training.files import ARMS, CHECKPOINT, run_lock
 
 ARGUMENTS = [*kill_runs.SETTINGS, "--epochs", "4"]
@@ -162,3 +163,34 @@ def test_a_loader_whose_worker_dies_says_so(tmp_path):
     with pytest.raises(RuntimeError, match="DataLoader worker .*(killed by signal: Killed|exited unexpectedly)"):
         for _ in batches:
             time.sleep(0.05)
+
+
+def test_a_connection_that_a_dead_worker_cuts_is_told_from_an_error_of_a_transform(tmp_path):
+    class Cut:
+        def __init__(self, worker):
+            self._workers = [worker]
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise ConnectionResetError
+
+    worker = multiprocessing.get_context("fork").Process()
+    worker.start()
+    worker.join()
+    with pytest.raises(RuntimeError, match="DataLoader worker exited unexpectedly"):
+        next(_received(Cut(worker)))
+
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(4):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / label / f"{number}.png")
+    for workers in (0, 1):
+        loader = image_loader(tmp_path, batch_size=2, num_workers=workers, transform=_no_connection)
+        with pytest.raises(ConnectionError, match="no server"):
+            next(iter(loader))
+
+
+def _no_connection(image):
+    raise ConnectionError("no server")

@@ -93,6 +93,15 @@ def test_tables_say_what_is_missing(study):
     assert any("| yes |" in line for line in study.main_table(study.STUDIES[0]))
 
 
+def test_the_aim_for_density_depends_on_the_number_of_classes(study):
+    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+    found = [s for s in [*study.STUDIES, study.FINETUNE] if s.hold_out is None]
+    for s in found:
+        densest = max(csg["l1_density"] for _, _, csg in study.both_arms(s))
+        reached = "yes" if densest <= 1.05 / (80 if s.name == "crowded" else 10) else "no"
+        assert f"| L1-density at most 1.05 / C | {reached} |" in study.main_table(s)
+
+
 def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
     finetune = load_script("finetune", monkeypatch)
     monkeypatch.setattr(finetune, "IMAGES", 64)

@@ -12,6 +12,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -201,21 +202,28 @@ class ImageLoader(DataLoader[tuple[Tensor, Tensor]]):
 
         RuntimeError where a worker dies.
         """
-        try:
-            for x, labels, failed in super().__iter__():
-                for line in failed:
-                    if self.strict:
-                        raise ValueError(f"data: with strict every image must decode, got {line}")
-                    if line not in self.skipped:
-                        self.skipped.append(line)
-                        warnings.warn(f"data: an image is left out: {line}", stacklevel=2)
-                if len(labels) == 0:
-                    raise ValueError(
-                        f"data: no image of a batch of {len(failed)} decodes, the first failure is: {failed[0]}"
-                    )
-                yield x, labels
-        except (ConnectionError, EOFError) as error:
-            raise RuntimeError("data: a DataLoader worker exited unexpectedly while it handed over a batch") from error
+        for x, labels, failed in _received(super().__iter__()):
+            for line in failed:
+                if self.strict:
+                    raise ValueError(f"data: with strict every image must decode, got {line}")
+                if line not in self.skipped:
+                    self.skipped.append(line)
+                    warnings.warn(f"data: an image is left out: {line}", stacklevel=2)
+            if len(labels) == 0:
+                raise ValueError(
+                    f"data: no image of a batch of {len(failed)} decodes, the first failure is: {failed[0]}"
+                )
+            yield x, labels
+
+
+def _received(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches. Where a worker dies while it hands one over, torch lets the connection's own error through."""
+    try:
+        yield from batches
+    except (ConnectionError, EOFError) as error:  # a transform may raise them, too
+        if not wait([worker.sentinel for worker in getattr(batches, "_workers", [])], timeout=1):
+            raise
+        raise RuntimeError("data: a DataLoader worker exited unexpectedly while it handed over a batch") from error
 
 
 def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -71,9 +71,10 @@ CSG_INLINE V loaded_once(V v) {
 // Hides where v came from: clang turns comparisons of widened halves into comparisons of halves, one at a time.
 CSG_INLINE VecF opaque(VecF v) {
 #if defined(__clang__)
-  __asm__("" : "+v"(v));
-#endif
+  return loaded_once(v);
+#else
   return v;
+#endif
 }
 #endif
 

@@ -1,19 +1,19 @@
 // gated_pool's CPU kernels for one instruction set; see ../common/simd.inl for how this file is compiled.
 // Bytes that must move: forward reads x once; backward writes grad_x once; everything else is (N, K) or (C, K).
 
-constexpr int64_t kChannelBlock = 256;        // channels handled together: their sums and gate rows stay in L1
-constexpr int64_t kChannelStep = 32;          // where the channels of the gate's gradient may be split
-constexpr int64_t kRowBlock = 64;             // rows of one work item
-constexpr int64_t kWideBlock = 2048;          // the same for channels-last maps, where a block is one memory stream
-constexpr int64_t kChain = 32;                // additions one after the other, whose rounding errors add up
-constexpr int64_t kChainWide = 16;            // the same where a sum is one chain, not the sum of many
-constexpr int64_t kSumBlockWide = 128;        // positions of channels-last maps summed in one go
-constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 4096;      // how far ahead of strided reads, into L1
-constexpr int64_t kDramPrefetchBytes = 8192;  // the same for rows in the last cache or none
-constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
-constexpr int64_t kGrainBytes = 128 << 10;    // below this a second thread costs more than it brings
-constexpr int64_t kZeroBytes = 896 << 10;     // from here on a parallel region for zeroing pays
+constexpr int64_t kChannelBlock = 256;       // channels handled together: their sums and gate rows stay in L1
+constexpr int64_t kChannelStep = 32;         // where the channels of the gate's gradient may be split
+constexpr int64_t kRowBlock = 64;            // rows of one work item
+constexpr int64_t kWideBlock = 2048;         // the same for channels-last maps, where a block is one memory stream
+constexpr int64_t kChain = 32;               // additions one after the other, whose rounding errors add up
+constexpr int64_t kChainWide = 16;           // the same where a sum is one chain, not the sum of many
+constexpr int64_t kSumBlockWide = 128;       // positions of channels-last maps summed in one go
+constexpr int64_t kMaxBlock = 1 << 30;       // positions whose number fits a 32-bit lane
+constexpr int64_t kPrefetchBytes = 4096;     // how far ahead of strided reads, into L1
+constexpr int64_t kRowPrefetchBytes = 8192;  // the same for rows
+constexpr int64_t kCacheBytes = 40 << 20;    // such an x is larger; prefetching slows down rows that are in a cache
+constexpr int64_t kGrainBytes = 128 << 10;   // below this a second thread costs more than it brings
+constexpr int64_t kZeroBytes = 896 << 10;    // from here on a parallel region for zeroing pays
 
 // ---- the gate's row -------------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ CSG_INLINE typename Simd<X>::Vec block_sums(const X* x, int64_t n, bool from_dra
   for (; i + 4 * L <= n; i += 4 * L) {
     if (from_dram)
       for (int ahead = 0; ahead < 4 * CSG_WIDTH; ahead += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kDramPrefetchBytes + ahead, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kRowPrefetchBytes + ahead, 0, 2);
     a += S::load(x + i);
     b += S::load(x + i + L);
     c += S::load(x + i + 2 * L);
@@ -198,7 +198,7 @@ CSG_INLINE void sum_adjacent_rows(const X* x, bool prefetch, Accumulator<X>* sum
   for (int i = 0; i < n; ++i) {
     const int r = i * S::lanes / n, begun = i * S::lanes - r * n, left = n - begun;
     if (prefetch && i * S::lanes * sizeof(X) % 64 == 0)
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i * S::lanes) + kDramPrefetchBytes, 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(x + i * S::lanes) + kRowPrefetchBytes, 0, 3);
     const auto bits = S::load(x + i * S::lanes);
     const auto next = bits & last_lanes<typename S::Int>(left < S::lanes ? S::lanes - left : 0);
     const auto here = bits ^ next;
@@ -230,7 +230,7 @@ CSG_INLINE int64_t sum_rows_of_49(const X* x, int64_t stride, int64_t len, bool 
   return stride == 49 ? sum_all_adjacent_rows<49>(x, len, from_dram, sum) : 0;
 }
 #if CSG_LEVEL == 2
-// From two loads of 32 that overlap: half the instructions of splitting the vectors that two rows share.
+// From two loads of 32 that overlap: fewer instructions than splitting the vectors that two rows share.
 CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len, bool, float* sum) {
   constexpr int lanes = kLanes<BFloat16>, fresh = 15;  // the second load's first element that the other does not hold
   VecU32 odd_fresh;
@@ -241,7 +241,7 @@ CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len
   for (; j + lanes <= len; j += lanes) {
 #pragma GCC unroll 16
     for (int r = 0; r < lanes; ++r, x += stride) {
-      const char* later = reinterpret_cast<const char*>(x) + kDramPrefetchBytes;
+      const char* later = reinterpret_cast<const char*>(x) + kRowPrefetchBytes;
       __builtin_prefetch(later, 0, 3);
       if (r % 2) __builtin_prefetch(later + 48, 0, 3);  // a row is one and a half cache lines
       const __m512i first = loaded_once(load_bits<__m512i>(x));

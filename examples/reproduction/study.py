@@ -46,6 +46,7 @@ class Study:
     seeds: range = ABLATION_SEEDS
     hold_out: int | None = HOLD_OUT
     data: str = "fashion"  # the embedded subset; "scenes": its items on photographs, in colour; "crowded": 80 classes
+    classes: int = 10  # of the data
     std: str = ""  # the study whose STD arm is compared, where it has none of its own
 
 
@@ -63,7 +64,7 @@ STUDIES = [
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
-    Study("crowded", "12 epochs, 80 classes", arms=("std", "csg"), seeds=range(2), hold_out=None, data="crowded"),
+    Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), range(2), hold_out=None, data="crowded", classes=80),
     _ablation("default", "base", arms=("std", "csg")),
     _ablation("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     _ablation("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
@@ -180,7 +181,7 @@ def crowded(data: ImageData) -> ImageData:
     def varied(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         variant = rng.integers(8, size=len(labels))
         upside_down, negative, half = (variant >> bit & 1 == 1 for bit in range(3))
-        n, channels, height, width = images.shape
+        channels, height, width = images.shape[1:]
         halves = images[half].reshape(-1, channels, height // 2, 2, width // 2, 2).mean((3, 5))
         top, left = height // 4, width // 4
         images = images.copy()
@@ -328,6 +329,7 @@ def main_table(study: Study) -> list[str]:
     elif len(runs) > 1:
         low, high = (statistics.mean(differences) + sign * t_interval(differences) for sign in (-1, 1))
         gaps = [closed(a, b) for a, b in both]
+        densest = max(b["l1_density"] for _, b in both)
         lines += [
             "",
             f"Accuracy of CSG less that of STD over {len(runs)} seeds: {statistics.mean(differences):+.2f} points, 95 "
@@ -339,7 +341,7 @@ def main_table(study: Study) -> list[str]:
             "|---|---|",
             f"| the interval of the accuracy's difference holds 0 | {verdict(low <= 0 <= high)} |",
             f"| at least 0.65 of the gap closed | {verdict(statistics.mean(gaps) >= 0.65)} |",
-            f"| L1-density at most 1.05 / C | {verdict(max(b['l1_density'] for _, b in both) <= 0.105)} |",
+            f"| L1-density at most 1.05 / C | {verdict(densest <= 1.05 / study.classes)} |",
             "| the classes of gate and MI agree for at least 85 % of the filters | "
             f"{verdict(statistics.mean(b['class_agreement'] for _, b in both) >= 0.85)} |",
         ]
