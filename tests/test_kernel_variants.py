@@ -1,6 +1,6 @@
 """Every variant of the CPU kernels that size, layout or options select, at every instruction set, against fp64.
 
-The sizes stand beside the thresholds in csrc/gated_pool/gated_pool_cpu.inl and gate_step_cpu.inl. No test depends on
+The sizes stand beside the thresholds in csrc/gated_pool/*.inl and csrc/gate_step/gate_step_cpu.inl. No test depends on
 what the processor would pick: `cpu_level` chooses the instruction set.
 """
 
