@@ -13,7 +13,7 @@ import torch
 from mutual_info_inputs import sample
 
 import csg_ext
-from csg_ext.ops import mutual_info
+from csg_ext.ops import _mutual_info_arguments, mutual_info
 
 # ---- the same bits ---------------------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def test_layouts_and_kinds_of_arrays_do_not_change_a_bit(tmp_path):
             got = csg_ext.class_mutual_info(array, y)
             assert isinstance(got, np.ndarray) and np.array_equal(got, want), name
     for name in ("read-only", "Fortran order", "strided", "memory map"):
-        tensor = mutual_info._in_place(arrays[name])
+        tensor = _mutual_info_arguments._in_place(arrays[name])
         assert tensor is not None and tensor.data_ptr() == arrays[name].ctypes.data, f"{name} is copied"
     assert not read_only.flags.writeable
 

@@ -18,7 +18,7 @@ SIZES = [(1, 1), (3, 5), (7, 2), (300, 40), (2000, 131), (2, 200_000)]
 def test_columns_equal_numpys(n, k, before, at_once, monkeypatch):
     """`before` numbers drawn first leave half a pair over, and other draws the words at an odd place; rows are drawn
     together as far as `at_once` numbers reach."""
-    monkeypatch.setattr(mutual_info, "_CHUNK_VALUES", at_once)
+    monkeypatch.setattr(mutual_info, "CHUNK_VALUES", at_once)
     theirs, ours = np.random.RandomState(n + before), np.random.RandomState(n + before)
     for rng in (theirs, ours):
         rng.bytes(4 * before)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from csg_ext import cli
+from csg_ext import cli, train
 from csg_ext.data import Batches, ImageData
 from csg_ext.nn import GatedModel, build_backbone
 from csg_ext.training import Schedule, TrainConfig
@@ -214,7 +214,7 @@ def test_command_line_options_and_an_old_runs_logs(tmp_path):
     logs.mkdir(parents=True)
     for name in ("events.out.tfevents.1", "mine.txt"):
         (logs / name).touch()
-    cli._clear(tmp_path)
+    train._clear(tmp_path)
     assert [p.name for p in logs.iterdir()] == ["mine.txt"]
 
 

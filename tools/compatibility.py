@@ -49,7 +49,8 @@ def run(step: str, *command: str | Path, cwd: Path, **environment: str) -> str:
     output = done.stdout + done.stderr
     if done.returncode:
         lines = [line for line in output.splitlines() if line.strip()]
-        told = [line for line in lines if re.search(r"error|failed", line, re.IGNORECASE)]
+        told = [line for line in lines if "(constraint)" in line]  # of pip, which ends with "for help visit"
+        told = told or [line for line in lines if re.search(r"error|failed", line, re.IGNORECASE)]
         raise Failed(f"{step}: {(told or lines or ['no output'])[-1].strip()[:300]}")
     return output
 

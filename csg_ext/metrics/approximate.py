@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from csg_ext.ops._errors import explained
-from csg_ext.ops.mutual_info import Progress, _by_chunks, _class_indices, _Features, _positive
+from csg_ext.ops._mutual_info_arguments import Features, class_indices, positive
+from csg_ext.ops.mutual_info import Progress, _by_chunks
 
 _OP = "approximate_class_mutual_info"
 _CELLS = 2**24  # of the tables of counts, at a time
@@ -71,9 +72,9 @@ def approximate_class_mutual_info(
     Raises:
         ValueError: shapes or values that do not fit. TypeError: an argument of the wrong type.
     """
-    source = _Features(_OP, "features", features, device)
-    bins = min(_positive(_OP, "bins", bins), source.n)
-    codes, counts = _class_indices(_OP, labels, source.n, num_classes)
+    source = Features(_OP, "features", features, device)
+    bins = min(positive(_OP, "bins", bins), source.n)
+    codes, counts = class_indices(_OP, labels, source.n, num_classes)
     source.check_finite()
     codes, counts = codes.to(source.device), counts.to(source.device)
 

@@ -17,19 +17,23 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from csg_ext.ops._errors import as_array, check_dense, explained
+from csg_ext.ops._errors import explained
+from csg_ext.ops._mutual_info_arguments import (
+    CHUNK_VALUES,
+    Features,
+    check_choice,
+    class_indices,
+    label_codes,
+    positive,
+    seed,
+)
 
 Progress = Callable[[int, int], object]
 
 _OP = "class_mutual_info"
-_CPU = torch.device("cpu")
 _TIES = ("noise", "exact")
 _PROTOCOLS = ("one-vs-rest", "balanced")
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_CHUNK_VALUES = 2**22  # a tenth of a second on a few cores; Ctrl-C acts between chunks
 _NOISE_VALUES = 2**29  # 4 GiB: beyond, the stream of the noise is drawn once for every so many values
-_MAX_SAMPLES = 2**30
-_MAX_CLASSES = 2**24  # beyond, a label is an identifier: there is a column of results for every class
 
 
 @overload
@@ -149,8 +153,8 @@ def class_entropy(
     Raises ValueError or TypeError: as :func:`class_mutual_info` for labels, num_classes and protocol.
     """
     op = "class_entropy"
-    _check_choice(op, "protocol", protocol, _PROTOCOLS)
-    bound = _bounds(_class_indices(op, labels, None, num_classes)[1], protocol)
+    check_choice(op, "protocol", protocol, _PROTOCOLS)
+    bound = _bounds(class_indices(op, labels, None, num_classes)[1], protocol)
     return bound.to(labels.device) if isinstance(labels, Tensor) else bound.numpy()
 
 
@@ -191,13 +195,13 @@ def mutual_info_classif(
         discrete_features = False
     if not (isinstance(discrete_features, bool | np.bool_) and not discrete_features):
         raise ValueError(f"{op}: discrete_features must be False or 'auto', got {discrete_features!r}; {other} others")
-    n_neighbors = _positive(op, "n_neighbors", n_neighbors)
+    n_neighbors = positive(op, "n_neighbors", n_neighbors)
     if isinstance(random_state, Integral):
-        random_state = _seed(op, random_state)
+        random_state = seed(op, random_state)
     elif not (random_state is None or random_state is np.random or isinstance(random_state, np.random.RandomState)):
         raise ValueError(f"{op}: random_state must be None, an integer or a RandomState, got {random_state!r}")
-    source = _Features(op, "X", X, None)
-    codes, classes = _codes(op, y, source.n)
+    source = Features(op, "X", X, None)
+    codes, classes = label_codes(op, y, source.n)
     source.check_finite()
     if classes == source.n:
         raise ValueError(f"{op}: y must have a class of at least two samples, got {classes} classes of one")
@@ -227,11 +231,11 @@ def _class_mutual_info(
     progress: Progress | None,
 ) -> Tensor | NDArray[np.float64]:
     """Rows [begin, end) of :func:`class_mutual_info`, bit for bit: also what one of several processes works on."""
-    _check_choice(_OP, "ties", ties, _TIES)
-    _check_choice(_OP, "protocol", protocol, _PROTOCOLS)
-    n_neighbors, random_state = _positive(_OP, "n_neighbors", n_neighbors), _seed(_OP, random_state)
-    source = _Features(_OP, "features", features, device)
-    codes, counts = _class_indices(_OP, labels, source.n, num_classes)
+    check_choice(_OP, "ties", ties, _TIES)
+    check_choice(_OP, "protocol", protocol, _PROTOCOLS)
+    n_neighbors, random_state = positive(_OP, "n_neighbors", n_neighbors), seed(_OP, random_state)
+    source = Features(_OP, "features", features, device)
+    codes, counts = class_indices(_OP, labels, source.n, num_classes)
     source.check_finite()
     if source.n < n_neighbors + 1:
         raise ValueError(
@@ -255,7 +259,7 @@ def _class_mutual_info(
 _Values = Callable[[Tensor, "Tensor | None"], Tensor]  # some columns (N, k) and their noise -> (k, C)
 
 
-def _call(source: _Features, *arguments: Any) -> Tensor:
+def _call(source: Features, *arguments: Any) -> Tensor:
     try:
         return torch.ops.csg_ext.class_mutual_info.default(*arguments)
     except (RuntimeError, NotImplementedError) as error:
@@ -263,7 +267,7 @@ def _call(source: _Features, *arguments: Any) -> Tensor:
 
 
 def _all_samples(
-    codes: Tensor, classes: int, n_neighbors: int, multiclass: bool, source: _Features
+    codes: Tensor, classes: int, n_neighbors: int, multiclass: bool, source: Features
 ) -> tuple[int, _Values]:
     """How many rows of noise the values need, and the values."""
     codes = codes.to(source.device)
@@ -272,7 +276,7 @@ def _all_samples(
 
 
 def _balanced(
-    codes: Tensor, counts: Tensor, n_neighbors: int, random_state: int, source: _Features
+    codes: Tensor, counts: Tensor, n_neighbors: int, random_state: int, source: Features
 ) -> tuple[int, _Values]:
     """The same for as many samples of other classes as of each class."""
     psi, bits = _psi(source.n, source.device)
@@ -325,7 +329,7 @@ def _draw(rng: np.random.RandomState, n: int, m: int) -> NDArray[np.int64]:
 
 
 def _by_chunks(
-    source: _Features,
+    source: Features,
     span: tuple[int, int],
     width: int,
     noise: Callable[[int, int], Tensor] | None,
@@ -337,7 +341,7 @@ def _by_chunks(
     """values() of the columns in span, (columns, width), with noise(begin, end), (rows, end - begin), if given."""
     begin, end = span
     mi = torch.empty((end - begin, width), dtype=torch.float64, device=source.home)
-    step = _default_chunk(source, end - begin) if chunk_size is None else _positive(source.op, "chunk_size", chunk_size)
+    step = _default_chunk(source, end - begin) if chunk_size is None else positive(source.op, "chunk_size", chunk_size)
     drawn, drawn_begin, drawn_end = None, begin, begin
     for at in range(begin, end, step):
         stop = min(at + step, end)
@@ -359,10 +363,10 @@ def _by_chunks(
     return mi
 
 
-def _default_chunk(source: _Features, columns: int) -> int:
+def _default_chunk(source: Features, columns: int) -> int:
     """Chunks of one size, all threads busy in each."""
     cpu = source.device.type == "cpu"
-    unit, values = (8 * torch.get_num_threads(), _CHUNK_VALUES) if cpu else (8, 4 * _CHUNK_VALUES)
+    unit, values = (8 * torch.get_num_threads(), CHUNK_VALUES) if cpu else (8, 4 * CHUNK_VALUES)
     most = max(unit, values // source.n // unit * unit)
     chunks = max(1, math.ceil(columns / most))
     return max(1, math.ceil(columns / chunks / unit)) * unit
@@ -379,7 +383,7 @@ def _noise(random_state: int | np.random.RandomState | None, n: int, k: int, beg
     key, position = torch.from_numpy(state["state"]["key"].astype(np.int64)), state["state"]["pos"]
     has_gauss, gauss = bool(state["has_gauss"]), state["gauss"]
     noise = torch.empty((end - begin, n), dtype=torch.float64, device="cpu")
-    step = max(1, _CHUNK_VALUES // max(1, k))
+    step = max(1, CHUNK_VALUES // max(1, k))
     for first in range(0, n, step):  # some rows at a time: Ctrl-C acts between them
         here = min(step, n - first)
         part, key, position, has_gauss, gauss = torch.ops.csg_ext._standard_normal.default(
@@ -415,180 +419,6 @@ def _bounds(counts: Tensor, protocol: str) -> Tensor:
         return (torch.minimum(counts, n - counts) >= 2).double() * math.log(2)
     p = counts / n.double()
     return torch.special.entr(p) - torch.special.xlog1py(1 - p, -p)
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-class _Features:
-    """The features (n, k), which are never copied as a whole: columns() gives some of them to the kernel.
-
-    device: where to compute. home: where a tensor of results belongs.
-    """
-
-    def __init__(self, op: str, name: str, features: Any, device: torch.device | str | None) -> None:
-        self.op, self.name = op, name
-        self.array: NDArray[Any] | None = None  # what torch cannot see in place
-        self.tensor: Tensor | None = None
-        if isinstance(features, Tensor):
-            _check_tensor(op, name, features)
-            if features.is_floating_point() and features.dtype not in _FLOATS or features.is_complex():
-                raise TypeError(
-                    f"{op}: {name} must be float32, float64, float16, bfloat16 or integers, got {_name(features.dtype)}"
-                )
-            self.tensor = features.detach()
-            shape: tuple[int, ...] = tuple(features.shape)
-        else:
-            array = as_array(op, name, features)
-            if array.dtype == object:  # a DataFrame of several types of numbers
-                try:
-                    array = array.astype(np.float64)
-                except (TypeError, ValueError):
-                    pass
-            if array.dtype.kind not in "fiub":
-                raise TypeError(f"{op}: {name} must be numbers, got {array.dtype}")
-            shape = array.shape
-            self.tensor = _in_place(array)
-            self.array = array if self.tensor is None else None
-        if len(shape) != 2:
-            raise ValueError(f"{op}: {name} must be (N, K), got shape {shape}")
-        self.n, self.k = shape
-        if self.n == 0 or self.k == 0:
-            raise ValueError(f"{op}: {name} must have at least one sample and one column, got shape {shape}")
-        if self.n >= _MAX_SAMPLES:
-            raise ValueError(f"{op}: {name} must have fewer than 2^30 samples, got {self.n}")
-        self.home = self.tensor.device if isinstance(features, Tensor) and self.tensor is not None else _CPU
-        try:
-            self.device = self.home if device is None else torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"{op}: device must be the name of a torch device, got {device!r}") from None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"{op}: device {device!r} needs a GPU that this torch can use, got none")
-
-    def columns(self, begin: int, end: int) -> Tensor:
-        """Columns [begin, end) in floating point on the device of the computation."""
-        if self.tensor is None:
-            assert self.array is not None
-            return torch.from_numpy(np.array(self.array[:, begin:end], np.float64)).to(self.device)
-        part = self.tensor[:, begin:end].to(self.device)
-        return part if part.is_floating_point() else part.double()
-
-    def check_finite(self) -> None:
-        """Raises ValueError, with the number of values that are not finite and the first column that holds one."""
-        if self.tensor is not None and (not self.tensor.is_floating_point() or self.tensor.sum().isfinite()):
-            return  # the sum is cheap; one that overflows proves nothing
-        wrong, first = 0, -1
-        step = max(1, _CHUNK_VALUES // self.n)
-        for begin in range(0, self.k, step):
-            part = self.columns(begin, begin + step)
-            found = (~part.isfinite()).sum(0)
-            if found.any() and first < 0:
-                first = begin + int((found > 0).int().argmax())
-            wrong += int(found.sum())
-        if wrong:
-            raise ValueError(
-                f"{self.op}: {self.name} must be finite, got {wrong} values that are not, first in column {first}"
-            )
-
-
-class _Writable:
-    """Lends an array's memory without its read-only flag, of which torch.from_numpy warns; nothing here writes."""
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.array = array
-        self.__array_interface__ = array.__array_interface__ | {"data": (array.__array_interface__["data"][0], False)}
-
-
-def _in_place(array: NDArray[Any]) -> Tensor | None:
-    """The array's memory as a tensor; None where torch cannot describe it (byte order, negative strides, ...)."""
-    try:
-        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Writable(array)))
-    except (TypeError, ValueError):
-        return None
-
-
-def _class_indices(op: str, labels: Any, n: int | None, num_classes: int | None) -> tuple[Tensor, Tensor]:
-    """labels as int64 (N,), and the number of samples of each class, (C,) on the CPU."""
-    if isinstance(labels, Tensor):
-        _check_tensor(op, "labels", labels)
-        codes, integers = labels.detach(), not (labels.is_floating_point() or labels.is_complex())
-        dtype: Any = labels.dtype
-    else:
-        array = as_array(op, "labels", labels)
-        dtype, integers = array.dtype, array.dtype.kind in "iub"
-        codes = torch.from_numpy(np.array(array, np.int64)) if integers else torch.empty(array.shape, device="meta")
-    if n is not None and tuple(codes.shape) != (n,):
-        raise ValueError(f"{op}: labels must be ({n},) like the features' first axis, got shape {tuple(codes.shape)}")
-    if codes.dim() != 1 or len(codes) == 0:
-        raise ValueError(f"{op}: labels must be (N,) with at least one sample, got shape {tuple(codes.shape)}")
-    if not integers:
-        raise ValueError(f"{op}: labels must be integers, got {_name(dtype)}")
-    codes = codes.to(torch.int64)
-    lowest, highest = (int(v) for v in codes.aminmax())
-    if lowest < 0:
-        raise ValueError(f"{op}: labels must be non-negative, got {lowest}")
-    classes = highest + 1 if num_classes is None else _positive(op, "num_classes", num_classes)
-    if classes > _MAX_CLASSES:
-        raise ValueError(
-            f"{op}: labels must be class indices and num_classes at most 2^24, got {classes} classes: number "
-            "the classes that occur"
-        )
-    if highest >= classes:
-        raise ValueError(f"{op}: labels must lie in [0, {classes}), got {highest}")
-    return codes, torch.bincount(codes, minlength=classes).cpu()
-
-
-def _codes(op: str, y: Any, n: int) -> tuple[Tensor, int]:
-    """Labels of any type as class indices (N,), and the number of classes."""
-    if isinstance(y, Tensor):
-        _check_tensor(op, "y", y)
-    array = as_array(op, "y", y.detach().cpu() if isinstance(y, Tensor) else y)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.shape != (n,):
-        raise ValueError(f"{op}: y must be ({n},) like X's first axis, got shape {array.shape}")
-    if array.dtype.kind in "fc" and not (np.isfinite(array).all() and np.all(array == np.trunc(array.real))):
-        raise ValueError(f"{op}: y must be class labels, got {array.dtype} values that are no whole numbers")
-    try:
-        if array.dtype == object and np.any(array != array):
-            raise TypeError("it holds NaN")
-        names, codes = np.unique(array, return_inverse=True)
-    except TypeError as error:
-        raise ValueError(f"{op}: y must be labels that sort, got {array.dtype} values: {error}") from None
-    return torch.from_numpy(codes.astype(np.int64)), len(names)
-
-
-def _check_tensor(op: str, name: str, tensor: Tensor) -> None:
-    check_dense(op, name, tensor)
-    if tensor.is_meta:
-        raise ValueError(f"{op}: {name} must hold values, got a tensor on the meta device")
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
-def _integer(op: str, name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    return int(value)
-
-
-def _positive(op: str, name: str, value: Any) -> int:
-    if _integer(op, name, value) < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    return int(value)
-
-
-def _seed(op: str, value: Any) -> int:
-    if not 0 <= _integer(op, "random_state", value) < 2**32:
-        raise ValueError(f"{op}: random_state must be in [0, 2^32), got {value}")
-    return int(value)
 
 
 @torch.library.register_fake("csg_ext::class_mutual_info")
