@@ -120,6 +120,7 @@ class StandIn:
         self.library.cuda_on_cpu_unmap.argtypes = [Pointer, ctypes.c_size_t]
         self.library.cuda_on_cpu_set_seed.argtypes = [ctypes.c_uint64]
         self.library.cuda_on_cpu_set_ends_only.argtypes = [Bool]
+        self.library.cuda_on_cpu_fail_call.argtypes = [Int64]
         self.library.cuda_on_cpu_launches.restype = Int64
         self.library.cuda_on_cpu_launched.restype = Pointer
         self.library.cuda_on_cpu_launched.argtypes = [ctypes.c_size_t]

@@ -250,6 +250,19 @@ def test_labels_out_of_range(kernels: Kernels, pool: str, channels_last: bool) -
         assert not grad_x.isnan().any() and not grad_gate.any()
 
 
+@pytest.mark.parametrize("row", [-1, 3, 2**40])
+def test_maxima_outside_the_gate(kernels: Kernels, row: int) -> None:
+    """col_arg is an argument of the operator: the gradient of the gate is written nowhere else."""
+    kernels.at_end = row > 0
+    gate, grad = kernels.guarded(torch.rand(3, 6)), kernels.guarded(torch.randn(7, 6))
+    rows, keep = kernels.rows(gate, torch.randint(3, (7,)), project=True)
+    keep[3].fill_(row)
+    grad_gate, p = kernels.empty(3, 6, dtype=torch.float32), kernels.pointer
+    layout = (False, 7, 6, 1, rows, None, TYPES[gate.dtype], 6, 1, 1)
+    kernels.call("csg_gated_pool_backward", Backward(p(grad), None, p(grad), None, *layout, p(grad_gate)))
+    assert not grad_gate.isnan().any()
+
+
 def test_empty(kernels: Kernels) -> None:
     before = kernels.launches()
     none = torch.empty(0, dtype=torch.int64)

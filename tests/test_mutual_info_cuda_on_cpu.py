@@ -201,3 +201,21 @@ def test_labels_outside(kernels: Kernels) -> None:
         out = kernels.mutual_info(features, labels, 4, 3)
         assert kernels.outside == (17, label)
         assert out.isnan().all()
+
+
+def test_a_failed_call_fails_nothing_else(kernels: Kernels) -> None:
+    """Whichever runtime call fails, its error is returned once, and the next launch is not blamed for it."""
+    features, labels, gate = torch.randn(60, 3), torch.arange(60) % 4, torch.rand(3, 5)
+    calls = 0
+    while True:
+        kernels.library.cuda_on_cpu_fail_call(calls)
+        try:
+            kernels.mutual_info(features, labels, 4, 3, features_at_once=2)
+            break
+        except AssertionError as error:
+            assert "a runtime call was made to fail" in str(error)
+        finally:
+            kernels.library.cuda_on_cpu_fail_call(-1)
+        kernels.step(gate, None)
+        calls += 1
+    assert calls == 6  # clear sizes and summary, copy it, wait; clear the sums of either chunk

@@ -2,17 +2,20 @@
 # One command for a machine with a GPU, no network needed: builds csg_ext for that GPU, runs every test with CUDA,
 # compute-sanitizer and the benchmarks, and writes OUTDIR/summary.json, OUTDIR/summary.md and OUTDIR/performance.md.
 #
-#   tools/gpu_suite.sh OUTDIR [build tests sanitizer benchmarks]      (default: all four)
+#   tools/gpu_suite.sh OUTDIR [build gpu tests sanitizer benchmarks]      (default: all five)
+#
+# gpu runs the tests that use the GPU, tests all of them: most need none, and those that want a package that the machine
+# lacks fail.
 #
 # Needs on the machine: torch with CUDA, nvcc, setuptools, pytest, and for what they serve matplotlib, Triton,
 # scikit-learn, compute-sanitizer. PYTHON names the interpreter. A step that fails is recorded and the next one
 # runs; the exit status is 0 only if all succeeded. OUTDIR/log.txt holds what the steps printed.
 set -uo pipefail
-[ $# -ge 1 ] || { echo "usage: $0 OUTDIR [build tests sanitizer benchmarks]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: $0 OUTDIR [build gpu tests sanitizer benchmarks]" >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 shift
-parts=" ${*:-build tests sanitizer benchmarks} "
+parts=" ${*:-build gpu tests sanitizer benchmarks} "
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 work=${TMPDIR:-/tmp}/csg_gpu_suite-$(id -u)
@@ -22,7 +25,7 @@ export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PATH=
 steps=$work/steps.tsv
 rm -f "$work"/*.log
 : >"$steps"
-rm -f "$out/tests.xml"
+rm -f "$out/gpu.xml" "$out/tests.xml"
 : >"$out/log.txt"
 
 # step NAME SECONDS COMMAND...: run, keep the output, record name, exit status and duration.
@@ -30,7 +33,8 @@ step() {
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
   printf '== %s: %s\n' "$name" "$*" | tee -a "$out/log.txt"
-  timeout --kill-after=10 "$limit" "$@" >"$work/step.log" 2>&1
+  # Interrupted, pytest still writes down what has run.
+  timeout --signal=INT --kill-after=30 "$limit" "$@" >"$work/step.log" 2>&1
   status=$?
   cat "$work/step.log" >>"$out/log.txt"
   [ $status -eq 0 ] || tail -n 25 "$work/step.log"
@@ -53,8 +57,14 @@ if wanted build; then
 sys.exit(e.CUDA_ERROR or (None if torch.cuda.is_available() else "torch finds no GPU"))'
   step smoke 120 "$python" tools/smoke_test.py
 fi
-wanted tests && step tests 590 "$python" -m pytest -q --continue-on-collection-errors \
-  --junitxml="$out/tests.xml" -o cache_dir="$work/pytest"
+run_tests() { # run_tests NAME ARGUMENT...: pytest, its counts in OUTDIR/NAME.xml
+  step "$1" 590 "$python" -m pytest -q --continue-on-collection-errors --junitxml="$out/$1.xml" \
+    -o cache_dir="$work/pytest" "${@:2}"
+}
+wanted gpu && run_tests gpu tests/test_on_gpu.py tests/test_gate_step.py tests/test_gated_pool.py tests/test_attach.py \
+  tests/test_mis_metric.py tests/test_mutual_info_approximate.py tests/test_mutual_info_arguments.py \
+  -k "test_on_gpu or [cuda or -cuda"
+wanted tests && run_tests tests
 if wanted sanitizer; then
   for tool in memcheck racecheck synccheck initcheck; do
     # Without torch's caching allocator every tensor is an allocation whose end the sanitizer knows.

@@ -81,7 +81,7 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary for people."""
-    machine, tests = summary["machine"], summary["tests"]
+    machine = summary["machine"]
     lines = ["# GPU suite", "", f"{machine['date']}, commit {machine['commit']}, {machine['device']}", ""]
     if isinstance(machine["csg_ext"], dict):
         built, runs = machine["csg_ext"]["built"], machine["csg_ext"]["runs"]
@@ -97,8 +97,9 @@ def markdown(summary: dict[str, Any]) -> str:
         ["step", "result", "seconds"],
         [[s["name"], outcome.get(s["status"], f"failed ({s['status']})"), s["seconds"]] for s in summary["steps"]],
     )
-    if tests is not None:
-        lines += table(list(tests), [list(tests.values())])
+    if summary["tests"]:
+        first = next(iter(summary["tests"].values()))
+        lines += table(["part", *first], [[name, *counts.values()] for name, counts in summary["tests"].items()])
     if summary["sanitizers"]:
         lines += table(
             ["sanitizer", "passed", "its summary"],
@@ -119,7 +120,7 @@ def main() -> int:
     summary: dict[str, Any] = {
         "machine": describe_machine(),
         "steps": steps,
-        "tests": read_tests(folder / "tests.xml"),
+        "tests": {name: counts for name in ("gpu", "tests") if (counts := read_tests(folder / f"{name}.xml"))},
         "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
         "benchmarks": (folder / "performance.md").is_file(),
         "mutual_info": read_text(work / "mutual_info.log") if status.get("mutual_info") == 0 else "",

@@ -225,7 +225,8 @@ def _differentiable_gradients(ctx: Any, grad_out: Tensor | None, grad_pooled: Te
         grad_x = flat.scatter(2, index[..., None], spread.to(x_dtype)[..., None]).reshape(n, k, *spatial)
     grad_gate = grad_out * pooled
     if labels is not None:
-        grad_gate = torch.zeros_like(gate).index_add(0, labels, grad_gate)
+        # Not index_add, whose sums have no fixed order on CUDA.
+        grad_gate = torch.zeros_like(gate).index_put((labels,), grad_gate, accumulate=True)
     if projected is not None:
         along = (grad_gate * projected).sum(0)
         grad_gate = (torch.where(gate >= 0, grad_gate, 0.0) - one_hot * along) / largest

@@ -53,6 +53,13 @@ int launch(void (*kernel)(Params...), int64_t tiles, int threads, size_t shared_
 
 #endif
 
+// Passes a cudaError_t on. What a runtime call returned stays the runtime's last error as well: the next launch would
+// report it as its own.
+inline int forget_last_error(int status) {
+  if (status != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return status;
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Smallest power of two >= n, at most limit (itself a power of two).

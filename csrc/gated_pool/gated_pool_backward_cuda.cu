@@ -276,7 +276,7 @@ __device__ inline void maximum_gradient(const GatedPoolBackward& p, int64_t k, A
   sums[thread] = own;
   whole[thread] = all;
   __syncthreads();
-  if (lane == 0 && active) {
+  if (lane == 0 && active && in_range(p.rows, arg)) {
     for (int l = 1; l < kGateLanes; ++l) {
       own += sums[l * kGateColumns + column];
       all += whole[l * kGateColumns + column];

@@ -317,21 +317,21 @@ int mutual_info_cuda_bytes(const MutualInfo& p, int64_t* bytes) {
   Layout layout{};
   const int status = layout.fit(p, kWorkBytes);
   *bytes = layout.bytes;
-  return status;
+  return forget_last_error(status);
 }
 
 int mutual_info_cuda(const MutualInfo& p, void* work, int64_t bytes, LabelOutside* outside, void* stream) {
   *outside = {-1, 0};
   Layout layout{};
   const int status = layout.fit(p, bytes);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess) return forget_last_error(status);
   if (layout.bytes > bytes) return cudaErrorInvalidValue;
   Launcher gpu(stream);
   Run run{p, layout, static_cast<unsigned char*>(work), gpu};
   const int64_t bad_row = run.prepare();
   if (gpu.status() == cudaSuccess && bad_row >= 0) *outside = {bad_row, gpu.read(p.labels + bad_row)};
   if (gpu.status() == cudaSuccess && bad_row < 0) run.features();
-  return gpu.status();
+  return forget_last_error(gpu.status());
 }
 
 }  // namespace csg

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <sys/mman.h>
@@ -82,6 +83,8 @@ unsigned char* shared_dynamic_end;
 size_t static_bytes, dynamic_bytes;
 bool ends_only;
 int64_t launches;
+int64_t calls_to_failure = -1;  // runtime calls that still succeed; negative: all
+int last_error;
 const void* kernel;                 // that runs, or nullptr
 std::vector<const void*> launched;  // kernels, each once
 std::vector<SharedArray> shared_arrays;
@@ -307,12 +310,20 @@ int launch(const void* which, int64_t blocks, int threads, size_t dynamic_shared
     }
   }
   kernel = nullptr;
-  if (!failed) return cudaSuccess;
+  if (!failed) return take_last_error();
   forget_fibers();
   return cudaErrorLaunchFailure;
 }
 
 const char* error() { return message.c_str(); }
+
+int runtime_call() {
+  if (calls_to_failure < 0 || calls_to_failure-- > 0) return cudaSuccess;
+  message = "a runtime call was made to fail";
+  return last_error = cudaErrorInvalidValue;
+}
+
+int take_last_error() { return std::exchange(last_error, 0); }
 
 int64_t most_blocks(int64_t limit) { return ends_only ? kMaxGrid : limit; }
 
@@ -378,6 +389,8 @@ const void* cuda_on_cpu_launched(size_t i) {
 }
 void cuda_on_cpu_clear_launched() { cuda_on_cpu::launched.clear(); }
 void cuda_on_cpu_set_ends_only(bool only) { cuda_on_cpu::ends_only = only; }
+// The runtime call behind `after` others fails.
+void cuda_on_cpu_fail_call(int64_t after) { cuda_on_cpu::calls_to_failure = after; }
 void cuda_on_cpu_set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 // A buffer of whole pages between two pages that may not be touched; nullptr when there is no memory.
 void* cuda_on_cpu_map(size_t bytes) { return cuda_on_cpu::map_guarded(bytes); }

@@ -45,6 +45,10 @@ using Where = std::source_location;
 int launch(const void* kernel, int64_t blocks, int threads, size_t dynamic_shared_bytes,
            const std::function<void()>& body);
 const char* error();
+// Every memset, copy and synchronisation: fails if it is the one that cuda_on_cpu_fail_call names. An error is returned
+// and kept, as the runtime keeps it, until take_last_error(): launch() returns what is kept, like cudaGetLastError().
+int runtime_call();
+int take_last_error();
 void set_seed(uint64_t seed);
 // `limit`, or as many as CUDA allows while launches run their first and last blocks alone, a tile each: for arrays that
 // are too long to be touched from end to end.
@@ -83,16 +87,18 @@ T shuffle(unsigned mask, T value, int source_lane, Where where) {
 
 }  // namespace cuda_on_cpu
 
-inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaGetLastError() { return cuda_on_cpu::take_last_error(); }
 inline int cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
+  if (const int status = cuda_on_cpu::runtime_call()) return status;
   std::memset(p, value, bytes);
   return cudaSuccess;
 }
 inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t) {
+  if (const int status = cuda_on_cpu::runtime_call()) return status;
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
-inline int cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline int cudaStreamSynchronize(cudaStream_t) { return cuda_on_cpu::runtime_call(); }
 
 inline void __syncthreads(cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
   cuda_on_cpu::sync_threads(where);
