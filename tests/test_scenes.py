@@ -51,6 +51,16 @@ def test_scenes_are_seeded_and_their_masks_exact(objects):
     assert (inside > 7).mean() > 0.8
 
 
+def test_sizes_of_an_item():
+    items, photos = (_shirts(30), np.arange(30) % 3 // 2), [np.full((3, 50, 50), 7, np.uint8)]
+    found = scenes.make_scenes(*items, photos, 30, 1, 0, (10, 12))
+    extents = [np.ptp(np.argwhere(mask), axis=0).max() + 1 for mask in found.masks[:, 0]]
+    assert 7 <= min(extents) and 8 < max(extents) <= 12  # an item fills 20 or 24 of its 28 rows
+    for objects, sizes, limit in ((1, (0, 4), 40), (1, (20, 10), 40), (2, (16, 21), 20)):
+        with pytest.raises(ValueError, match=rf"sizes must rise within \[1, {limit}\], got {sizes[0]} and {sizes[1]}"):
+            scenes.make_scenes(*items, photos, 1, objects, 0, sizes)
+
+
 def test_photographs_and_items_of_both_parts_are_disjoint():
     assert not set(scenes.PHOTOS["train"]) & set(scenes.PHOTOS["test"])
     for part in ("train", "test"):

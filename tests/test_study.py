@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from csg_ext.data import ImageData
 
 
 def load_script(name, monkeypatch):
     path = Path(__file__).parents[1] / "examples" / "reproduction" / f"{name}.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
@@ -95,7 +97,7 @@ def test_tables_say_what_is_missing(study):
 
 def test_the_aim_for_density_depends_on_the_number_of_classes(study):
     study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
-    found = [s for s in [*study.STUDIES, study.FINETUNE] if s.hold_out is None]
+    found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]
     for s in found:
         densest = max(csg["l1_density"] for _, _, csg in study.both_arms(s))
         reached = "yes" if densest <= 1.05 / (80 if s.name == "crowded" else 10) else "no"
@@ -118,3 +120,36 @@ def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         finetune.main()
     assert "--set must be NAME=NUMBER with NAME one of epochs, " in capsys.readouterr().err
+
+
+def test_scenes_of_two_objects_train_with_labels_of_both(monkeypatch):
+    from sklearn.feature_selection import mutual_info_classif
+
+    objects = load_script("objects", monkeypatch)
+    train, test = objects.scenes(2, "train", 64), objects.scenes(2, "test", 80)
+    assert train.labels.shape == (64, 2) and (test.masks.sum((2, 3)) <= 20 * 20).all()
+    model = objects.fit("csg", 0, train, 10, replace(objects.CONFIG, epochs=1))
+    assert model.gate.max(0).values.eq(1).all() and model.gate.min() < 0.5
+    result = objects.measure(model, "csg", train, test)
+    right = np.unpackbits(np.frombuffer(bytes.fromhex(result["right"]), np.uint8))[: result["images"]]
+    assert result["images"] == 80 and right.mean() == pytest.approx(result["accuracy"])
+
+    target = objects.present(torch.from_numpy(test.labels), 10).numpy() > 0
+    assert target.sum() == 160 and target[np.arange(80), test.labels[:, 1]].all()
+    scores = np.random.default_rng().normal(size=(80, 10)).astype(np.float32)
+    sets = [set(np.argsort(row)[-2:]) == set(labels) for row, labels in zip(scores, test.labels, strict=True)]
+    assert objects.all_found(scores, target).tolist() == sets
+    assert objects.all_found(target.astype(np.float32), target).all()
+    found = objects.class_information(scores, target)
+    for c in (0, 7):
+        wanted = mutual_info_classif(scores, target[:, c], discrete_features=False, random_state=0)
+        assert found[:, c] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_effect_is_told_beside_the_ceiling(study):
+    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+    demo = study.STUDIES[0]
+    runs = [(a, b) for _, a, b in study.both_arms(demo)]
+    gained = np.mean([100 * (b["mis"] - a["mis"]) / a["mis_ceiling"] for a, b in runs])
+    (row,) = study.effect_table([demo])[2:]
+    assert row.startswith(f"| {demo.text} | 5 |") and f"| {gained:+.1f} ± " in row

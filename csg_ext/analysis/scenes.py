@@ -78,16 +78,26 @@ def photographs(part: str) -> list[Images]:
 
 
 def make_scenes(
-    items: Images, labels: NDArray[np.int64], photos: Sequence[Images], count: int, objects: int, seed: int
+    items: Images,
+    labels: NDArray[np.int64],
+    photos: Sequence[Images],
+    count: int,
+    objects: int,
+    seed: int,
+    sizes: tuple[int, int] | None = None,
 ) -> Scenes:
     """`count` scenes of one item, or of two items of different classes that do not overlap.
 
     items uint8 (M, h, w) with labels (M,); photos uint8 (3, H, W) each, at least 40 x 40. A scene depends on the seed,
     the inputs and its position alone. Classes take turns: scene i holds an item of class i mod C (with two items, one
-    of the others at random beside it).
+    of the others at random beside it). sizes: the smallest and the largest side of an item in pixels; None means 16 to
+    34, and 16 to 20 where there are two, each of which lies in its half of the scene.
     """
     if objects not in (1, 2):
         raise ValueError(f"make_scenes: objects must be 1 or 2, got {objects}")
+    low, high = sizes or (SIZES if objects == 1 else PAIR_SIZES)
+    if not 1 <= low <= high <= SIDE // objects:
+        raise ValueError(f"make_scenes: sizes must rise within [1, {SIDE // objects}], got {low} and {high}")
     if count < 1:
         raise ValueError(f"make_scenes: count must be at least 1, got {count}")
     for photo in photos:
@@ -113,7 +123,6 @@ def make_scenes(
             classes.append((classes[0] + int(rng.integers(1, len(members)))) % len(members))
         for q, (label, (top, left, height, width)) in enumerate(zip(classes, _places(objects, rng), strict=True)):
             item = rng.choice(members[label])
-            low, high = SIZES if objects == 1 else PAIR_SIZES
             size = int(rng.integers(low, high + 1))
             y, x = top + int(rng.integers(height - size + 1)), left + int(rng.integers(width - size + 1))
             tint = rng.uniform(_TINT, 1, 3)

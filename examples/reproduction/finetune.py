@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from loop import train
 from torch import Tensor, nn
 
 import csg_ext
@@ -26,8 +27,7 @@ from csg_ext import metrics
 from csg_ext.data import Batches, ImageData, load_images
 from csg_ext.data.batches import normalise
 from csg_ext.nn import AttachedModel
-from csg_ext.optim import ProjectedSGD
-from csg_ext.training import Objective, Schedule
+from csg_ext.training import Objective
 
 SIZE, BATCH, IMAGES = 96, 32, 2000
 # Chosen on images held out of the train part, see docs/results.md. The network's own bn_momentum, 0.01, is for long
@@ -76,22 +76,16 @@ def fine_tune(arm: str, seed: int, data: ImageData, settings: dict[str, Any]) ->
     weights = torch.optim.SGD(
         model.weights(), lr=settings["lr"], momentum=0.9, weight_decay=settings["weight_decay"], nesterov=True
     )
-    gate = ProjectedSGD([model.gate], lr=settings["gate_lr"])
     objective = Objective(settings["lambda_1"], settings["lambda_2"])
-    run = Schedule().for_run(total_steps=settings["epochs"] * len(batches), steps_per_epoch=len(batches))
-    model.train()
-    for step in range(run.total_steps):
-        x, labels = batches[step]
-        path = run.path(step) if arm == "csg" else "std"
-        weights.param_groups[0]["lr"] = settings["lr"] * run.lr_factor(step)
-        gate.param_groups[0]["lr"] = settings["gate_lr"] * run.gate_lr_factor(step)
-        weights.zero_grad()
-        gate.zero_grad()
-        losses = objective(model, enlarge(x), labels, path)
-        losses.total.backward()
-        weights.step()
-        if path != "std":
-            gate.step()
+    train(
+        model,
+        batches,
+        arm,
+        settings["epochs"],
+        weights,
+        settings["gate_lr"],
+        lambda x, labels, path: objective(model, enlarge(x), labels, path).total,
+    )
     return model
 
 
