@@ -64,10 +64,10 @@ def whole(net: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach() for k, v in net.state_dict().items()}
 
 
-def plain(share: slice) -> dict[str, dict[str, torch.Tensor]]:
-    """Own loops under DDP, with and without the search for unused parameters, and under FSDP2."""
+def plain(share: slice) -> dict[str, Any]:
+    """Own loops under DDP (with the search for unused parameters; compiled), under FSDP1 and FSDP2."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     results = {}
     for name, options in {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}}.items():
@@ -75,9 +75,24 @@ def plain(share: slice) -> dict[str, dict[str, torch.Tensor]]:
         steps(net, DistributedDataParallel(net, **options), share)
         results[name] = whole(net)
     net = model()
+    steps(net, torch.compile(DistributedDataParallel(net), backend="aot_eager"), share)
+    results["ddp_compiled"] = whole(net)
+    net = model()
+    options = {"use_orig_params": True, "device_id": torch.device("cpu"), "ignored_states": [net.gate]}
+    sharded = FullyShardedDataParallel(net, **options)
+    steps(net, sharded, share, reduce_gate=True)
+    with FullyShardedDataParallel.summon_full_params(sharded):
+        results["fsdp1"] = {k: v.clone() for k, v in whole(net).items()}
+    net = model()
     fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params={net.gate})
     steps(net, net, share, reduce_gate=True)
     results["fsdp"] = whole(net)
+    net = model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    try:
+        steps(net, net, share)
+    except TypeError as error:
+        results["sharded_gate_in_a_loop"] = str(error)
     return results
 
 

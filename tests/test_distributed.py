@@ -71,7 +71,7 @@ def two_ranks(tmp_path_factory) -> list[dict]:
     return two_processes("compare", tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp_unused", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp_unused", "ddp_compiled", "fsdp1", "fsdp"])
 def test_two_ranks_equal_one(one_rank, two_ranks, kind):
     """On every path, with the same global batch; the gate has the same bits on both ranks."""
     first, second = (rank[kind] for rank in two_ranks)
@@ -111,6 +111,8 @@ def test_two_ranks_equal_one_through_lightning(two_ranks, kind):
 def test_a_sharded_gate_is_refused(two_ranks):
     for rank in two_ranks:
         assert "the gate must stay whole on every rank" in rank["sharded_gate"]
+        message = "gate_step_: gate must be a plain tensor, whole on every rank, got a DTensor"
+        assert rank["sharded_gate_in_a_loop"].startswith(message)
 
 
 def test_the_example_runs(tmp_path):

@@ -541,9 +541,3 @@ def test_a_fused_optimizer_under_fp16():
         ValueError, match="the optimizer must not unscale gradients by itself, got Adam with fused=True"
     ):
         trainer(plugins=[precision], callbacks=[ClassSpecificGateCallback()]).fit(own, loader(batches(torch.float32)))
-
-
-def test_a_run_without_end():
-    callback = ClassSpecificGateCallback()
-    with pytest.raises(ValueError, match="max_epochs or max_steps must be given, got a run without end"):
-        trainer(-1, callbacks=[callback]).fit(Own(tiny()), loader(batches()))

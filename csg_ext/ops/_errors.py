@@ -67,6 +67,11 @@ def explained(error: Exception, op: str, device: torch.device, **arguments: Tens
                     check_dense(op, name, tensor)
                 except TypeError as sparse:
                     return sparse
+                if type(tensor) not in (Tensor, torch.nn.Parameter):
+                    return TypeError(
+                        f"{op}: {name} must be a plain tensor, whole on every rank, got a {type(tensor).__name__}: "
+                        "fully_shard leaves a gate out with ignored_params={gate}"
+                    )
         if device.type == "cuda":
             return RuntimeError(f"{op}: there are no CUDA kernels: {_extension.CUDA_ERROR}")
         return NotImplementedError(f"{op}: tensors must be on the CPU or a CUDA device, got {device}")

@@ -133,7 +133,7 @@ def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *op
     try:
         torch.ops.csg_ext.gate_step_.default(dense_gate, grad, dense_buffer, *options)
     except (RuntimeError, NotImplementedError) as error:
-        raise explained(error, op, gate.device) from None
+        raise explained(error, op, gate.device, gate=gate, grad=grad, momentum_buffer=buffer) from None
     for tensor, dense in ((gate, dense_gate), (buffer, dense_buffer)):
         if tensor is None or dense is None:
             continue

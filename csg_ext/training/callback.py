@@ -33,7 +33,11 @@ _GATE_SGD = functools.partial(ProjectedSGD, lr=2.0)
 
 def find_gated(module: nn.Module, name: str | None = None) -> Any:
     """The gated module inside `module` (the one called `name`, or the only one)."""
-    found = {n: m for n, m in module.named_modules() if isinstance(getattr(m, "csg", None), ClassSpecificGate)}
+    found = {
+        n: m
+        for n, m in module.named_modules()
+        if isinstance(getattr(m, "csg", None), ClassSpecificGate) and n.rpartition(".")[2] != "_orig_mod"
+    }  # of a compiled one torch.compile's wrapper, which is what gets called
     if name is not None:
         if name not in found:
             raise ValueError(f"model must name a gated module, one of {', '.join(found) or 'none'}, got {name!r}")
@@ -41,6 +45,19 @@ def find_gated(module: nn.Module, name: str | None = None) -> Any:
     if len(found) != 1:
         raise ValueError(f"expected one gated module in {type(module).__name__}, got {', '.join(found) or 'none'}")
     return next(iter(found.values()))
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """The optimizer steps of the whole run; raises ValueError where that is not known."""
+    total = trainer.estimated_stepping_batches
+    if math.isfinite(total) and total >= 0:
+        return int(total)
+    if math.isfinite(trainer.num_training_batches) or trainer.max_epochs == -1:
+        raise ValueError("ClassSpecificGateCallback: max_epochs or max_steps must be given, got a run without end")
+    raise ValueError(
+        "ClassSpecificGateCallback: max_steps must be given for a data loader without a length, "
+        f"got max_epochs={trainer.max_epochs} alone"
+    )
 
 
 def _second(batch: Any) -> Tensor:
@@ -115,6 +132,8 @@ class ClassSpecificGateCallback(Callback):
         """Finds the gated module and puts the callback around it and around training_step."""
         if stage != "fit":
             return
+        self.finite.reset()
+        self._density, self._moved, self._warned = None, False, False
         if not pl_module.automatic_optimization:
             raise ValueError("ClassSpecificGateCallback: expected automatic optimization, got a module with manual one")
         self.gated = find_gated(pl_module, self.model)
@@ -153,11 +172,16 @@ class ClassSpecificGateCallback(Callback):
                 "ClassSpecificGateCallback: under fp16 the optimizer must not unscale gradients by itself, "
                 f"got {type(optimizer).__name__} with fused=True"
             )
-        total = trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError("ClassSpecificGateCallback: max_epochs or max_steps must be given, got a run without end")
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        self.schedule = self.schedule.for_run(int(total), steps_per_epoch)
+        total, batches = total_steps(trainer), trainer.num_training_batches
+        if math.isfinite(batches):
+            steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        elif self.schedule.kind == "epochs":
+            raise ValueError(
+                "ClassSpecificGateCallback: a schedule by epochs needs a data loader with a length, got one without"
+            )
+        else:
+            steps_per_epoch = total
+        self.schedule = self.schedule.for_run(total, steps_per_epoch)
         self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
         if self.make_csg_optimizer is not None:
             weights = [p for p in self.gated.weights() if p.requires_grad]

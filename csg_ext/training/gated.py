@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from csg_ext.nn.gate import ClassSpecificGate
-from csg_ext.training.callback import ClassSpecificGateCallback
+from csg_ext.training.callback import ClassSpecificGateCallback, total_steps
 from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
@@ -59,8 +59,7 @@ class GatedTraining(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The weights' optimizer, its learning rate on the run's own clock."""
         optimizer = self.make_optimizer([p for p in self.model.weights() if p.requires_grad])
-        total = self.trainer.estimated_stepping_batches
-        schedule = self.gate_callback.schedule.for_run(int(total), 1)
+        schedule = self.gate_callback.schedule.for_run(total_steps(self.trainer), 1)
         scheduler = LambdaLR(optimizer, schedule.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -23,6 +23,10 @@ class FiniteLoss:
 
     def __init__(self, name: str, advice: str) -> None:
         self.name, self.advice = name, advice
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what an earlier run has shown."""
         self._first: Tensor | None = None  # the first bad step, counted from 1; 0 while there is none
         self._total = 0
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ class Objective:
     ) -> Losses:
         """The losses of a batch on `path`: "std", "csg", "gate" (the CSG path) or "joint" (both).
 
-        model: a gated module, or one in DistributedDataParallel. labels: int64 (N,), or float rows (N, C) as mixup and
-        cutmix make them. factors: of lambda_1 and lambda_2, see Schedule.lambda_factors.
+        model: a gated module, or one in DistributedDataParallel, compiled or not. labels: int64 (N,), or float rows
+        (N, C) as mixup and cutmix make them. factors: of lambda_1 and lambda_2, see Schedule.lambda_factors.
         """
         std_logits = csg_logits = None
         with explain_small_batches(len(labels)):
@@ -79,9 +79,10 @@ class Objective:
                 raise ValueError(f"path must be one of {STD}, {CSG}, {GATE}, {JOINT}, got {path!r}")
         std = None if std_logits is None else self.cross_entropy(std_logits, labels)
         csg = None if csg_logits is None else self.cross_entropy(csg_logits, labels)
-        wrapped = isinstance(model, DistributedDataParallel)
-        gate = cast(Any, model.module if wrapped else model).gate
-        touch = wrapped and not cast(Any, model).find_unused_parameters
+        inner: Any = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
+        wrapped = isinstance(inner, DistributedDataParallel)
+        gate = (inner.module if wrapped else inner).gate
+        touch = wrapped and not inner.find_unused_parameters
         total, penalty = self.total(std, csg, gate, factors, touch_gate=touch)
         return Losses(total, std, csg, penalty, std_logits)
 
