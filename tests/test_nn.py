@@ -32,6 +32,8 @@ def test_gate_starts_at_init_and_projects():
     assert "num_classes=3, num_filters=4" in repr(gate)
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 4"):
         ClassSpecificGate(0, 4)
+    with pytest.raises(ValueError, match="init must be a finite number, got nan"):
+        ClassSpecificGate(3, 4, init=float("nan"))
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "smooth_l1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +97,8 @@ class ClassSpecificGate(nn.Module):
                 "ClassSpecificGate: num_classes and num_filters must be at least 1, "
                 f"got {num_classes} and {num_filters}"
             )
+        if not math.isfinite(init):
+            raise ValueError(f"ClassSpecificGate: init must be a finite number, got {init}")
         self.gate = nn.Parameter(torch.full((num_classes, num_filters), float(init)))
 
     @property
