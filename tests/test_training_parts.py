@@ -118,8 +118,12 @@ def test_weights_of_this_model_another_and_damaged_ones(tmp_path, name):
     load_weights(model, path)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     assert all(torch.equal(v, source.state_dict()[k]) for k, v in before.items())
+    diverged = {k: v.clone() for k, v in before.items()}
+    diverged["csg.gate"][0, :2] = torch.tensor([torch.nan, torch.inf])
+    diverged["classifier.bias"][1] = -torch.inf
     for state, message in (
         (tiny(4).state_dict(), r"got csg.gate with shape \(4, 8\) instead of \(3, 8\), and 2 more"),
+        (diverged, r"expected finite weights, got 3 values of NaN or infinity \(classifier.bias, csg.gate\)"),
         ({"head.weight": torch.zeros(1)}, r"got others: 5 are missing \(.*, \.\.\.\), 1 are unknown \(head.weight\)"),
     ):
         write(state)
@@ -133,6 +137,29 @@ def test_weights_of_this_model_another_and_damaged_ones(tmp_path, name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(FileNotFoundError):
         load_weights(model, tmp_path / f"no-{name}")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about kinds of tensors that are going away
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: w.to_sparse(),
+        lambda w: w.to_sparse_csr(),
+        lambda w: torch.quantize_per_tensor(w.float(), 0.1, 0, torch.qint8),
+        lambda w: w.to(torch.complex128),
+        lambda w: w.to("meta"),
+        lambda w: torch.nested.nested_tensor(list(w)),
+        lambda w: w.tolist(),
+    ],
+    ids=["sparse", "csr", "quantised", "complex", "meta", "nested", "list"],
+)
+def test_weights_of_another_kind(tmp_path, make):
+    model = tiny()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    torch.save(before | {"classifier.weight": make(torch.ones(3, 8).double())}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x.pt: expected dense real .* got .* for 1 of them \(classifier.weight\)"):
+        load_weights(model, tmp_path / "x.pt")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):

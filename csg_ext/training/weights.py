@@ -40,22 +40,40 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
 
 
 def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises ValueError, with one sentence, when a state dict is not of this module: names or shapes differ."""
+    """Raises ValueError, with one sentence, when a state dict is not of this module: names, shapes or kinds differ."""
     own = module.state_dict()
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    shapes = [k for k in own if k in state and own[k].shape != getattr(state[k], "shape", None)]
+    odd = [k for k in own if k in state and not _is_plain(state[k])]
+    shapes = [k for k in own if k in state and k not in odd and own[k].shape != state[k].shape]
     if missing or unknown:
         raise ValueError(
             f"expected the weights of this {type(module).__name__}, got others: {len(missing)} are missing "
             f"{_some(missing)}, {len(unknown)} are unknown {_some(unknown)}"
         )
+    if odd:
+        raise ValueError(f"expected dense real tensors, got another kind for {len(odd)} of them {_some(odd)}")
     if shapes:
         name = shapes[0]
         raise ValueError(
             f"expected the weights of this {type(module).__name__}, got {name} with shape "
-            f"{tuple(getattr(state[name], 'shape', ()))} instead of {tuple(own[name].shape)}"
+            f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
             + (f", and {len(shapes) - 1} more" if len(shapes) > 1 else "")
         )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether load_state_dict can take it without an error of its own, or losing what it holds (imaginary parts)."""
+    if not isinstance(value, torch.Tensor) or value.is_nested or value.is_meta or value.is_quantized:
+        return False
+    return value.layout == torch.strided and not value.is_complex()
+
+
+def _check_finite(state: Mapping[str, torch.Tensor]) -> None:
+    # As double: isfinite knows no 8-bit floats.
+    counts = {k: int((~v.double().isfinite()).sum()) for k, v in sorted(state.items()) if v.is_floating_point()}
+    bad = [k for k, count in counts.items() if count]
+    if bad:
+        raise ValueError(f"expected finite weights, got {sum(counts.values())} values of NaN or infinity {_some(bad)}")
 
 
 def _some(names: list[str]) -> str:
@@ -66,7 +84,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads the weights of `model` from model.safetensors, or from a checkpoint of torch or Lightning.
 
     A Lightning checkpoint gives the part of its state dict that begins with "model.". Nothing in the file is executed.
-    Raises ValueError, with one sentence, for a damaged file or the weights of another model; the model stays as it was.
+    Raises ValueError, with one sentence, for a damaged file, the weights of another model, or NaN and infinity among
+    them (of a run that diverged); the model stays as it was.
     """
     state: Any
     if Path(path).suffix == ".safetensors":
@@ -86,6 +105,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
     try:
         check_state(model, state)
+        _check_finite(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     model.load_state_dict(state)
