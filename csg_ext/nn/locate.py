@@ -3,7 +3,8 @@
 The gate of the feature map x (N, K, *spatial) may be applied at any later tensor f(x) of N x K values for which
 f(g * x) = g * f(x) for every g >= 0: there it costs N x K products and no mask. That holds when f keeps channels apart
 and is positively homogeneous (average and maximum pooling, ReLU, dropout, picking a token: yes; LayerNorm or a linear
-layer: no). Both are properties of f's gradient, the second by Euler's theorem: <grad f_k, x> = f_k.
+layer: no). Both are properties of f's gradient, the second by Euler's theorem: <grad f_k, x> = f_k. What holds where
+the traced values lie need not hold for larger ones (ReLU6), so a second pass has the map scaled up.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+_LARGE = 2.0**10  # scales exactly; half precision keeps maps of up to 63
 _TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
 
 
@@ -111,9 +113,11 @@ class _Trace:
     """One forward pass in evaluation mode, with every tensor between modules and the graph of their gradients.
 
     Modules get clones of what is recorded: in-place operations then change neither values nor gradients of the record.
+    scaled: the index of an event whose tensor is multiplied by _LARGE.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, scaled: int | None = None) -> None:
+        self.model, self.example, self.scaled = model, example, scaled
         self.events: list[_Event] = []
         self.calls: dict[str, int] = {}
         self._keys: dict[int, tuple[Tensor, int, int]] = {}  # of clones: itself, its version, its key
@@ -146,7 +150,7 @@ class _Trace:
         _, version, key = self._keys.get(id(tensor), (tensor, -1, id(tensor)))
         if version != tensor._version:
             key = id(tensor)
-        clone = tensor.clone()
+        clone = tensor * _LARGE if len(self.events) == self.scaled else tensor.clone()
         self._keys[id(clone)] = clone, clone._version, key
         self.events.append(_Event(Place(name, side), module, tensor, key))
         return clone
@@ -194,7 +198,7 @@ class _Trace:
         """
         x = self.events[index].tensor
         filters = x.shape[channel_dim]
-        found = None
+        found = large = None
         for later in range(index + 1, len(self.events)):
             event, out = self.events[later], self.events[later].tensor
             if isinstance(event.module, _BatchNorm) and event.place.side == "output":
@@ -203,6 +207,11 @@ class _Trace:
             if not fits or self.calls[event.place.name] > 1 or (found is not None and out.dim() > 2):
                 continue
             if self._is_read(later) and self._commutes(x, out, channel_dim):
+                if large is None:
+                    with torch.no_grad():
+                        large = _Trace(self.model, self.example, scaled=index)
+                if not close(large.events[later].tensor, _LARGE * out):
+                    break
                 if out.dim() == 2:
                     return later
                 found = later
