@@ -3,8 +3,10 @@
 The gate of the feature map x (N, K, *spatial) may be applied at any later tensor f(x) of N x K values for which
 f(g * x) = g * f(x) for every g >= 0: there it costs N x K products and no mask. That holds when f keeps channels apart
 and is positively homogeneous (average and maximum pooling, ReLU, dropout, picking a token: yes; LayerNorm or a linear
-layer: no). Both are properties of f's gradient, the second by Euler's theorem: <grad f_k, x> = f_k. What holds where
-the traced values lie need not hold for larger ones (ReLU6), so a second pass has the map scaled up.
+layer: no). Both are properties of f's gradient, the second by Euler's theorem: <grad f_k, x> = f_k. What holds for the
+traced values and weights need not hold for larger maps (ReLU6), smaller ones (GELU), for the choices without a gradient
+that a gate changes (the strongest position), or once branches that begin with zeros are trained. So the equation itself
+is tried with random rows g, and all of it again with other weights.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_LARGE = 2.0**10  # scales exactly; half precision keeps maps of up to 63
+_OCTAVES = 10  # rows of powers of two scale exactly; half precision keeps maps of up to 63 times 2^10
 _TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
 
 
@@ -47,7 +49,7 @@ class Plan:
     channel_dim: int  # of the map: 1 or -1
     gate: Place
     pooled: bool  # the gate is applied to N x K pooled values, not to the map
-    batch_norms: tuple[str, ...]  # those that run after the gate: in training they mix the samples of a batch
+    batch_norms: tuple[str, ...]  # what may mix the samples of a batch in training, after the gate
     classifier: str | None
     num_classes: int
     num_filters: int
@@ -82,13 +84,16 @@ def logits_of(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards in the mode in which it was."""
+    """Every module in evaluation mode, and afterwards in the mode in which it was, without what it cached meanwhile."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = False
         yield
     finally:
+        for module, mode in modes:
+            if mode and type(module).train is not nn.Module.train:
+                module.train()  # where models that cache in evaluation mode drop it (LeViT's attention biases)
         for module, mode in modes:
             module.training = mode
 
@@ -113,11 +118,17 @@ class _Trace:
     """One forward pass in evaluation mode, with every tensor between modules and the graph of their gradients.
 
     Modules get clones of what is recorded: in-place operations then change neither values nor gradients of the record.
-    scaled: the index of an event whose tensor is multiplied by _LARGE.
+    state: parameters and buffers to take instead of the model's own. gate: (the index of an event, rows) to multiply.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, scaled: int | None = None) -> None:
-        self.model, self.example, self.scaled = model, example, scaled
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        state: dict[str, Tensor] | None = None,
+        gate: tuple[int, Tensor] | None = None,
+    ) -> None:
+        self.model, self.example, self.state, self.gate = model, example, state or {}, gate
         self.events: list[_Event] = []
         self.calls: dict[str, int] = {}
         self._keys: dict[int, tuple[Tensor, int, int]] = {}  # of clones: itself, its version, its key
@@ -133,7 +144,7 @@ class _Trace:
                 if x.is_floating_point():
                     x = x.requires_grad_().clone()
                 try:
-                    output = model(x)
+                    output = torch.func.functional_call(model, self.state, (x,)) if self.state else model(x)
                 except Exception as error:
                     raise ValueError(
                         f"attach: example must be a batch (N, ...) that the model takes, got or guessed one of shape "
@@ -150,7 +161,8 @@ class _Trace:
         _, version, key = self._keys.get(id(tensor), (tensor, -1, id(tensor)))
         if version != tensor._version:
             key = id(tensor)
-        clone = tensor * _LARGE if len(self.events) == self.scaled else tensor.clone()
+        gated = self.gate is not None and len(self.events) == self.gate[0]
+        clone = tensor * self.gate[1] if gated and self.gate else tensor.clone()
         self._keys[id(clone)] = clone, clone._version, key
         self.events.append(_Event(Place(name, side), module, tensor, key))
         return clone
@@ -198,7 +210,7 @@ class _Trace:
         """
         x = self.events[index].tensor
         filters = x.shape[channel_dim]
-        found = large = None
+        found, probes = None, None
         for later in range(index + 1, len(self.events)):
             event, out = self.events[later], self.events[later].tensor
             if isinstance(event.module, _BatchNorm) and event.place.side == "output":
@@ -207,10 +219,8 @@ class _Trace:
             if not fits or self.calls[event.place.name] > 1 or (found is not None and out.dim() > 2):
                 continue
             if self._is_read(later) and self._commutes(x, out, channel_dim):
-                if large is None:
-                    with torch.no_grad():
-                        large = _Trace(self.model, self.example, scaled=index)
-                if not close(large.events[later].tensor, _LARGE * out):
+                probes = probes or _Probes(self, index, channel_dim)
+                if not probes.agree(later):
                     break
                 if out.dim() == 2:
                     return later
@@ -244,9 +254,64 @@ class _Trace:
         return True
 
 
+class _Probes:
+    """Whether f(g * x) = g * f(x) for rows g that are drawn, with the model's weights and with others."""
+
+    def __init__(self, trace: _Trace, index: int, channel_dim: int) -> None:
+        x = trace.events[index].tensor
+        self.index, self.channel_dim = index, channel_dim
+        generator = torch.Generator().manual_seed(0)
+        octaves = torch.randint(1, _OCTAVES + 1, (len(x), x.shape[channel_dim]), generator=generator)
+        large = torch.exp2(octaves.float()).to(x)
+        shape = [len(x)] + [1] * (x.dim() - 1)
+        shape[channel_dim] = -1
+        self.other = _Trace(trace.model, trace.example, _other_state(trace.model, generator))
+        self.pairs: list[tuple[_Trace, _Trace, Tensor]] = []  # without the rows, with them, the rows
+        with torch.no_grad():
+            for plain, rows in ((trace, large), (trace, 1 / large), (self.other, large)):
+                gated = _Trace(plain.model, plain.example, plain.state, (index, rows.view(shape)))
+                self.pairs.append((plain, gated, rows))
+
+    def agree(self, later: int) -> bool:
+        """Whether the gate may be applied at events[later]."""
+        x, out = self.other.events[self.index].tensor, self.other.events[later].tensor
+        if not self.other._commutes(x, out, self.channel_dim):
+            return False
+        for plain, gated, rows in self.pairs:
+            expected = rows * plain.events[later].tensor.detach().flatten(1)
+            error = (gated.events[later].tensor.flatten(1) - expected).abs().amax(0)
+            size = expected.abs().amax(0)
+            if not bool((error <= _TOLERANCE * size.clamp(min=1e-3 * float(size.max()))).all()):
+                return False
+        return True
+
+
+def _other_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Parameters and buffers of the model times 0.5 to 1.5, those that are nearly zero drawn anew."""
+
+    def changed(tensor: Tensor, zero: Any) -> Tensor:
+        if float(tensor.abs().max()) < 1e-3:
+            return (0.2 * zero(tensor.shape, generator=generator)).to(tensor)
+        return tensor * (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+
+    with torch.no_grad():
+        state = {n: changed(p, torch.randn) for n, p in model.named_parameters() if _is_real(p)}
+        state |= {n: changed(b, torch.rand) for n, b in model.named_buffers() if _is_real(b)}
+    return state
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > 0 and tensor.layout == torch.strided
+
+
 def close(got: Tensor, expected: Tensor) -> bool:
     """Whether two results are the same up to rounding, also in half precision."""
     return bool((got - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _may_mix(module: nn.Module) -> bool:
+    """Whether it may be a BatchNorm, also one of its own making: those keep running statistics in buffers."""
+    return isinstance(module, _BatchNorm) or any(b.is_floating_point() for b in module.buffers(recurse=False))
 
 
 def _is_map(tensor: Tensor, samples: int) -> bool:
@@ -293,7 +358,7 @@ def locate(
     event = trace.events[index]
     at = trace.events[gate] if gate is not None else event
     after = trace.events[(gate if gate is not None else index) + 1 :]
-    norms = dict.fromkeys(e.place.name for e in after if isinstance(e.module, _BatchNorm) and e.place.side == "output")
+    norms = dict.fromkeys(e.place.name for e in after if _may_mix(e.module) and e.place.side == "output")
     plan = Plan(
         layer=_name(trace, event) if layer is None else event.place,
         channel_dim=dim,
@@ -367,14 +432,32 @@ def _named_map(trace: _Trace, layer: str, channel_dim: int | None) -> tuple[int,
 
 
 def _channels(trace: _Trace, index: int) -> int:
-    """The channel axis of a layer's output, by the width that its last module states, else one that ran before it."""
+    """The channel axis of a layer's output, by what its last module, else one that ran before it, says of its own.
+
+    A convolution or a norm of feature maps has its positions where the output has them; the number of its channels may
+    be another (concatenation). A linear layer or LayerNorm states the width, which has to be that of one axis.
+    """
     event = trace.events[index]
     x = event.tensor
-    for module in (*reversed(list(event.module.modules())), *(e.module for e in reversed(trace.events[:index]))):
+    outputs = {id(e.module): e.tensor for e in trace.events[: index + 1] if e.place.side == "output"}
+    modules = (*reversed(list(event.module.modules())), *(e.module for e in reversed(trace.events[:index])))
+    for module in modules:
+        own = outputs.get(id(module))
         for attribute in _WIDTHS:
             size = getattr(module, attribute, None)
             size = size[-1] if isinstance(size, tuple) else size
+            if size is None:
+                continue
             fitting = [dim for dim in (1, -1) if x.shape[dim] == size]
+            if attribute in _CHANNELS_FIRST and own is not None and own.dim() > 2:
+                positions = own.shape[2:]
+                if positions == x.shape[2:]:
+                    return 1
+                behind = positions == x.shape[1:-1] or (x.dim() == 3 and positions.numel() == x.shape[1])
+                if -1 in fitting and behind:
+                    return -1
+                if x.dim() > 3:  # of other positions: no channels of this map
+                    continue
             if len(fitting) == 1:
                 return fitting[0]
             if fitting and attribute in _CHANNELS_FIRST:
