@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
+from csg_ext._text import name_list
 from csg_ext.data import ImageData
+from csg_ext.data.images import find_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
 from csg_ext.runs import (
@@ -89,7 +91,7 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         owners["gate"] = np.where(dead, -1, gate.argmax(0))
         hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         numbers["l1_density"] = model.csg.density()
-        numbers["class_agreement"] = metrics.class_agreement(gate, mi)
+        numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
     kernels = metrics.last_convolution(model, gate.shape[1]).weight
     similarity = metrics.filter_similarity(kernels.detach().cpu().numpy())
     for key, owner in owners.items():
@@ -129,8 +131,9 @@ def _classes_on_train_part(model: GatedModel, data: ImageData, statistics: Stati
 
     rows = np.random.default_rng(seed).permutation(len(data.train_labels))[: len(data.test_labels)]
     features, _ = predict(model, data.train_images[rows], statistics)
-    mi = metrics.class_mutual_info(features, data.train_labels[rows], num_classes=len(data.classes))
-    return np.where(metrics.dead_filters(features), -1, metrics.best_class(mi))
+    labels = data.train_labels[rows]
+    mi = metrics.class_mutual_info(features, labels, num_classes=len(data.classes))
+    return np.where(metrics.dead_filters(features), -1, metrics.best_class(mi, features, labels))
 
 
 def differences(
@@ -237,8 +240,7 @@ def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> Image
     """The images to measure on: --data, or those of the run, checked to be the same."""
     run = stored[0].run
     if arguments["data"] is not None:
-        chosen = {key: arguments[key] for key in ("data", "image_size") if arguments[key] is not None}
-        return load_source((run["source"] if run else SOURCE) | chosen | {"imbalance": None, "hold_out": None})
+        return _other_images(stored, arguments["data"], arguments["image_size"])
     if arguments["image_size"] is not None:
         raise ValueError("--image-size applies to --data, which is not given")
     for s in stored:
@@ -254,6 +256,38 @@ def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> Image
         raise ValueError(
             f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"
         )
+    return data
+
+
+def _other_images(stored: list[StoredModel], path: str, image_size: int | None) -> ImageData:
+    """The images of --data, with the classes, in their order, and the shape that the networks were trained on."""
+    source = stored[0].run["source"] if stored[0].run else SOURCE
+    source = source | {"data": path, "imbalance": None, "hold_out": None}
+    seen = [s.run["images"] for s in stored if s.run is not None and s.run.get("images") is not None]
+    if not seen:  # a file without its run, or one of an earlier version: the classes count as --data has them
+        return load_source(source | {"image_size": image_size or source["image_size"]})
+    if any(images != seen[0] for images in seen):
+        kind = "classes" if seen[0]["classes"] != seen[-1]["classes"] else "shape"
+        raise ValueError(
+            f"both checkpoints must be of runs on images of the same classes, in the same order, and of one shape, got "
+            f"the {kind} {seen[0][kind]} and {seen[-1][kind]}"
+        )
+    names, shape = seen[0]["classes"], seen[0]["shape"]
+    own = find_images(path, strict=source["strict"]).classes
+    if set(names) <= set(own):
+        source["classes"] = names
+    elif len(own) == len(names) and own == [str(c) for c in range(len(own))]:
+        source["classes"] = None  # numbers are no names: they are the labels themselves
+    else:
+        raise ValueError(
+            f"--data must hold the classes that the network was trained on, {name_list(names)}, got {name_list(own)}"
+        )
+    source["channels"] = shape[0] if shape[0] in (1, 3) else None
+    source["image_size"] = image_size or (shape[1] if shape[1] == shape[2] else None)
+    data = load_source(source)
+    got = list(data.test_images.shape[1:])
+    if got != shape and (image_size is None or got[0] != shape[0]):
+        raise ValueError(f"--data must hold images of the shape that the network was trained on, {shape}, got {got}")
     return data
 
 

@@ -84,8 +84,8 @@ class Settings:
 
 def read_arrays(file: Path) -> dict[str, NDArray[Any]]:
     """The masks in a file: an .npy holds those of the test part; an .npz test_masks and, where it has them,
-    train_masks, pair_images, pair_labels and pair_masks. Raises OSError or ValueError with one sentence."""
-    wanted = ("test_masks", "train_masks", "pair_images", "pair_labels", "pair_masks")
+    train_masks, pair_images, pair_labels, pair_masks and classes. Raises OSError or ValueError with one sentence."""
+    wanted = ("test_masks", "train_masks", "pair_images", "pair_labels", "pair_masks", "classes")
     if file.suffix not in (".npy", ".npz"):
         raise ValueError(f"masks: expected an .npy or .npz file, got {file}")
     try:
@@ -159,6 +159,11 @@ def _pairs(data: ImageData, arrays: dict[str, NDArray[Any]]) -> Part | None:
         raise ValueError(
             f"masks: pair_labels must be ({len(images)}, 2) with classes in [0, {len(data.classes)}), got "
             f"{labels.dtype} {labels.shape}"
+        )
+    if "classes" in arrays and arrays["classes"].tolist() != data.classes:
+        raise ValueError(
+            f"masks: pair_labels count the file's classes, which must be the network's in their order, "
+            f"{data.classes!r:.100}, got {arrays['classes'].tolist()!r:.100}"
         )
     pairs = _part("pair", images, labels, arrays)
     if not len(pairs.labels):

@@ -109,6 +109,8 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
     begun = time.perf_counter()
     if num_classes is None and data.classes is not None:
         num_classes = len(data.classes)
+    if data.classes is not None and num_classes != len(data.classes):
+        raise ValueError(f"num_classes must be the {len(data.classes)} classes of {data.name}, got {num_classes}")
     bar = _Bar(data.name)
     try:
         mi = np.asarray(class_mutual_info(data.features, data.labels, num_classes=num_classes, progress=bar, **options))
@@ -120,7 +122,7 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
     bound = np.asarray(class_entropy(data.labels, num_classes, options["protocol"]))
     normalized = np.divide(mi, bound, out=np.zeros_like(mi), where=bound > 0)
     classes = data.classes or [str(c) for c in range(mi.shape[1])]
-    best = np.where(dead, -1, best_class(mi))
+    best = np.where(dead, -1, best_class(mi, data.features, data.labels))
     numbers = {
         "mis": mutual_information_score(mi),
         "bound": float(bound.max()),

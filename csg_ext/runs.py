@@ -190,7 +190,8 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """What run.json says of a run: config, source (with the keys of SOURCE), sha256 and perhaps statistics.
+    """What run.json says of a run: config, source (with the keys of SOURCE), sha256 and perhaps statistics and images
+    (the classes, in the order of the labels, and the shape that the run saw).
 
     Raises OSError or ValueError with one sentence.
     """
@@ -203,6 +204,8 @@ def read_run(file: Path) -> dict[str, Any]:
         or not isinstance(run.get("sha256"), str)
     ):
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
+    if not _is_seen(run.get("images")):
+        raise ValueError(f"{file}: images must hold classes and shape, got {run['images']!r:.100}")
     for key, value in source.items():
         kinds, words = _KINDS[key]
         fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
@@ -211,6 +214,17 @@ def read_run(file: Path) -> dict[str, Any]:
         if not fits or (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and abs(value) >= 2**63):
             raise ValueError(f"{file}: the source's {key} must be {words}, got {value!r:.100}")
     return run | {"source": SOURCE | source}  # an older run knew fewer settings
+
+
+def _is_seen(images: Any) -> bool:
+    """Whether it is what the command writes of the images that a run saw; None in a run of an earlier version."""
+    if images is None:
+        return True
+    if not isinstance(images, dict) or images.keys() != {"classes", "shape"}:
+        return False
+    classes, shape = images["classes"], images["shape"]
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return named and isinstance(shape, list) and [type(n) for n in shape] == [int] * 3 and 0 < min(shape) < 2**31
 
 
 def stored_config(file: Path, config: Any) -> TrainConfig:

@@ -94,6 +94,7 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
                     "source": source,
                     "sha256": data.fingerprint(),
                     "statistics": data.statistics(),
+                    "images": {"classes": data.classes, "shape": list(data.train_images.shape[1:])},
                 },
                 indent=1,
             )

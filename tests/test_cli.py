@@ -270,6 +270,12 @@ def test_mis_passes_its_options_on(features, tmp_path, capsys):
         assert np.array_equal(written["mi"], want)
 
 
+def test_mis_of_a_run_counts_its_classes(run, tmp_path, capsys):
+    assert cli.main(["mis", str(run[0]), "--output", str(tmp_path / "o"), "--num-classes", "6"]) == 2
+    assert "num_classes must be the 3 classes of std, got 6" in capsys.readouterr().err
+    assert not any((tmp_path / "o").rglob("*.json"))
+
+
 def test_mis_of_a_run(run, tmp_path, capsys):
     folder, _, _ = run
     assert cli.main(["mis", str(folder), "--output", str(tmp_path / "both")]) == 0

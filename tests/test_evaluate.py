@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from short_run import SHORT
 from torch import nn
 
 from csg_ext import cli, evaluate, metrics
@@ -192,6 +193,90 @@ def test_seeds_and_statistics_of_the_run(report, run, digits, tmp_path):
     assert accuracies("--data", dark) != want
 
 
+def test_two_classes(digits, tmp_path, capsys):
+    """Of two classes a filter has the same mutual information with both: the means tell them apart."""
+    folder = tmp_path / "run"
+    assert cli.main(["train", "--data", str(digits), "--output", str(folder), "--classes", "0,1", *SHORT]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (folder / "gate.png").exists() and not (folder / "class_agreement.png").exists()
+    assert _evaluate(tmp_path / "o", folder) == 0
+    for checkpoint, arm in zip(
+        json.loads((tmp_path / "o" / "evaluation.json").read_text())["checkpoints"], ("std", "csg"), strict=True
+    ):
+        with np.load(folder / arm / "arrays.npz") as arrays:
+            features, labels, mi, gate = (arrays[name] for name in ("features", "labels", "mi", "gate"))
+        assert np.array_equal(mi[:, 0], mi[:, 1])
+        higher = (features[labels == 1].mean(0) > features[labels == 0].mean(0)).astype(int)
+        assert 0 < higher.mean() < 1  # filters for either class
+        assert checkpoint["measures"]["classes_without_filter_mi"] == 0
+        if arm == "csg":
+            want = np.mean((gate.argmax(0) == higher)[mi.max(1) > 0])
+            assert checkpoint["measures"]["class_agreement"] == pytest.approx(want)
+            assert summary["csg"]["class_agreement"] == pytest.approx(want)
+
+
+def test_other_images_with_the_classes_in_another_order(report, run, digits, tmp_path, capsys):
+    """--data counts its classes in an order of its own, or not all of them: what counts is the run's."""
+    with np.load(digits) as arrays:
+        stored = dict(arrays)
+    turned = {key: 2 - stored[key] for key in ("train_labels", "test_labels")}
+    np.savez(tmp_path / "turned.npz", **(stored | turned | {"classes": np.array(["2", "1", "0"])}))
+    more = {"classes": np.array(["3", "2", "1", "0"])}
+    for part in ("train", "test"):
+        more[f"{part}_labels"] = np.r_[turned[f"{part}_labels"] + 1, 0]
+        more[f"{part}_images"] = np.r_[stored[f"{part}_images"], stored[f"{part}_images"][:1]]
+    np.savez(tmp_path / "more.npz", **more)
+    np.savez(tmp_path / "named.npz", **(stored | {"classes": np.array(["zero", "one", "two"])}))
+    want = [checkpoint["confusion"] for checkpoint in report[0]["checkpoints"]]
+    for name in ("turned.npz", "more.npz"):
+        assert _evaluate(tmp_path / "o", run[0], "--data", tmp_path / name) == 0
+        numbers = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+        assert [checkpoint["confusion"] for checkpoint in numbers["checkpoints"]] == want
+        assert numbers["data"]["classes"] == ["0", "1", "2"]
+    # Numbers are no names: a run whose classes have names takes them as the labels.
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    settings = json.loads((copy / "run.json").read_text())
+    settings["images"]["classes"] = ["zero", "one", "two"]
+    (copy / "run.json").write_text(json.dumps(settings))
+    for name in (digits, tmp_path / "named.npz"):
+        assert _evaluate(tmp_path / "o", copy, "--data", name) == 0
+        numbers = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+        assert [checkpoint["confusion"] for checkpoint in numbers["checkpoints"]] == want
+    capsys.readouterr()
+    assert _evaluate(tmp_path / "o", run[0], "--data", tmp_path / "named.npz") == 2
+    assert "classes that the network was trained on, 0, 1, 2, got one, two, zero" in capsys.readouterr().err
+    assert _evaluate(tmp_path / "o", run[0], copy, "--data", digits) == 2
+    said = capsys.readouterr().err
+    assert "same classes, in the same order, and of one shape, got the classes ['0', '1', '2'] and ['zero'," in said
+
+
+def test_other_images_in_the_size_and_colour_of_the_run(report, run, digits, tmp_path, capsys):
+    """A folder keeps its images' own size and colours when a run is trained on it; here they are the run's."""
+    data = load_images(digits)
+    for side, place in ((8, tmp_path / "colour"), (16, tmp_path / "large")):
+        for part in ("train", "test"):
+            labelled = zip(getattr(data, f"{part}_images"), getattr(data, f"{part}_labels"), strict=True)
+            for i, (image, label) in enumerate(labelled):
+                folder = place / part / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image[0]).convert("RGB").resize((side, side)).save(folder / f"{i}.png")
+
+    def measured(*arguments):
+        assert _evaluate(tmp_path / "o", run[0], *arguments) == 0
+        return json.loads((tmp_path / "o" / "evaluation.json").read_text())
+
+    numbers = measured("--data", tmp_path / "colour")
+    assert [c["confusion"] for c in numbers["checkpoints"]] == [c["confusion"] for c in report[0]["checkpoints"]]
+    assert numbers["data"]["shape"] == [1, 8, 8]
+    assert measured("--data", tmp_path / "large")["data"]["shape"] == [1, 8, 8]
+    assert measured("--data", tmp_path / "large", "--image-size", "16")["data"]["shape"] == [1, 16, 16]
+    load_images(tmp_path / "large").save(tmp_path / "large.npz")
+    capsys.readouterr()
+    assert _evaluate(tmp_path / "o", run[0], "--data", tmp_path / "large.npz") == 2
+    assert "image_size applies to image folders and shards, got 8 for 16 x 16 images" in capsys.readouterr().err
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -242,8 +327,6 @@ def files(run, digits, tmp_path_factory) -> Path:
     with np.load(digits) as arrays:
         fourth = {key: np.r_[np.full(3, 3), arrays[key][3:]] for key in ("train_labels", "test_labels")}
         np.savez(folder / "four.npz", **(dict(arrays) | fourth | {"classes": np.array(list("abcd"))}))
-        colour = {key: np.repeat(arrays[key], 3, 1) for key in ("train_images", "test_images")}
-        np.savez(folder / "colour.npz", **(dict(arrays) | colour))
     return folder
 
 
@@ -283,9 +366,8 @@ DATA = ["--data", "DIGITS"]
         (["missing"], "got .*missing: no such file"),
         (
             ["RUN", "--data", "four.npz"],
-            r"csg.gate must be float32 \(4, 64\) for 4 classes .*, got float32 \(3, 64\)",
+            "--data must hold the classes that the network was trained on, 0, 1, 2, got a, b, c, d",
         ),
-        (["RUN", "--data", "colour.npz"], r"conv.weight must be float32 \(16, 3, 3, 3\) for 3 classes and 3 channels"),
         (["RUN", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["RUN", "--image-size", "8"], "--image-size applies to --data, which is not given"),
         (["RUN", "RUN", "RUN"], "expected one or two checkpoints, got 3"),

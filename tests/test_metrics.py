@@ -123,6 +123,56 @@ def test_agreement():
         metrics.class_agreement(gate, mi.T)
 
 
+def test_two_classes_are_told_apart_by_the_means():
+    """ "Is it the one" and "is it the other" are one question: both columns of the matrix are equal."""
+    rng = np.random.default_rng(int(torch.randint(2**31, ())))
+    labels = np.arange(400) % 2
+    features = rng.normal(size=(400, 6)).astype(np.float32)
+    features[:, :3] += 2 * (labels == 0)[:, None]
+    features[:, 3:] += 2 * (labels == 1)[:, None]
+    mi = metrics.class_mutual_info(features, labels)
+    assert np.array_equal(mi[:, 0], mi[:, 1])
+    want = [0, 0, 0, 1, 1, 1]
+    assert metrics.best_class(mi, features, labels).tolist() == want
+    found = metrics.best_class(torch.from_numpy(mi), torch.from_numpy(features), torch.from_numpy(labels))
+    assert isinstance(found, torch.Tensor) and found.tolist() == want
+    gate = np.eye(2)[:, want]
+    assert metrics.class_agreement(gate, mi, features, labels) == 1
+    with pytest.raises(ValueError, match="features and labels must be given with two classes, whose MI is the same"):
+        metrics.class_agreement(gate, mi)
+
+
+def test_ties_among_several_classes():
+    """A class without samples never wins."""
+    mi = np.array([[0.1, 0.3, 0.3, 0.0], [0.0, 0.0, 0.0, 0.0], [0.2, 0.1, 0.2, 0.3]])
+    features = np.array([[9.0, 1, 0], [1, -1, 0], [2, -2, 0], [2, -3, 0]])
+    assert metrics.best_class(mi, features, np.array([0, 1, 2, 2])).tolist() == [2, 0, 3]
+    assert metrics.best_class(mi).tolist() == [1, 0, 3]
+    for wrong, message in (
+        ((features,), "must be given together"),
+        ((features, np.array([0, 1, 2])), r"must be \(N, 3\) and \(N,\), got \(4, 3\) and \(3,\)"),
+        ((features, np.array([0, 1, 2, 4])), r"labels must be integers in \[0, 4\)"),
+        ((features, np.array([0.0, 1, 2, 2])), r"labels must be integers in \[0, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.best_class(mi, *wrong)
+
+
+def test_block_score_of_equal_negative_similarities():
+    found = metrics.block_score(np.full((6, 6), -0.5), np.array([0, 0, 0, 1, 1, 1]), permutations=50)
+    assert found.score == pytest.approx(0) and found.p_value == 1
+
+
+def test_labels_of_another_shape():
+    """(N, 1) would be compared with every prediction."""
+    features, weight, bias, gate = np.eye(3), np.eye(3), np.zeros(3), np.eye(3)
+    for labels in (np.arange(3)[:, None], np.zeros(1, int)):
+        with pytest.raises(ValueError, match=r"own_filter_accuracy: labels must be \(3,\) like features"):
+            metrics.own_filter_accuracy(features, weight, bias, gate, labels)
+        with pytest.raises(ValueError, match=r"predicted_class_accuracy: labels must be \(3,\) like features"):
+            metrics.predicted_class_accuracy(features, weight, bias, np.arange(3), labels)
+
+
 def test_own_filter_accuracy():
     gate = np.array([[1, 0.6, 0], [0, 1, 1]])  # filter 0 belongs to class 0, filters 1 and 2 to class 1
     weight, bias = np.array([[1.0, 9.0, 9.0], [9.0, 1.0, 1.0]]), np.array([0.0, 0.5])

@@ -38,6 +38,14 @@ def test_batches_give_the_value_of_the_whole(options, device):
     )
 
 
+def test_buffers_that_the_caller_uses_again():
+    x, y = sample()
+    metric, features, labels = MutualInformationScore(), torch.empty(60, 7), torch.empty(60, dtype=torch.int64)
+    for begin in range(0, 240, 60):
+        metric.update(features.copy_(x[begin : begin + 60]), labels.copy_(y[begin : begin + 60]))
+    assert metric.compute().item() == csg_ext.mutual_information_score(csg_ext.class_mutual_info(x, y))
+
+
 def test_batches_that_do_not_fit():
     metric = MutualInformationScore()
     with pytest.raises(ValueError, match=r"must be \(B, K\) and \(B,\), got \(3, 2\) and \(4,\)"):

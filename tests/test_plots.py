@@ -334,6 +334,7 @@ GATE, MI, IMAGES = np.eye(3), np.eye(3), np.zeros((2, 1, 4, 4))
         (lambda: plots.plot_gate(GATE, CLASSES, dead=[True]), r"plot_gate: dead must be bool \(3,\), got bool \(1,\)"),
         (lambda: plots.plot_gate(GATE, "abc"), "plot_gate: classes must be the classes' names"),
         (lambda: plots.plot_class_agreement(None, MI, CLASSES), "plot_class_agreement: gate must be a matrix"),
+        (lambda: plots.plot_class_agreement(GATE[:2], MI[:, :2], CLASSES[:2]), "classes must be at least 3, .* got 2"),
         (lambda: plots.plot_class_agreement(GATE, MI[:2], CLASSES), r"must be .*, got \(3, 3\) and \(2, 3\)"),
         (lambda: plots.plot_filters_per_class([0, 3], CLASSES), r"must lie in \[-1, 3\), got 0 to 3"),
         (lambda: plots.plot_filters_per_class([0.5], CLASSES), r"must be integers \(K,\), got float64"),

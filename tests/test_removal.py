@@ -269,6 +269,8 @@ def test_table_against_a_loop():
         (lambda m: accuracy_per_class([3], np.zeros((1, 3))), ValueError, r"labels must be integers in \[0, 3\)"),
         (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [0], ["a"]), ValueError, "as many classes, got 2, 2 and 1"),
         (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [0], "aa"), ValueError, "names must differ"),
+        (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [2]), ValueError, r"removed must be integers in \[0, 2\)"),
+        (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [True, False]), ValueError, "removed must be integers in"),
     ],
 )
 def test_refuses(call, error, message):

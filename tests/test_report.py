@@ -355,6 +355,7 @@ def test_two_runs_and_two_thousand_filters(browser, run, tmp_path):
                 gate_note="",
                 mi=rng.random((filters, classes)),
                 features=rng.random((count, filters), np.float32),
+                labels=labels,
                 confusion=np.eye(classes, dtype=np.int64) * 6,
                 history=[{"epoch": 1, "loss_std": 1.0, "train_accuracy": 0.5, "l1_density": 0.5}],
                 statistics=data.statistics(),

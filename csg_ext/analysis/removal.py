@@ -192,7 +192,12 @@ def removal_table(
     labelled = [str(c) for c in range(len(first))] if names is None else list(names)
     if len(set(labelled)) < len(labelled):
         raise ValueError("removal_table: names must differ, got some of them twice")
-    gone = np.isin(np.arange(len(first)), list(removed))
+    numbers = np.asarray(list(removed))
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() >= len(first)):
+        raise ValueError(
+            f"removal_table: removed must be integers in [0, {len(first)}), got {numbers.dtype} {numbers!r:.60}"
+        )
+    gone = np.isin(np.arange(len(first)), numbers)
 
     def entry(chosen: NDArray[np.bool_]) -> dict[str, Any]:
         total = int(counts[chosen].sum())

@@ -23,19 +23,24 @@ def dead_filters(features: Any) -> NDArray[np.bool_]:
     return np.asarray(features.max(axis=0) == features.min(axis=0))
 
 
-def class_agreement(gate: ArrayLike, mi: ArrayLike) -> float:
+def class_agreement(
+    gate: ArrayLike, mi: ArrayLike, features: ArrayLike | None = None, labels: ArrayLike | None = None
+) -> float:
     """Share of filters whose largest gate entry and largest MI name the same class; gate (C, K), mi (K, C).
 
-    Filters without any mutual information, such as dead ones, are left out; 0 where none is left. 1/C is what chance
-    gives. Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
+    features (N, K) and labels (N,) are needed with two classes, see best_class. Filters without any mutual information,
+    such as dead ones, are left out; 0 where none is left. 1/C is what chance gives.
+    Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
     """
     g, m = np.asarray(gate), np.asarray(mi)
     if g.ndim != 2 or g.T.shape != m.shape or g.size == 0:
         raise ValueError(
             f"class_agreement: mi must be the gate's transposed shape, got gate {g.shape} and mi {m.shape}"
         )
+    if len(g) == 2 and features is None:
+        raise ValueError("class_agreement: features and labels must be given with two classes, whose MI is the same")
     live = m.max(axis=1) > 0
-    return float(np.mean(g.argmax(axis=0)[live] == best_class(m)[live])) if live.any() else 0.0
+    return float(np.mean(g.argmax(axis=0)[live] == best_class(m, features, labels)[live])) if live.any() else 0.0
 
 
 def own_filter_predictions(
@@ -61,4 +66,7 @@ def own_filter_accuracy(
     features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike, labels: ArrayLike
 ) -> float:
     """Accuracy of own_filter_predictions, labels (N,): near the STD path's where filters are ideally class-specific."""
-    return float(np.mean(own_filter_predictions(features, weight, bias, gate) == np.asarray(labels)))
+    predicted, y = own_filter_predictions(features, weight, bias, gate), np.asarray(labels)
+    if y.shape != predicted.shape:
+        raise ValueError(f"own_filter_accuracy: labels must be ({len(predicted)},) like features, got {y.shape}")
+    return float(np.mean(predicted == y))

@@ -62,5 +62,7 @@ def predicted_class_accuracy(
 
     Arguments: as cluster_predictions; labels (N,)."""
     std = (np.asarray(features) @ np.asarray(weight).T + np.asarray(bias)).argmax(axis=1)
-    predicted = cluster_predictions(features, weight, bias, filter_classes, std)
-    return float(np.mean(predicted == np.asarray(labels)))
+    predicted, y = cluster_predictions(features, weight, bias, filter_classes, std), np.asarray(labels)
+    if y.shape != predicted.shape:
+        raise ValueError(f"predicted_class_accuracy: labels must be ({len(predicted)},) like features, got {y.shape}")
+    return float(np.mean(predicted == y))

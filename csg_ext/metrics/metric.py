@@ -70,8 +70,8 @@ class MutualInformationScore(Metric):
                 "MutualInformationScore: features and labels must be (B, K) and (B,), "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}"
             )
-        self.features.append(features.detach())
-        self.labels.append(labels.detach())
+        self.features.append(features.detach().clone())  # the caller may reuse its buffers
+        self.labels.append(labels.detach().clone())
 
     def compute(self) -> Tensor:
         """The MIS of all batches, a scalar in nats."""

@@ -7,7 +7,7 @@ doi:10.1371/journal.pone.0087357 (csg_ext/ops/mutual_info.py).
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ __all__ = [
     "mutual_information_score",
 ]
 
+_MEANS_ROWS = 8192  # samples that are averaged at a time
+
 
 def _matrix(name: str, mi: Tensor | ArrayLike) -> Tensor:
     if isinstance(mi, Tensor):
@@ -47,18 +49,57 @@ def _matrix(name: str, mi: Tensor | ArrayLike) -> Tensor:
 
 
 @overload
-def best_class(mi: Tensor) -> Tensor: ...
+def best_class(
+    mi: Tensor, features: Tensor | ArrayLike | None = None, labels: Tensor | ArrayLike | None = None
+) -> Tensor: ...
 @overload
-def best_class(mi: ArrayLike) -> NDArray[np.int64]: ...
-def best_class(mi: Tensor | ArrayLike) -> Tensor | NDArray[np.int64]:
+def best_class(
+    mi: ArrayLike, features: Tensor | ArrayLike | None = None, labels: Tensor | ArrayLike | None = None
+) -> NDArray[np.int64]: ...
+def best_class(
+    mi: Tensor | ArrayLike, features: Tensor | ArrayLike | None = None, labels: Tensor | ArrayLike | None = None
+) -> Tensor | NDArray[np.int64]:
     """The class that every filter tells most about, (K,) in int64, of an MI matrix (K, C); a tensor for a tensor.
+
+    Of classes with the same value the one in whose samples the filter's mean is largest, by features (N, K) and labels
+    (N,); without these the first. With two classes every filter has the same value for both ("is it the one" and "is it
+    the other" are one question), so that there only the means tell them apart.
 
     Example:
         >>> best_class([[0.3, 0.1], [0.0, 0.2]])
         array([0, 1])
     """
-    best = _matrix("best_class", mi).argmax(dim=1)
+    m = _matrix("best_class", mi)
+    best = m.argmax(dim=1)
+    if (features is None) != (labels is None):
+        raise ValueError("best_class: features and labels must be given together, got one of them")
+    tied = m == m.amax(dim=1, keepdim=True)
+    rows = torch.nonzero(tied.sum(dim=1) > 1)[:, 0]
+    if features is not None and labels is not None and len(rows):
+        means = _class_means(m, features, labels, rows.cpu())
+        best[rows] = torch.where(tied[rows], means.to(m.device), -torch.inf).argmax(dim=1)
     return best if isinstance(mi, Tensor) else best.numpy()
+
+
+def _class_means(m: Tensor, features: Tensor | ArrayLike, labels: Tensor | ArrayLike, rows: Tensor) -> Tensor:
+    """The means of the filters `rows` over every class's samples, (rows, C) in float64; -inf of an empty class."""
+    x: Any = features if isinstance(features, Tensor) else as_array("best_class", "features", features)
+    y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    classes = m.shape[1]
+    if tuple(x.shape) != (len(y), len(m)) or y.ndim != 1:
+        raise ValueError(
+            f"best_class: features and labels must be (N, {len(m)}) and (N,), got {tuple(x.shape)} and {y.shape}"
+        )
+    if y.dtype.kind not in "iub" or y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"best_class: labels must be integers in [0, {classes}), got {y.dtype} {y!r:.60}")
+    chosen = rows.numpy()
+    sums, counts = np.zeros((classes, len(rows))), np.bincount(y.astype(np.int64), minlength=classes)
+    for begin in range(0, len(y), _MEANS_ROWS):  # bounds the copy in float64
+        part, of = x[begin : begin + _MEANS_ROWS], y[begin : begin + _MEANS_ROWS]
+        values = part.detach().double().cpu().numpy() if isinstance(part, Tensor) else part
+        np.add.at(sums, of, np.asarray(values[:, chosen], np.float64))
+    means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], -np.inf)
+    return torch.from_numpy(means.T)
 
 
 def mutual_information_score(mi: Tensor | ArrayLike) -> float:

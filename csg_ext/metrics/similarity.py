@@ -80,5 +80,5 @@ def block_score(
     for begin in range(0, permutations, step):
         count = min(step, permutations - begin)
         order = rng.permuted(np.tile(np.arange(len(owner)), (count, 1)), axis=1)
-        as_high += int(np.sum(s[order[:, i], order[:, j]].sum(axis=1) >= inside * (1 - 1e-12)))
+        as_high += int(np.sum(s[order[:, i], order[:, j]].sum(axis=1) >= inside - 1e-12 * abs(inside)))
     return BlockScore(float(within - between), float(within), float(between), as_high / (permutations + 1))

@@ -43,11 +43,14 @@ def plot_class_agreement(
 
     Filters are sorted by the gate's class, those that agree first: one square where both name a class, else a circle
     for the gate's class and a cross for that of the mutual information. The title states the share of live filters that
-    agree, `metrics.class_agreement` where none is dead. dead: as in plot_gate.
+    agree, `metrics.class_agreement` where none is dead. dead: as in plot_gate. It needs three classes: of two, a
+    filter's mutual information is the same with both.
     Source: Liang et al., ECCV 2020, figure 5.
     """
     name = "plot_class_agreement"
     names = class_names(name, classes)
+    if len(names) < 3:
+        raise ValueError(f"{name}: classes must be at least 3, as mutual information cannot tell two apart, got 2")
     g, m = check_trained(name, gate), np.asarray(mi).T
     for matrix in (g, m):
         check_matrix(name, matrix, names)

@@ -45,7 +45,8 @@ _SHOWN: dict[str, tuple[str, ...]] = {
 class Arm:
     """One trained network: its model, its gate (C, K) or None where none was trained, and what it left behind.
 
-    mi (K, C), features (N, K) and confusion (C, C) are of the N test images; history: the rows of metrics.json.
+    mi (K, C), features (N, K), labels (N,) and confusion (C, C) are of the N test images; history: the rows of
+    metrics.json.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Arm:
     gate_note: str
     mi: NDArray[np.float64]
     features: NDArray[np.float32]
+    labels: NDArray[np.int64]
     confusion: NDArray[np.int64]
     history: list[dict[str, Any]]
     statistics: tuple[list[float], list[float]]
@@ -71,7 +73,10 @@ class Arm:
     @property
     def filter_classes(self) -> NDArray[np.int64]:
         """The class of every filter, (K,); -1 for dead ones."""
-        owner = self.mi.argmax(axis=1) if self.gate is None else self.gate.argmax(axis=0)
+        if self.gate is not None:
+            owner = self.gate.argmax(axis=0)
+        else:
+            owner = metrics.best_class(self.mi, self.features, self.labels)
         return np.where(self.dead, -1, owner)
 
 
@@ -116,6 +121,7 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
                 gate_note=note,
                 history=read_history(place / name / METRICS_JSON),
                 statistics=training_statistics(checkpoint, data),
+                labels=data.test_labels,
                 **arrays,
             )
         )

@@ -66,7 +66,7 @@ def _drawn(run: Run) -> Iterator[tuple[str, str, Any]]:
         "Mutual information between filters and classes, STD on the left and CSG on the right, on one scale",
         plots.plot_mutual_information(std.mi, csg.mi, classes, bound, dead=(std.dead, csg.dead)),
     )
-    if csg.gate is not None:
+    if csg.gate is not None and len(classes) > 2:
         yield (
             "class_agreement",
             "Where the gate and the mutual information name the same class, filter by filter",

@@ -176,13 +176,13 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
         "accuracy": float(np.mean(logits.argmax(1) == labels)),
         "mis": metrics.mutual_information_score(mi),
         "mis_ceiling": metrics.mis_ceiling(logits, labels),
-        "mis_bound": metrics.entropy_bound(classes),
+        "mis_bound": float(metrics.class_entropy(labels, classes).max()),
         "dead_filters": int(dead.sum()),
     }
     if arm == CSG:
         weight, bias = (p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias))
         numbers["l1_density"] = model.csg.density()
-        numbers["class_agreement"] = metrics.class_agreement(gate, mi)
+        numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
         numbers["one_hot_accuracy"] = metrics.own_filter_accuracy(features, weight, bias, gate, labels)
     return numbers, {"mi": mi, "gate": gate, "confusion": confusion, "features": features, "labels": labels}
 
