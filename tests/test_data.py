@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csg_ext.data import Batches, ImageData, load_images
+from csg_ext.data import Batches, ImageData, image_loader, load_images
 from csg_ext.data.batches import normalise
 from csg_ext.data.images import EMBEDDED
 
@@ -319,6 +319,19 @@ def test_folder_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "iterdir", deny)
     with pytest.raises(OSError, match="the folder .*empty cannot be read: Permission denied"):
         load_images(tmp_path / "empty")
+
+
+def test_hidden_files_and_folders_hold_no_images(tmp_path):
+    _write_folder(tmp_path, 5)
+    for place in ("cat/.ipynb_checkpoints/0-checkpoint.png", "dog/deep/.thumbnails/0.png", "__MACOSX/dog/0.png"):
+        (tmp_path / place).parent.mkdir(parents=True)
+        Image.new("RGB", (12, 10)).save(tmp_path / place)
+    for place in ("cat/._0.png", "dog/deep/._1.png", "emu/.0.png"):  # of macOS: no images, whatever their names say
+        (tmp_path / place).write_bytes(b"\0\5\x16\7")
+    data = load_images(tmp_path, strict=True)
+    assert data.classes == ["cat", "dog", "emu"] and len(data.train_labels) + len(data.test_labels) == 15
+    loaders = [image_loader(tmp_path, part, batch_size=1, image_size=8, strict=True) for part in ("train", "test")]
+    assert [len(loader) for loader in loaders] == [12, 3] and loaders[0].classes == data.classes
 
 
 def test_npz_round_trip_and_hold_out(tmp_path):

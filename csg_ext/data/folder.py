@@ -12,7 +12,7 @@ import numpy as np
 from csg_ext._text import reason
 from csg_ext.data import decode
 from csg_ext.data.images import ImageData
-from csg_ext.data.index import PARTS, ImageIndex, ImageList
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, subfolders
 
 KEPT_SIZE = 64  # images up to this side are used as they are when they all share one size
 DEFAULT_SIZE = 32
@@ -24,6 +24,8 @@ def _image_files(folder: Path, below: str) -> list[str]:
     found: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if hidden(entry.name):
+                continue
             if entry.is_dir(follow_symlinks=False):
                 found += _image_files(Path(entry.path), f"{below}{entry.name}/")
             elif os.path.splitext(entry.name)[1].lower() in decode.EXTENSIONS and entry.is_file():
@@ -35,8 +37,7 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
     """The image files of every subfolder of root, sorted, as paths below root."""
     return {
         folder.name: sorted(_image_files(folder, f"{folder.name}/"), key=lambda path: path.split("/"))
-        for folder in sorted(root.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".")
+        for folder in subfolders(root)
     }
 
 

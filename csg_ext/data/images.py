@@ -281,13 +281,13 @@ def _index_directory(
     root: Path, entries: list[Path], strict: bool, progress: Callable[[Any], Any]
 ) -> ImageIndex[ImageList]:
     from csg_ext.data.folder import index_folder
+    from csg_ext.data.index import subfolders
     from csg_ext.data.shards import find_shards, index_shards
 
     shards = find_shards(root)
-    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if shards:
         return index_shards(root, shards, strict=strict, progress=progress)
-    if folders:
+    if subfolders(root):
         return index_folder(root)
     raise ValueError(
         f"data: expected an image folder, shards, torchvision's layout of CIFAR or MNIST, or IDX files, got {root}, "

@@ -21,6 +21,16 @@ PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "t
 Positions = NDArray[np.int64] | NDArray[np.bool_]
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder holds none of the user's images: caches and macOS's metadata, often copies of them."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def subfolders(root: Path) -> list[Path]:
+    """The folders in root that are not hidden, sorted."""
+    return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not hidden(entry.name)]
+
+
 @dataclass
 class ImageList:
     """References to N encoded images: files below `root`, or members of the shards there.

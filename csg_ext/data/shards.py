@@ -18,7 +18,7 @@ import numpy as np
 
 from csg_ext._text import name_list, reason
 from csg_ext.data import decode
-from csg_ext.data.index import PARTS, ImageIndex, ImageList
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, subfolders
 
 CLASSES = "classes.json"
 _LABELS = ("cls", "json")
@@ -207,22 +207,29 @@ def _numbered(images: ImageList, found: list[Label], classes: list[str], numbers
     return images.take(np.arange(len(images)), np.array([numbers[label] for label in found], np.int64))
 
 
+def _shards(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if not hidden(path.name))
+
+
+def _first_image(folder: Path) -> Path | None:
+    found = (p for p in sorted(folder.glob("*")) if p.suffix.lower() in decode.EXTENSIONS and not hidden(p.name))
+    return next(found, None)
+
+
 def find_shards(root: Path) -> dict[str, list[Path]]:
     """The shards of every part below root, sorted; "train" alone where their names say no part; none: no shards.
 
     train/*.tar with val/*.tar or test/*.tar, or *.tar whose names hold the part, as in train-000000.tar.
     """
-    folders = {
-        part: shards for name, part in reversed(PARTS.items()) if (shards := sorted((root / name).glob("*.tar")))
-    }
+    folders = {part: shards for name, part in reversed(PARTS.items()) if (shards := _shards(root / name))}
     if "train" in folders:
         return folders
     if (root / "train").is_dir():  # a folder of images, perhaps beside the archive that it came in
         return {}
-    shards = sorted(root.glob("*.tar"))
-    images = next((path for path in sorted(root.glob("*/*")) if path.suffix.lower() in decode.EXTENSIONS), None)
-    if shards and images:
-        raise ValueError(f"data: expected shards or folders of images, got {shards[0]} and {images}; name the shards")
+    shards = _shards(root)
+    image = next(filter(None, map(_first_image, subfolders(root))), None) if shards else None
+    if image:
+        raise ValueError(f"data: expected shards or folders of images, got {shards[0]} and {image}; name the shards")
     return parts_by_name(shards)
 
 
