@@ -334,6 +334,47 @@ def test_hidden_files_and_folders_hold_no_images(tmp_path):
     assert [len(loader) for loader in loaders] == [12, 3] and loaders[0].classes == data.classes
 
 
+@pytest.mark.parametrize(
+    "train, test",
+    [("Train", "Test"), ("training", "testing"), ("TRAIN", "Validation"), ("train", "Testing"), ("Training", "VALID")],
+)
+def test_the_folders_of_the_parts_under_their_other_names(tmp_path, train, test):
+    _write_folder(tmp_path / train)
+    _write_folder(tmp_path / test, 2)
+    data = load_images(tmp_path)
+    assert data.classes == ["cat", "dog", "emu"]
+    assert len(data.train_labels) == 15 and len(data.test_labels) == 6
+    loader = image_loader(tmp_path, "test", batch_size=6, image_size=8, num_workers=0)
+    assert loader.classes == data.classes and len(loader.dataset) == 6
+
+
+def test_folders_of_parts_and_of_classes_are_not_mixed(tmp_path):
+    _write_folder(tmp_path)
+    (tmp_path / "test").mkdir()
+    for read in (load_images, lambda path: image_loader(path, batch_size=1)):
+        with pytest.raises(
+            ValueError, match=r"other names than the parts' \(train, .*\), got cat/, dog/, emu/, test/$"
+        ):
+            read(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "Train")
+    with pytest.raises(FileNotFoundError, match="expected .*val or .*test beside .*Train, got neither"):
+        load_images(tmp_path)
+    _write_folder(tmp_path / "Test")
+    _write_folder(tmp_path / "Train" / "deep")
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "Train" / "deep" / name).rename(tmp_path / "Train" / name)
+    (tmp_path / "Train" / "deep").rmdir()
+    with pytest.raises(ValueError, match="the folders of the classes in .*Train alone, got .*cat, too$"):
+        load_images(tmp_path)
+    _write_folder(tmp_path / "whole" / "training")
+    _write_folder(tmp_path / "whole" / "testing")
+    _write_folder(tmp_path / "whole" / "archive")  # of any other name
+    assert len(load_images(tmp_path / "whole").train_labels) == 15
+    (tmp_path / "whole" / "Test").mkdir()
+    with pytest.raises(ValueError, match="expected one folder of the test part in .*, got Test/ and testing/$"):
+        load_images(tmp_path / "whole")
+
+
 def test_npz_round_trip_and_hold_out(tmp_path):
     images, labels = RNG.integers(0, 256, (20, 3, 4, 4), np.uint8), np.arange(20) % 2
     data = ImageData("toy", images[:14], labels[:14], images[14:], labels[14:], ["a", "b"])

@@ -47,7 +47,15 @@ def _library(shards: list[Path]) -> dict[str, tuple[np.ndarray, int]]:
     return {s["__key__"]: (s["png"].transpose(2, 0, 1), s["cls"]) for s in samples}
 
 
-@pytest.mark.parametrize("pattern", ["train/{}.tar|val/{}.tar", "set-train-{}.tar|set-test-{}.tar"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "train/{}.tar|val/{}.tar",
+        "set-train-{}.tar|set-test-{}.tar",
+        "Training/{}.tar|Testing/{}.tar",
+        "Train-{}.tar|testing-{}.tar",
+    ],
+)
 def test_shards_hold_what_the_library_reads(tmp_path, pattern):
     train, test = pattern.split("|")
     for number in range(3):

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from csg_ext._text import reason
+from csg_ext._text import name_list, reason
 from csg_ext.data import decode
 from csg_ext.data.images import ImageData
-from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, subfolders
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, part_folders, subfolders
 
 KEPT_SIZE = 64  # images up to this side are used as they are when they all share one size
 DEFAULT_SIZE = 32
@@ -43,19 +43,27 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
 
 def index_folder(root: Path) -> ImageIndex[ImageList]:
     """The parts of an image folder; "train" alone where the folders of the classes lie in root itself."""
-    folders = {"train": root}
-    if (root / "train").is_dir():
-        folders = {part: root / name for name, part in reversed(PARTS.items()) if (root / name).is_dir()}
-        if len(folders) == 1:
-            raise FileNotFoundError(
-                f"data: expected {root / 'val'} or {root / 'test'} beside {root / 'train'}, got neither"
-            )
+    folders = part_folders(root)
+    if folders.keys() == {"train"}:
+        raise FileNotFoundError(
+            f"data: expected {root / 'val'} or {root / 'test'} beside {folders['train']}, got neither"
+        )
+    if folders and "train" not in folders:
+        raise ValueError(
+            f"data: expected train/ with val/ or test/ in {root}, or folders of classes with other names than the "
+            f"parts' ({', '.join(PARTS)}), got {name_list(f'{folder.name}/' for folder in subfolders(root))}"
+        )
+    beside = [folder for folder in subfolders(root) if folders and folder not in folders.values()]
+    folders = folders or {"train": root}
     found = {part: _class_folders(folder) for part, folder in folders.items()}
     classes = sorted(found["train"])
     if not any(found["train"].values()):
         raise ValueError(
             f"data: expected folders of images ({', '.join(sorted(decode.EXTENSIONS))}) in {root}, got no image"
         )
+    mixed = [folder for folder in beside if folder.name in found["train"]]
+    if mixed:
+        raise ValueError(f"data: expected the folders of the classes in {folders['train']} alone, got {mixed[0]}, too")
     parts = {}
     for part, files in found.items():
         unknown = sorted(files.keys() - found["train"].keys())

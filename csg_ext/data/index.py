@@ -15,8 +15,16 @@ from PIL import Image
 
 from csg_ext.data import decode, select
 
-# Names of folders and shards; the first of them that exists is the part that is measured on.
-PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# What the names of folders and shards say, in upper or lower case; "val" is measured on where there is "test", too.
+PARTS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 
 Positions = NDArray[np.int64] | NDArray[np.bool_]
 
@@ -29,6 +37,20 @@ def hidden(name: str) -> bool:
 def subfolders(root: Path) -> list[Path]:
     """The folders in root that are not hidden, sorted."""
     return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not hidden(entry.name)]
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders in root that are named after a part, by part; ValueError where two are named after the same."""
+    found: dict[str, Path] = {}
+    for folder in subfolders(root):
+        part = PARTS.get(folder.name.lower())
+        if part in found:
+            raise ValueError(
+                f"data: expected one folder of the {part} part in {root}, got {found[part].name}/ and {folder.name}/"
+            )
+        if part is not None:
+            found[part] = folder
+    return found
 
 
 @dataclass

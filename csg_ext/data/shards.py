@@ -18,7 +18,7 @@ import numpy as np
 
 from csg_ext._text import name_list, reason
 from csg_ext.data import decode
-from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, subfolders
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, part_folders, subfolders
 
 CLASSES = "classes.json"
 _LABELS = ("cls", "json")
@@ -33,7 +33,7 @@ _KINDS = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
-_PART = re.compile(rf"(?:^|[-_.])({'|'.join(PARTS)})(?=[-_.\d]|$)")
+_PART = re.compile(rf"(?:^|[-_.])({'|'.join(PARTS)})(?=[-_.\d]|$)", re.IGNORECASE)
 
 Label = int | str
 
@@ -221,10 +221,11 @@ def find_shards(root: Path) -> dict[str, list[Path]]:
 
     train/*.tar with val/*.tar or test/*.tar, or *.tar whose names hold the part, as in train-000000.tar.
     """
-    folders = {part: shards for name, part in reversed(PARTS.items()) if (shards := _shards(root / name))}
-    if "train" in folders:
-        return folders
-    if (root / "train").is_dir():  # a folder of images, perhaps beside the archive that it came in
+    folders = part_folders(root)
+    parts = {part: shards for part, folder in folders.items() if (shards := _shards(folder))}
+    if "train" in parts:
+        return parts
+    if "train" in folders:  # a folder of images, perhaps beside the archive that it came in
         return {}
     shards = _shards(root)
     image = next(filter(None, map(_first_image, subfolders(root))), None) if shards else None
@@ -238,7 +239,7 @@ def parts_by_name(shards: list[Path]) -> dict[str, list[Path]]:
     parts: dict[str, list[Path]] = {}
     for shard in shards:
         match = _PART.search(shard.stem)
-        parts.setdefault(PARTS[match[1]] if match else "", []).append(shard)
+        parts.setdefault(PARTS[match[1].lower()] if match else "", []).append(shard)
     if "" in parts and len(parts) > 1:
         raise ValueError(
             f"data: expected train, val or test in the name of every shard or of none, got {parts[''][0].name} "
