@@ -71,7 +71,7 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     begun = time.monotonic()
     data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
     if data.skipped:
-        print(f"{len(data.skipped)} damaged images or shards are left out:", file=sys.stderr)
+        print(f"{len(data.skipped)} images, shards or folders are left out:", file=sys.stderr)
         for line in data.skipped[:10]:
             print(f"  {line}", file=sys.stderr)
         if len(data.skipped) > 10:

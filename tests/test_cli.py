@@ -158,7 +158,7 @@ def test_skipped_images_are_named_and_strict_refuses_them(tmp_path, capsys, monk
     assert "with strict every image must decode, got a/broken.png" in capsys.readouterr().err
     assert cli.main(common) == 2
     err = capsys.readouterr().err
-    assert "1 damaged images or shards are left out" in err and "a/broken.png" in err
+    assert "1 images, shards or folders are left out" in err and "a/broken.png" in err
     assert (tmp_path / "o" / "skipped.txt").read_text().startswith("a/broken.png")
 
 

@@ -375,6 +375,28 @@ def test_folders_of_parts_and_of_classes_are_not_mixed(tmp_path):
         load_images(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("output", ["runs/train", "runs"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_in_the_folder_of_the_images_are_no_class(tmp_path, output, parts):
+    """csg-ext train --data . writes there by default; a second run, --resume and evaluate see the same images."""
+    for part in ("train", "val") if parts else (".",):
+        _write_folder(tmp_path / part)
+    before = load_images(tmp_path)
+    results = tmp_path / ("train" if parts else ".") / output
+    (results / "csg").mkdir(parents=True)
+    (results / "run.json").write_text("{}")
+    Image.new("RGB", (80, 60)).save(results / "gate.png")
+    data = load_images(tmp_path, strict=True)
+    assert data.classes == ["cat", "dog", "emu"] and data.fingerprint() == before.fingerprint()
+    assert data.skipped == [f"{'train/' if parts else ''}runs: results of csg-ext train, no class"]
+    with pytest.warns(UserWarning, match="1 left out while indexing, first .*: results of csg-ext train, no class"):
+        assert image_loader(tmp_path, batch_size=1, num_workers=0).classes == data.classes
+    for path in (tmp_path / "val" if parts else tmp_path).glob("dog/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no image of class 'dog' in .* the first failure is: .*dog/[0-4].png: "):
+        load_images(tmp_path)
+
+
 def test_npz_round_trip_and_hold_out(tmp_path):
     images, labels = RNG.integers(0, 256, (20, 3, 4, 4), np.uint8), np.arange(20) % 2
     data = ImageData("toy", images[:14], labels[:14], images[14:], labels[14:], ["a", "b"])

@@ -301,12 +301,15 @@ def test_paths_that_name_no_shards(tmp_path):
         load_images(tmp_path / "e")
 
 
-def test_hidden_files_beside_shards_are_neither_shards_nor_images(tmp_path):
+def test_hidden_files_and_results_beside_shards_are_neither_shards_nor_images(tmp_path):
     _write(tmp_path / "x-0.tar", 12)
     (tmp_path / "._x-0.tar").write_bytes(b"\0\5\x16\7")
     for name in (".thumbnails/1.png", "__MACOSX/1.png", "notes/._1.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(_png())
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "run.json").write_text("{}")
+    (tmp_path / "results" / "gate.png").write_bytes(_png())
     data = load_images(tmp_path, strict=True)
     assert len(data.train_labels) + len(data.test_labels) == 12
 

@@ -12,7 +12,7 @@ import numpy as np
 from csg_ext._text import name_list, reason
 from csg_ext.data import decode
 from csg_ext.data.images import ImageData
-from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, part_folders, subfolders
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, holds_run, part_folders, subfolders
 
 KEPT_SIZE = 64  # images up to this side are used as they are when they all share one size
 DEFAULT_SIZE = 32
@@ -33,12 +33,15 @@ def _image_files(folder: Path, below: str) -> list[str]:
     return found
 
 
-def _class_folders(root: Path) -> dict[str, list[str]]:
-    """The image files of every subfolder of root, sorted, as paths below root."""
-    return {
-        folder.name: sorted(_image_files(folder, f"{folder.name}/"), key=lambda path: path.split("/"))
-        for folder in subfolders(root)
-    }
+def _class_folders(root: Path, skip: Callable[[Path], None]) -> dict[str, list[str]]:
+    """The image files of every subfolder of root, sorted, as paths below root; `skip` hears of folders of results."""
+    found = {}
+    for folder in subfolders(root):
+        if holds_run(folder):
+            skip(folder)
+        else:
+            found[folder.name] = sorted(_image_files(folder, f"{folder.name}/"), key=lambda path: path.split("/"))
+    return found
 
 
 def index_folder(root: Path) -> ImageIndex[ImageList]:
@@ -55,7 +58,8 @@ def index_folder(root: Path) -> ImageIndex[ImageList]:
         )
     beside = [folder for folder in subfolders(root) if folders and folder not in folders.values()]
     folders = folders or {"train": root}
-    found = {part: _class_folders(folder) for part, folder in folders.items()}
+    results: list[Path] = []
+    found = {part: _class_folders(folder, results.append) for part, folder in folders.items()}
     classes = sorted(found["train"])
     if not any(found["train"].values()):
         raise ValueError(
@@ -76,14 +80,16 @@ def index_folder(root: Path) -> ImageIndex[ImageList]:
         parts[part] = ImageList(
             folders[part], np.array(names, np.bytes_), np.repeat(np.arange(len(classes), dtype=np.int64), counts)
         )
-    return ImageIndex(root.name, root, parts, classes)
+    skipped = [f"{folder.relative_to(root).as_posix()}: results of csg-ext train, no class" for folder in results]
+    return ImageIndex(root.name, root, parts, classes, skipped)
 
 
 class _Failures:
     """Names what does not decode, or raises where that is an error."""
 
     def __init__(self, index: ImageIndex[ImageList], strict: bool) -> None:
-        self.root, self.strict, self.lines = index.root, strict, list(index.skipped)
+        self.root, self.strict = index.root, strict
+        self.lines: list[str] = []
 
     def add(self, images: ImageList, position: int, error: Exception) -> None:
         name = images.name(position)
@@ -176,5 +182,5 @@ def read_into_memory(
         pixels["test"][: len(kept["test"])],
         labels["test"],
         index.classes,
-        failures.lines,
+        index.skipped + failures.lines,
     )

@@ -22,7 +22,7 @@ EMBEDDED = Path(__file__).with_name("fashion_mnist_14k.npz")
 class ImageData:
     """Train and test images, uint8 (N, channels, H, W), with int64 labels (N,) in 0..C-1.
 
-    `skipped` names the files that could not be read, each with its reason.
+    `skipped` names the files and folders that were left out, each with its reason.
     """
 
     name: str

@@ -39,6 +39,11 @@ def subfolders(root: Path) -> list[Path]:
     return [entry for entry in sorted(root.iterdir()) if entry.is_dir() and not hidden(entry.name)]
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether csg-ext train wrote into a folder or one directly below it: the pictures there are its results."""
+    return (folder / "run.json").is_file() or any(folder.glob("*/run.json"))
+
+
 def part_folders(root: Path) -> dict[str, Path]:
     """The folders in root that are named after a part, by part; ValueError where two are named after the same."""
     found: dict[str, Path] = {}

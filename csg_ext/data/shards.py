@@ -18,7 +18,7 @@ import numpy as np
 
 from csg_ext._text import name_list, reason
 from csg_ext.data import decode
-from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, part_folders, subfolders
+from csg_ext.data.index import PARTS, ImageIndex, ImageList, hidden, holds_run, part_folders, subfolders
 
 CLASSES = "classes.json"
 _LABELS = ("cls", "json")
@@ -228,7 +228,8 @@ def find_shards(root: Path) -> dict[str, list[Path]]:
     if "train" in folders:  # a folder of images, perhaps beside the archive that it came in
         return {}
     shards = _shards(root)
-    image = next(filter(None, map(_first_image, subfolders(root))), None) if shards else None
+    folders_of_images = [folder for folder in subfolders(root) if not holds_run(folder)] if shards else []
+    image = next(filter(None, map(_first_image, folders_of_images)), None)
     if image:
         raise ValueError(f"data: expected shards or folders of images, got {shards[0]} and {image}; name the shards")
     return parts_by_name(shards)
