@@ -131,6 +131,26 @@ def test_defaults_of_folders_and_packed_sets(folder, tmp_path):
     assert x.shape[1] == 1  # train/ with val/ alone: val is the test part
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_packed_sets_are_normalised_by_the_train_images_that_are_used(tmp_path, split, channels):
+    """Those of the other classes, those held out and those left out for the imbalance have other levels."""
+    images, labels = RNG.integers(0, 256, (120, 1, 3, 3), np.uint8), np.arange(120) % 4
+    images[labels < 2] //= 9
+    ImageData("toy", images, labels, images[:8], labels[:8], list("abcd")).save(tmp_path / "x.npz")
+    chosen = dict(classes=["d", "c"], imbalance=3, channels=channels)
+    options = dict(batch_size=4, num_workers=0, drop_last=False, shuffle=False) | chosen
+    data = load_images(tmp_path / "x.npz", **chosen)
+    loader = image_loader(tmp_path / "x.npz", "test", **options)
+    assert (loader.dataset.mean, loader.dataset.std) == data.statistics()
+    loader = image_loader(tmp_path / "x.npz", split, val_share=0.5, **options)
+    plain = image_loader(tmp_path / "x.npz", val_share=0.5, mean=[0] * channels, std=[1 / 255] * channels, **options)
+    levels = torch.cat([x for x, _ in plain]).double() / 255
+    assert len(levels) == 15 + 5
+    assert np.allclose(loader.dataset.mean, levels.mean((0, 2, 3)), atol=1e-6)
+    assert np.allclose(loader.dataset.std, levels.std((0, 2, 3), correction=0), atol=1e-6)
+
+
 # ---- order, workers, ranks
 
 

@@ -72,11 +72,7 @@ class ImageData:
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of every channel of the train part, in units of [0, 1]."""
-        histogram = [np.bincount(self.train_images[:, c].ravel(), minlength=256) for c in range(self.channels)]
-        level = np.arange(256) / 255
-        mean = [float(h @ level / h.sum()) for h in histogram]
-        std = [float(np.sqrt(h @ (level - m) ** 2 / h.sum())) for h, m in zip(histogram, mean, strict=True)]
-        return mean, [max(s, 1e-3) for s in std]
+        return channel_statistics(self.train_images)
 
     def fingerprint(self) -> str:
         """sha256 over the images and labels: tells whether a resumed run still sees the same data."""
@@ -119,8 +115,8 @@ class ImageData:
         """The set in grey (1: ITU-R 601 luma, as in Pillow) or in colour (3: grey repeated)."""
         return replace(
             self,
-            train_images=_with_channels(self.train_images, channels),
-            test_images=_with_channels(self.test_images, channels),
+            train_images=with_channels(self.train_images, channels),
+            test_images=with_channels(self.test_images, channels),
         )
 
     def save(self, path: str | Path) -> None:
@@ -135,7 +131,17 @@ class ImageData:
         )
 
 
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every channel of uint8 (N, channels, H, W), in units of [0, 1]."""
+    histogram = [np.bincount(images[:, c].ravel(), minlength=256) for c in range(images.shape[1])]
+    level = np.arange(256) / 255
+    mean = [float(h @ level / h.sum()) for h in histogram]
+    std = [float(np.sqrt(h @ (level - m) ** 2 / h.sum())) for h, m in zip(histogram, mean, strict=True)]
+    return mean, [max(s, 1e-3) for s in std]
+
+
+def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 (N, 1 or 3, H, W) in grey or in colour; see ImageData.with_channels."""
     if images.shape[1] == channels:
         return images
     if images.shape[1] not in (1, 3):

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from csg_ext._text import reason
 from csg_ext.data import decode, select
 from csg_ext.data.batches import derive_seed, normalise
-from csg_ext.data.images import ImageData, find_images
+from csg_ext.data.images import ImageData, channel_statistics, find_images, with_channels
 from csg_ext.data.index import ArrayList, ImageIndex, ImageList
 
 SPLITS = ("train", "val", "test")
@@ -322,7 +322,8 @@ def image_loader(
     split: "train", "val" or "test". val_share: what is held out of every class of the train part as "val", in place of
     a val part of the set's own. A set with train/ and val/ alone has its val part for "test", too.
     image_size: side of x in pixels; 224 by default for folders and shards, else the set's own.
-    mean, std: per channel, in units of [0, 1]; ImageNet's by default for folders and shards, else the train part's own.
+    mean, std: per channel, in units of [0, 1]; ImageNet's by default for folders and shards, else the train part's own,
+    of the images that classes, val_share and imbalance leave in it (the same for every split, given the same three).
     augment (default: for "train" of folders and shards): random_crop; otherwise the shorter side is scaled to
     image_size and the centre cropped. transform: maps the decoded Pillow image to x of one sample, in place of
     augmentation, size and normalisation; torch's and Python's random numbers in it are reproducible.
@@ -350,16 +351,15 @@ def image_loader(
     place, places = _ranks(rank, world_size)
     found = find_images(path, strict=strict, progress=progress)
     packed = isinstance(found, ImageData)
-    index: ImageIndex[Any]
+    index: ImageIndex[Any] = found.index() if isinstance(found, ImageData) else found
+    index = _parts(index.subset(classes), split, test_share, val_share, split_seed).imbalanced(imbalance, split_seed)
     if isinstance(found, ImageData):
         channels = channels or found.channels
-        own_mean, own_std = found.with_channels(channels).statistics()
-        index = found.index()
+        used = found.train_images[index.parts["train"].positions]
+        own_mean, own_std = channel_statistics(with_channels(used, channels))
     else:
         channels, image_size = channels or 3, image_size or DEFAULT_SIZE
         own_mean, own_std = _imagenet(channels)
-        index = found
-    index = _parts(index.subset(classes), split, test_share, val_share, split_seed).imbalanced(imbalance, split_seed)
     mean, std = own_mean if mean is None else mean, own_std if std is None else std
     _check_normalisation(channels, mean, std)
     training = split == "train"
