@@ -412,6 +412,25 @@ def test_npz_round_trip_and_hold_out(tmp_path):
         data.hold_out(14)
 
 
+@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 20, 1), (8, 8, 4)])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_npz_with_the_channels_last_is_refused(tmp_path, shape, part):
+    images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
+    arrays = {f"{p}_{kind}": a for p in ("train", "test") for kind, a in (("images", images), ("labels", labels))}
+    arrays["train_images" if part == "test" else "test_images"] = images.transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "x.npz", **arrays)
+    got = re.escape(f"(N, channels, H, W), got (6, {shape[0]}, {shape[1]}, {shape[2]}), which has the channels last")
+    with pytest.raises(ValueError, match=f"x.npz: {part}_images must be {got}$"):
+        load_images(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 1), (3, 28, 3), (3, 4, 4), (4, 3, 3), (2, 4, 4)])
+def test_npz_with_narrow_images_is_read(tmp_path, shape):
+    images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    assert load_images(tmp_path / "x.npz").train_images.shape == (6, *shape)
+
+
 def test_statistics():
     images = RNG.integers(0, 256, (20, 3, 4, 4), np.uint8)
     data = ImageData("toy", images, np.arange(20) % 2, images, np.arange(20) % 2, ["a", "b"])

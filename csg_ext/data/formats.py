@@ -17,6 +17,7 @@ from csg_ext.data.images import ImageData
 
 _IDX_DIMENSIONS = 4  # at most; sets of images have three
 _CHUNK = 2**20
+_CHANNELS_LAST = (1, 3, 4)  # grey, colour, colour with alpha
 
 
 def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = False) -> Any:
@@ -62,6 +63,11 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
         raise ValueError(f"{path}: expected the array {min(missing)}, got {name_list(arrays)}")
     for part in ("train", "test"):
         images = arrays[f"{part}_images"]
+        # ImageData takes any number of channels: it would read a 28 x 28 colour image as 28 channels of 28 x 3.
+        if images.ndim == 4 and images.shape[3] in _CHANNELS_LAST and images.shape[1] > max(_CHANNELS_LAST):
+            raise ValueError(
+                f"{path}: {part}_images must be (N, channels, H, W), got {images.shape}, which has the channels last"
+            )
         arrays[f"{part}_images"] = images[:, None] if images.ndim == 3 else images
         labels = arrays[f"{part}_labels"]
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
