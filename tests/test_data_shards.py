@@ -110,6 +110,30 @@ def test_labels_and_class_names(tmp_path, labels, listed, classes):
     assert data.classes == classes and data.train_labels.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("text", [b"3", b"003"])
+def test_digits_that_are_a_number_and_the_name_of_another_class_are_refused(tmp_path, text):
+    """The names of two classes, in the other order than their numbers."""
+    names = ["4", text.decode(), "2", "1", "0"]
+    for part in ("train", "val"):
+        _tar(tmp_path / f"{part}.tar", [("a.png", _png()), ("a.cls", b"2"), ("b.png", _png()), ("b.cls", text)])
+    (tmp_path / "classes.json").write_text(json.dumps(names))
+    got = f"got '{text.decode()}', which is the number of class '1' and the name of class number 1 in classes.json"
+    for read in (load_images, lambda path: image_loader(path, batch_size=1)):
+        with pytest.raises(ValueError, match=f"^data: train.tar: b: expected a label that means one class.*{got}$"):
+            read(tmp_path)
+
+
+def test_digits_that_mean_one_class_are_read(tmp_path):
+    """A number that is its own name, and in .json numbers and names, which differ in their type."""
+    labels = [("cls", b"2"), ("json", b"1"), ("json", b'"3"'), ("json", b'{"label": 3}'), ("json", b"0"), ("cls", b"5")]
+    for part in ("train", "val"):
+        files = [m for i, x in enumerate(labels) for m in ((f"{i}.png", _png()), (f"{i}.{x[0]}", x[1]))]
+        _tar(tmp_path / f"{part}.tar", files)
+    (tmp_path / "classes.json").write_text('["0", "3", "2", "1", "40", "6"]')
+    index = find_images(tmp_path)
+    assert index.parts["train"].labels.tolist() == [2, 1, 1, 3, 0, 5] and not index.skipped
+
+
 @pytest.mark.parametrize("listed", ["{", "[1, 2]", '["a", "a"]', '{"a": 0, "b": 2}'])
 def test_class_names_that_are_none(tmp_path, listed):
     _write(tmp_path / "x.tar", 6, classes=2)

@@ -34,6 +34,7 @@ _KINDS = {
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
 _PART = re.compile(rf"(?:^|[-_.])({'|'.join(PARTS)})(?=[-_.\d]|$)", re.IGNORECASE)
+_DIGITS = re.compile(r"\d{1,9}")
 
 Label = int | str
 
@@ -92,12 +93,16 @@ def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[d
             skip(f"{below}: truncated or damaged after {done or 'its beginning'}: there is no end-of-archive marker")
 
 
+def _text(sample: dict[str, Any], suffix: str) -> str:
+    return sample[suffix][3].decode("utf-8", "replace").strip()
+
+
 def _label(sample: dict[str, Any]) -> Label:
     """The class number or name in a sample's .cls, or in its .json: a number, a name, or an object with "label"."""
     suffix = next((suffix for suffix in _LABELS if suffix in sample), None)
     if suffix is None:
         raise ValueError("expected a .cls or .json with the label beside the image, got neither")
-    text = sample[suffix][3].decode("utf-8", "replace").strip()
+    text = _text(sample, suffix)
     value: Any = text
     if suffix == "json":
         try:
@@ -106,7 +111,7 @@ def _label(sample: dict[str, Any]) -> Label:
             raise ValueError(f"expected JSON in {sample[suffix][0]!r}, got {text[:40]!r}") from None
         if isinstance(value, dict):
             value = value.get("label")
-    elif re.fullmatch(r"\d{1,9}", text):
+    elif _DIGITS.fullmatch(text):
         value = int(text)
     named = isinstance(value, str) and value != ""
     if not named and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -135,16 +140,30 @@ def _class_names(folders: set[Path]) -> list[str] | None:
 
 
 class _Reader:
-    """Collects the samples of the shards below root; `skipped` names what cannot be used."""
+    """Collects the samples of the shards below root; `skipped` names what cannot be used.
 
-    def __init__(self, root: Path, strict: bool) -> None:
-        self.root, self.strict = root, strict
+    classes: the names in classes.json, if there is one.
+    """
+
+    def __init__(self, root: Path, strict: bool, classes: list[str] | None) -> None:
+        self.root, self.strict, self.classes = root, strict, classes or []
+        self.positions = {name: position for position, name in enumerate(self.classes)}
         self.skipped: list[str] = []
 
     def skip(self, line: str) -> None:
         if self.strict:
             raise ValueError(f"with strict every shard and image must be whole, got {line}")
         self.skipped.append(line)
+
+    def _check_digits(self, where: str, sample: dict[str, Any]) -> None:
+        """Raises ValueError for digits in a .cls that are the number of one class and the name of another."""
+        text = _text(sample, "cls") if "cls" in sample else ""
+        named = self.positions.get(text)
+        if named is not None and _DIGITS.fullmatch(text) and int(text) != named and int(text) < len(self.classes):
+            raise ValueError(
+                f"{where}: expected a label that means one class in {sample['cls'][0]!r}, got {text!r}, which is the "
+                f"number of class {self.classes[int(text)]!r} and the name of class number {named} in {CLASSES}"
+            )
 
     def _sample(self, shard: str, sample: dict[str, Any]) -> tuple[bytes, Label, int, int] | None:
         images = [suffix for suffix in sample if f".{suffix.rpartition('.')[2]}" in decode.EXTENSIONS]
@@ -161,6 +180,7 @@ class _Reader:
         if size > _IMAGE_BYTES:
             self.skip(f"{shard}: {name}: {size} bytes exceed the {_IMAGE_BYTES} that an image may take")
             return None
+        self._check_digits(where, sample)
         try:
             return os.fsencode(name), _label(sample), offset, size
         except ValueError as error:
@@ -262,13 +282,13 @@ def index_shards(
     """
     if "train" not in parts:
         raise ValueError(f"data: expected shards of the train part in {root}, got {', '.join(parts)} alone")
-    reader = _Reader(root, strict)
+    classes = _class_names({root, parts["train"][0].parent})
+    reader = _Reader(root, strict, classes)
     read = {part: reader.part(shards, progress) for part, shards in parts.items()}
     labels = read["train"][1]
     if not labels:
         failure = f"; the first failure is: {reader.skipped[0]}" if reader.skipped else ""
         raise ValueError(f"data: expected labelled images in the train shards of {root}, got none{failure}")
-    classes = _class_names({root, parts["train"][0].parent})
     if classes is None:
         if len({type(label) for label in labels}) > 1:
             raise ValueError(f"data: without {CLASSES} in {root} labels must be all numbers or all names, got both")
