@@ -431,6 +431,15 @@ def test_npz_with_narrow_images_is_read(tmp_path, shape):
     assert load_images(tmp_path / "x.npz").train_images.shape == (6, *shape)
 
 
+def test_class_names_that_are_not_different_are_refused(tmp_path):
+    images, labels = RNG.integers(0, 256, (8, 1, 4, 4), np.uint8), np.arange(8) % 4
+    data = ImageData("toy", images, labels, images, labels, ["a", "b", "A", "c"])
+    data.classes[2] = "a"
+    data.save(tmp_path / "toy.npz")
+    with pytest.raises(ValueError, match="^toy: the names of the classes must differ, got 'a' twice$"):
+        load_images(tmp_path / "toy.npz", classes=["a", "c"])
+
+
 def test_statistics():
     images = RNG.integers(0, 256, (20, 3, 4, 4), np.uint8)
     data = ImageData("toy", images, np.arange(20) % 2, images, np.arange(20) % 2, ["a", "b"])

@@ -64,6 +64,9 @@ class ImageData:
             )
         if len(self.classes) < 2:
             raise ValueError(f"{self.name}: at least 2 classes are needed, got {len(self.classes)}")
+        if len(set(self.classes)) != len(self.classes):  # a class is chosen by its name
+            double = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise ValueError(f"{self.name}: the names of the classes must differ, got {double!r:.100} twice")
 
     @property
     def channels(self) -> int:
