@@ -48,16 +48,6 @@ class ProjectedSGD(Optimizer):
         nesterov: bool = False,
         method: str = "scale",
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"ProjectedSGD: {name} must be >= 0, got {value}")
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got momentum = {momentum} and "
-                f"dampening = {dampening}"
-            )
-        if method not in METHODS:
-            raise ValueError(f"ProjectedSGD: method must be 'scale' or 'euclidean', got {method!r}")
         options = {
             "lr": lr,
             "momentum": momentum,
@@ -67,10 +57,27 @@ class ProjectedSGD(Optimizer):
             "method": method,
         }
         super().__init__(params, options)
-        for group in self.param_groups:
-            for gate in group["params"]:
-                if gate.dim() != 2:
-                    raise ValueError(f"ProjectedSGD: every parameter must be a gate (C, K), got {tuple(gate.shape)}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds gates with options of their own; ValueError as for the optimizer's."""
+        options = self.defaults | param_group
+        if options.get("maximize"):
+            raise ValueError("ProjectedSGD: maximize must be left out, as the gate's loss is minimised, got True")
+        for name in ("lr", "momentum", "weight_decay"):
+            if not options[name] >= 0:
+                raise ValueError(f"ProjectedSGD: {name} must be >= 0, got {options[name]}")
+        if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
+            raise ValueError(
+                f"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got momentum = {options['momentum']} "
+                f"and dampening = {options['dampening']}"
+            )
+        if options["method"] not in METHODS:
+            raise ValueError(f"ProjectedSGD: method must be 'scale' or 'euclidean', got {options['method']!r}")
+        super().add_param_group(param_group)
+        for gate in self.param_groups[-1]["params"]:
+            if gate.dim() != 2:
+                self.param_groups.pop()
+                raise ValueError(f"ProjectedSGD: every parameter must be a gate (C, K), got {tuple(gate.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

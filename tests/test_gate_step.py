@@ -302,6 +302,15 @@ def sgd(gate, **options):
     return ProjectedSGD([gate.requires_grad_()], **options)
 
 
+def group(**options: object) -> None:
+    """A group that is added later, with options of its own."""
+    optimizer = sgd(matrix())
+    try:
+        optimizer.add_param_group({"params": [matrix()], "name": "second"} | options)
+    finally:
+        assert len(optimizer.param_groups) == 1  # what is refused leaves nothing behind
+
+
 def stranger():
     return ProjectedOptimizer(torch.optim.SGD([matrix().requires_grad_()], lr=1), [matrix()])
 
@@ -339,6 +348,10 @@ BAD = [
     (lambda: csg_ext.gate_penalty(matrix(), "4"), TypeError, r"gate_penalty: budget must be a number, got '4'"),
     (lambda: sgd(matrix()[0]), ValueError, r"ProjectedSGD: every parameter must be a gate \(C, K\), got \(4,\)"),
     (lambda: sgd(matrix(), lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
+    (lambda: group(lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
+    (lambda: group(nesterov=True), ValueError, r"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got"),
+    (lambda: group(maximize=True), ValueError, r"ProjectedSGD: maximize must be left out"),
+    (lambda: group(params=[matrix()[0]]), ValueError, r"ProjectedSGD: every parameter must be a gate \(C, K\), got"),
     (stranger, ValueError, r"ProjectedOptimizer: gates\[0\] must be a parameter"),
 ]
 
