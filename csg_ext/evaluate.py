@@ -316,7 +316,7 @@ def main(arguments: dict[str, Any]) -> int:
     data = source_images(stored, arguments)
     models = [restore(s, data).to(device) for s in stored]
     if data.skipped:
-        print(f"{len(data.skipped)} images do not decode and are left out: {data.skipped[0]}, ...", file=sys.stderr)
+        print(f"{len(data.skipped)} images or folders are left out: {data.skipped[0]}, ...", file=sys.stderr)
     height, width = data.test_images.shape[2:]
     print(
         f"Measuring on {data.name}: {len(data.test_labels)} test images, {height}x{width}, "

@@ -186,7 +186,10 @@ def test_command_scores_what_the_functions_score(run, digits, masks, tmp_path, c
 def test_pairs_must_be_whole_and_fit(digits, masks):
     data, arrays = load_images(digits), masks[1]
     for change, message in (
-        ({"classes": np.array(["2", "1", "0"])}, r"count the .* order, \['0', '1', '2'\], got \['2', '1', '0'\]"),
+        (
+            {"classes": np.array(["2", "1", "0"])},
+            r"pair_labels count .* order, \['0', '1', '2'\], got \['2', '1', '0'\]",
+        ),
         ({"pair_labels": None}, "scenes of two objects need .* got no pair_labels"),
         ({"pair_labels": arrays["pair_labels"] + 1}, r"pair_labels must be \(12, 2\) with classes in \[0, 3\)"),
         ({"pair_images": arrays["pair_images"][:, :, :4]}, r"pair_images must be uint8 \(M, 1, 8, 8\)"),
