@@ -178,6 +178,7 @@ def weight_targets(rng: np.random.Generator) -> dict[str, Target]:
     config = TrainConfig().as_dict()
     source = {"data": None, "classes": None, "test_share": 0.2, "split_seed": 0}
     run = {"config": config, "source": source, "sha256": "0" * 64, "statistics": [[0.3], [0.2]]}
+    run["images"] = {"classes": ["a", "b"], "shape": [1, 28, 28]}
     prefixed = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     extra = {"arm": "std", "config": config, "history": [{"epoch": 1}], "sums": torch.zeros(5), "step_count": 3}
     checkpoints = [

@@ -42,6 +42,8 @@ def test_variants_of_whole_files(name, tmp_path):
         ("run.json", lambda run: run["config"].update(flip=1), "flip must be true or false, got 1"),
         ("run.json", lambda run: run["source"].update(classes=[7]), "the source's classes must be a list of names"),
         ("run.json", lambda run: run["source"].update(data="a\0b"), "the source's data must be a path or null"),
+        ("run.json", lambda run: run["images"].update(classes=[7]), "images must hold classes and shape, got"),
+        ("run.json", lambda run: run["images"].update(shape=[1, 28, True]), "images must hold classes and shape, got"),
         ("summary.json", lambda summary: summary["data"].update(shape=[4, 4]), "expected the numbers that"),
         ("metrics.json", lambda rows: rows[1].update(loss_std="1"), "loss_std must be a number, got '1'"),
         ("result.json", lambda result: result.pop("mis"), "mis must be a number, got None"),
