@@ -64,7 +64,7 @@ STUDIES = [
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
-    Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), range(2), hold_out=None, data="crowded", classes=80),
+    Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), MAIN_SEEDS, None, data="crowded", classes=80),
     _ablation("default", "base", arms=("std", "csg")),
     _ablation("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     _ablation("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
@@ -94,7 +94,8 @@ OTHERS = [
     for name, text in (
         ("objects-1", "one object in view, objects.py"),
         ("objects-2", "two objects in view, objects.py"),
-        ("finetune", "EfficientNet-lite0, finetune.py"),
+        ("finetune", "EfficientNet-lite0, 6 epochs, finetune.py"),
+        ("finetune-long", "EfficientNet-lite0, 12 epochs, finetune.py"),
     )
 ]
 
