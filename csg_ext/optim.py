@@ -151,6 +151,12 @@ class ProjectedOptimizer(Optimizer):
         """Clear the gradients of the wrapped optimizer's parameters."""
         self.optimizer.zero_grad(set_to_none)
 
+    def __getstate__(self) -> dict[str, Any]:  # torch's own leaves out what it does not know
+        return {"optimizer": self.optimizer, "gates": self.gates, "method": self.method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["optimizer"], state["gates"], state["method"])  # type: ignore[misc]
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state."""
         return self.optimizer.state_dict()

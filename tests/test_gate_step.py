@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -273,6 +275,21 @@ def test_projected_adam_with_a_scheduler(device):
     extra = torch.nn.Parameter(torch.zeros(2, device=device))
     optimizer.add_param_group({"params": [extra]})
     assert len(adam.param_groups) == len(optimizer.param_groups) == 3
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_a_copy_of_a_projected_optimizer_steps_its_own_parameters(duplicate):
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    optimizer = ProjectedOptimizer(torch.optim.Adam([gate], lr=0.1), [gate], "euclidean")
+    gate.grad = torch.randn(3, 4)
+    optimizer.step()
+    other = duplicate(optimizer)
+    (twin,) = other.param_groups[0]["params"]
+    assert twin is other.gates[0] is not gate and other.method == "euclidean"
+    for parameter, by in ((gate, optimizer), (twin, other)):
+        parameter.grad = torch.ones(3, 4)
+        by.step()
+    assert torch.equal(gate, twin) and in_feasible_set(gate.detach())
 
 
 def test_an_unconstrained_gate_needs_no_projection(device):

@@ -378,14 +378,52 @@ def test_the_average_gate_stays_feasible():
             for name, value in module.model.state_dict().items():
                 first = trainer.global_step == 1
                 expected[name] = value.clone() if first else 0.8 * expected[name] + 0.2 * value
-            expected["csg.gate"] /= expected["csg.gate"].amax(0)
 
     callbacks = [Follow(), GatedWeightAveraging(decay=0.8)]
     trainer(callbacks=callbacks).fit(GatedTraining(model, schedule, OBJECTIVE), loader(data))
+    torch.testing.assert_close(average.raw_gate_0, expected["csg.gate"])
+    expected["csg.gate"] = expected["csg.gate"] / expected["csg.gate"].amax(0)
     for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value, expected[name], msg=name)
     assert average.module.gate.amax(0).eq(1).all()
     assert_same(model, average.module)  # Lightning's callback leaves its average in the model
+
+
+def test_an_average_gate_forgets_what_the_gate_has_left():
+    """Averages of projections would keep the first class near 1. Stored and loaded, it goes on as it would have."""
+    model = tiny().double()
+    average = AveragedGatedModel(model, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.99))
+
+    def updates(gate, count):
+        model.gate.data.copy_(torch.tensor(gate, dtype=torch.float64)[:, None].expand_as(model.gate))
+        for _ in range(count):
+            average.update_parameters(model)
+
+    updates([1.0, 0.0, 0.0], 100)
+    updates([0.0, 1.0, 0.0], 50)
+    stored = copy.deepcopy(average.state_dict())
+    average = AveragedGatedModel(tiny().double(), avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.99))
+    average.load_state_dict(stored)
+    updates([0.0, 1.0, 0.0], 50)
+    left = 0.99**100
+    expected = torch.tensor([left / (1 - left), 1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(average.module.gate[:, 0].detach(), expected)
+
+
+def test_an_average_goes_on_from_a_checkpoint(tmp_path):
+    """Lightning's callback stores the average gate as it is beside the projected one."""
+    schedule, data = Schedule(kind="joint", lr_warmup=0.0, lr_decay="constant"), loader(batches())
+    first, second = GatedWeightAveraging(decay=0.8), GatedWeightAveraging(decay=0.8)
+    fitted = trainer(callbacks=[first])
+    fitted.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data)
+    fitted.save_checkpoint(tmp_path / "x.ckpt")
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    raw = stored["averaging_state"]["raw_gate_0"]
+    assert not raw.amax(0).eq(1).all()
+    torch.testing.assert_close(stored["state_dict"]["model.csg.gate"], raw / raw.amax(0))
+    again = trainer(callbacks=[second])
+    again.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data, ckpt_path=tmp_path / "x.ckpt")
+    assert_same(first._average_model, second._average_model)
 
 
 def test_frozen_stages_do_not_move():

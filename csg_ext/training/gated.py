@@ -90,29 +90,43 @@ class GatedTraining(pl.LightningModule):
         self.log_dict(numbers, batch_size=len(labels), sync_dist=True)
 
 
-def _project_gates(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, ClassSpecificGate):
-            part.project_()
+def _gates(module: nn.Module) -> list[ClassSpecificGate]:
+    return [part for part in module.modules() if isinstance(part, ClassSpecificGate)]
 
 
 class AveragedGatedModel(AveragedModel):
-    """torch.optim.swa_utils.AveragedModel with gates that stay in V_G: an average of feasible gates need not lie in it.
+    """torch.optim.swa_utils.AveragedModel with gates that lie in V_G: an average of feasible gates need not lie in it.
 
+    The gates of `module` are the projections of the averages, which the buffers raw_gate_0, ... keep as they are: an
+    average that was projected at every step would hold on to what a gate has left long ago.
     Arguments: as AveragedModel; multi_avg_fn=get_ema_multi_avg_fn(0.999) makes it an exponential moving average.
     """
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        for i, csg in enumerate(_gates(self.module)):
+            self.register_buffer(f"raw_gate_{i}", csg.gate.detach().clone())
+
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Averages, then projects the average gate."""
+        raw = [(csg, self.get_buffer(f"raw_gate_{i}")) for i, csg in enumerate(_gates(self.module))]
+        for csg, average in raw:
+            csg.gate.copy_(average)
         super().update_parameters(model)
-        _project_gates(self.module)
+        for csg, average in raw:
+            average.copy_(csg.gate)
+            csg.project_()
 
 
 class GatedWeightAveraging(EMAWeightAveraging):
-    """Lightning's EMAWeightAveraging with gates that stay in V_G. Arguments: as there."""
+    """Lightning's EMAWeightAveraging with gates that lie in V_G, see AveragedGatedModel. Arguments: as there."""
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Averages, then projects the average gate."""
-        super().on_train_batch_end(*args, **kwargs)
-        if self._average_model is not None:
-            _project_gates(self._average_model.module)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes the average when fit begins."""
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None and not isinstance(self._average_model, AveragedGatedModel):
+            device = self._device or pl_module.device
+            self._average_model = AveragedGatedModel(
+                pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs
+            )
