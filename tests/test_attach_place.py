@@ -242,3 +242,35 @@ def test_nothing_that_a_model_caches_in_evaluation_mode_is_left_behind():
         fresh = hf.LevitForImageClassification(config).eval()
         fresh.load_state_dict(model.state_dict())
         torch.testing.assert_close(after, fresh(x).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1, 2000])
+def test_pooling_is_found_in_half_precision_near_its_largest_values(dtype, scale):
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    model[0].weight.data.mul_(scale)
+    model[4].weight.data.div_(scale)
+    g = csg_ext.attach(model.to(dtype), example=torch.randn(2, 3, 12, 12, dtype=dtype))
+    assert g.plan.pooled and str(g.plan.gate) == "output of 3"
+
+
+class Capricious(nn.Module):
+    """Which modules run depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.extra, self.fc = nn.Conv2d(3, 8, 3), nn.Identity(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.c(x)
+        if z.abs().max() > 20:
+            z = self.extra(z).clamp(max=1)
+        return self.fc(z.mean((2, 3)))
+
+
+def test_a_model_that_takes_another_way_for_other_values():
+    model, x, labels = Capricious().double(), torch.randn(2, 3, 9, 9, dtype=torch.float64), torch.tensor([0, 2])
+    g = csg_ext.attach(model, "c", example=x)
+    g.gate.data.uniform_(0.05, 1)
+    for images in (x, 100 * x):
+        torch.testing.assert_close(g(images, labels), at_the_layer(model, "c", g.gate, images, labels))

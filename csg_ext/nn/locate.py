@@ -12,6 +12,7 @@ is tried with random rows g, and all of it again with other weights.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_OCTAVES = 10  # rows of powers of two scale exactly; half precision keeps maps of up to 63 times 2^10
+_OCTAVES = 10  # rows are powers of two, which scale exactly
 _TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
 
 
@@ -261,19 +262,28 @@ class _Probes:
         x = trace.events[index].tensor
         self.index, self.channel_dim = index, channel_dim
         generator = torch.Generator().manual_seed(0)
-        octaves = torch.randint(1, _OCTAVES + 1, (len(x), x.shape[channel_dim]), generator=generator)
+        room = torch.finfo(x.dtype).max / 64 / max(float(x.detach().abs().max()), 1e-30)  # of half precision above all
+        top = min(_OCTAVES, max(1, int(math.log2(room))))
+        octaves = torch.randint(1, top + 1, (len(x), x.shape[channel_dim]), generator=generator)
         large = torch.exp2(octaves.float()).to(x)
         shape = [len(x)] + [1] * (x.dim() - 1)
         shape[channel_dim] = -1
-        self.other = _Trace(trace.model, trace.example, _other_state(trace.model, generator))
+        with torch.no_grad():
+            state = _other_state(trace.model, generator)
+        self.other = _Trace(trace.model, trace.example, state)
         self.pairs: list[tuple[_Trace, _Trace, Tensor]] = []  # without the rows, with them, the rows
         with torch.no_grad():
             for plain, rows in ((trace, large), (trace, 1 / large), (self.other, large)):
                 gated = _Trace(plain.model, plain.example, plain.state, (index, rows.view(shape)))
                 self.pairs.append((plain, gated, rows))
+        # A model may take another way with other weights or values; then there is nothing to compare.
+        ways = [[(e.place, e.tensor.shape) for e in t.events] for pair in self.pairs for t in pair[:2]]
+        self.comparable = all(way == ways[0] for way in ways)
 
     def agree(self, later: int) -> bool:
         """Whether the gate may be applied at events[later]."""
+        if not self.comparable:
+            return False
         x, out = self.other.events[self.index].tensor, self.other.events[later].tensor
         if not self.other._commutes(x, out, self.channel_dim):
             return False
@@ -294,10 +304,8 @@ def _other_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
             return (0.2 * zero(tensor.shape, generator=generator)).to(tensor)
         return tensor * (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
 
-    with torch.no_grad():
-        state = {n: changed(p, torch.randn) for n, p in model.named_parameters() if _is_real(p)}
-        state |= {n: changed(b, torch.rand) for n, b in model.named_buffers() if _is_real(b)}
-    return state
+    state = {n: changed(p, torch.randn) for n, p in model.named_parameters() if _is_real(p)}
+    return state | {n: changed(b, torch.rand) for n, b in model.named_buffers() if _is_real(b)}
 
 
 def _is_real(tensor: Tensor) -> bool:
