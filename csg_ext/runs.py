@@ -22,7 +22,7 @@ from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, read_json
 from csg_ext.training.network import build_model
-from csg_ext.training.weights import load_checkpoint
+from csg_ext.training.weights import is_plain, load_checkpoint
 
 # Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
 SOURCE: dict[str, Any] = {
@@ -138,6 +138,8 @@ def restore(stored: StoredModel, data: ImageData) -> GatedModel:
         )
     for name, tensor in wanted.items():
         got = state[name]
+        if not is_plain(got):
+            raise ValueError(f"{stored.file}: {name} must be a dense real tensor, got one of another kind")
         if got.shape != tensor.shape or got.is_floating_point() != tensor.is_floating_point():
             raise ValueError(
                 f"{stored.file}: {name} must be {_kind(tensor)} for {len(data.classes)} classes and {data.channels} "

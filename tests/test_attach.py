@@ -189,20 +189,6 @@ def test_a_layer_before_a_shortcut_and_in_place_operations():
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("saturating", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-1e3, 20.0)])
-def test_a_layer_before_an_activation_that_saturates(saturating):
-    """The traced map does not reach the bound, the map of real images does: the gate must stay on the map."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), saturating, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double()
-    x, y = 50 * torch.randn(6, 3, 9, 9, dtype=torch.float64), torch.arange(6) % 5
-    g = csg_ext.attach(net, layer="0", example=x / 500)
-    g.gate.data.uniform_()
-    expected = net[4](saturating(g.gate[y][..., None, None] * net[0](x)).mean((2, 3)))
-    torch.testing.assert_close(g(x, y), expected, rtol=1e-12, atol=1e-12)
-    csg_ext.detach(g)
-    g = csg_ext.attach(net, example=x / 500)
-    assert g.plan.pooled and g.plan.layer.name == "1"  # what comes out of the activation may be gated after pooling
-
-
 def test_a_layer_followed_by_an_in_place_relu():
     g = attach_small("bn").double().eval()
     model, (x, labels) = g.model, batch()

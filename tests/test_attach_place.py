@@ -126,6 +126,20 @@ def test_the_gate_is_that_of_the_layer_for_other_images_and_weights(kind):
         torch.testing.assert_close(g(images, labels), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("saturating", [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(-1e3, 20.0)])
+def test_a_layer_before_an_activation_that_saturates(saturating):
+    """The traced map does not reach the bound, the map of real images does: the gate must stay on the map."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), saturating, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double()
+    x, y = 50 * torch.randn(6, 3, 9, 9, dtype=torch.float64), torch.arange(6) % 5
+    g = csg_ext.attach(net, layer="0", example=x / 500)
+    g.gate.data.uniform_()
+    expected = net[4](saturating(g.gate[y][..., None, None] * net[0](x)).mean((2, 3)))
+    torch.testing.assert_close(g(x, y), expected, rtol=1e-12, atol=1e-12)
+    csg_ext.detach(g)
+    g = csg_ext.attach(net, example=x / 500)
+    assert g.plan.pooled and g.plan.layer.name == "1"  # what comes out of the activation may be gated after pooling
+
+
 def test_average_pooling_is_found_behind_every_width():
     """With many channels LayerNorm's Jacobian is nearly diagonal: it is still none to put the gate after."""
     x, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 4])

@@ -322,6 +322,9 @@ def files(run, digits, tmp_path_factory) -> Path:
     (folder / "typerun" / "run.json").write_text(json.dumps(stored | {"source": {"data": 3}}))
     (folder / "otherrun" / "run.json").write_text(json.dumps(other))
     shutil.copy(weights, folder / "alone.safetensors")
+    key = "model.classifier.weight"
+    for name, other in (("sparse", good["state_dict"][key].to_sparse()), ("meta", good["state_dict"][key].to("meta"))):
+        torch.save(good | {"state_dict": good["state_dict"] | {key: other}}, folder / f"{name}.ckpt")
     save_file({"conv1.weight": torch.zeros(3)}, folder / "other.safetensors")
     (folder / "hollow").mkdir()
     with np.load(digits) as arrays:
@@ -353,6 +356,8 @@ DATA = ["--data", "DIGITS"]
         (["deeper.ckpt", *DATA], "deeper.ckpt: expected the weights of resnet32, which it lacks: "),
         (["wide.ckpt", *DATA], r"csg.gate must be float32 \(3, 64\) for 3 .*, got float32 \(1000000, 1000000\)"),
         (["nan.ckpt", *DATA], "nan.ckpt: classifier.bias must be finite, got NaN"),
+        (["sparse.ckpt", *DATA], "sparse.ckpt: classifier.weight must be a dense real tensor, got one of another kind"),
+        (["meta.ckpt", *DATA], "meta.ckpt: classifier.weight must be a dense real tensor, got one of another kind"),
         (["run/csg", *DATA], "model.safetensors: expected a readable .safetensors file, got one that fails with"),
         (["badrun/csg"], "run.json: expected the settings of a run as JSON, got: "),
         (["oddrun/csg"], "run.json: expected the settings of a run with config, source and sha256, got other JSON"),

@@ -162,8 +162,10 @@ class _Trace:
         _, version, key = self._keys.get(id(tensor), (tensor, -1, id(tensor)))
         if version != tensor._version:
             key = id(tensor)
-        gated = self.gate is not None and len(self.events) == self.gate[0]
-        clone = tensor * self.gate[1] if gated and self.gate else tensor.clone()
+        if self.gate is not None and self.gate[0] == len(self.events):
+            clone = tensor * self.gate[1]
+        else:
+            clone = tensor.clone()
         self._keys[id(clone)] = clone, clone._version, key
         self.events.append(_Event(Place(name, side), module, tensor, key))
         return clone

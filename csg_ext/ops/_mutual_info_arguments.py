@@ -158,6 +158,7 @@ def label_codes(op: str, y: Any, n: int) -> tuple[Tensor, int]:
 
 
 def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """Raises for a tensor that is not dense or holds no values."""
     check_dense(op, name, tensor)
     if tensor.is_meta:
         raise ValueError(f"{op}: {name} must hold values, got a tensor on the meta device")
@@ -168,23 +169,27 @@ def _name(dtype: Any) -> str:
 
 
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def integer(op: str, name: str, value: Any) -> int:
+    """The value as an int; TypeError for what is no integer."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
     return int(value)
 
 
 def positive(op: str, name: str, value: Any) -> int:
+    """The value as an int; ValueError below 1."""
     if integer(op, name, value) < 1:
         raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     return int(value)
 
 
 def seed(op: str, value: Any) -> int:
+    """random_state as NumPy's generators take it; ValueError outside [0, 2^32)."""
     if not 0 <= integer(op, "random_state", value) < 2**32:
         raise ValueError(f"{op}: random_state must be in [0, 2^32), got {value}")
     return int(value)

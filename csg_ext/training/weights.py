@@ -43,7 +43,7 @@ def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
     """Raises ValueError, with one sentence, when a state dict is not of this module: names, shapes or kinds differ."""
     own = module.state_dict()
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    odd = [k for k in own if k in state and not _is_plain(state[k])]
+    odd = [k for k in own if k in state and not is_plain(state[k])]
     shapes = [k for k in own if k in state and k not in odd and own[k].shape != state[k].shape]
     if missing or unknown:
         raise ValueError(
@@ -61,7 +61,7 @@ def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
         )
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether load_state_dict can take it without an error of its own, or losing what it holds (imaginary parts)."""
     if not isinstance(value, torch.Tensor) or value.is_nested or value.is_meta or value.is_quantized:
         return False
