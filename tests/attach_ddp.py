@@ -51,4 +51,7 @@ def run(rank: int, folder: str) -> None:
     }
     if rank == 0:
         torch.save(found, f"{folder}/gradients.pt")
+    # Neither leaves while the other communicates, or with reducers that outlive the group: one aborted at its exit.
+    dist.barrier()
+    del turns, joint
     dist.destroy_process_group()
