@@ -8,8 +8,7 @@ from typing import Any
 
 from csg_ext.analysis import adversarial as adv
 from csg_ext.analysis.detectors import DETECTORS
-from csg_ext.evaluate import chosen_files, source_images
-from csg_ext.runs import read_checkpoint, restore, training_statistics
+from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
 from csg_ext.training.files import ARMS, write_text
 
 NUMBERS = "detection.json"

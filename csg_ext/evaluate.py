@@ -14,20 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
-from csg_ext._text import name_list
 from csg_ext.data import ImageData
-from csg_ext.data.images import find_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import (
-    SOURCE,
-    StoredModel,
-    checkpoint_files,
-    load_source,
-    read_checkpoint,
-    restore,
-    training_statistics,
-)
+from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
 from csg_ext.training.files import ARMS, atomic_file, write_text
 
 NUMBERS = "evaluation.json"
@@ -234,74 +224,6 @@ def table(report: dict[str, Any]) -> str:
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
         text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
     return text + "".join(f"{c['name']}: {said}\n" for c in checkpoints for said in c["remarks"])
-
-
-def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
-    """The images to measure on: --data, or those of the run, checked to be the same."""
-    run = stored[0].run
-    if arguments["data"] is not None:
-        return _other_images(stored, arguments["data"], arguments["image_size"])
-    if arguments["image_size"] is not None:
-        raise ValueError("--image-size applies to --data, which is not given")
-    for s in stored:
-        if s.run is None:
-            raise ValueError(f"{s.file} has no run.json of its run beside it: give the images as --data PATH")
-    assert run is not None
-    if any(s.run is not None and s.run["sha256"] != run["sha256"] for s in stored):
-        raise ValueError(
-            "both checkpoints must be measured on the same images, got runs on different ones: give --data"
-        )
-    data = load_source(run["source"])
-    if data.fingerprint() != run["sha256"]:
-        raise ValueError(
-            f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"
-        )
-    return data
-
-
-def _other_images(stored: list[StoredModel], path: str, image_size: int | None) -> ImageData:
-    """The images of --data, with the classes, in their order, and the shape that the networks were trained on."""
-    source = stored[0].run["source"] if stored[0].run else SOURCE
-    source = source | {"data": path, "imbalance": None, "hold_out": None}
-    seen = [s.run["images"] for s in stored if s.run is not None and s.run.get("images") is not None]
-    if not seen:  # a file without its run, or one of an earlier version: the classes count as --data has them
-        return load_source(source | {"image_size": image_size or source["image_size"]})
-    if any(images != seen[0] for images in seen):
-        kind = "classes" if seen[0]["classes"] != seen[-1]["classes"] else "shape"
-        raise ValueError(
-            f"both checkpoints must be of runs on images of the same classes, in the same order, and of one shape, got "
-            f"the {kind} {seen[0][kind]} and {seen[-1][kind]}"
-        )
-    names, shape = seen[0]["classes"], seen[0]["shape"]
-    own = find_images(path, strict=source["strict"]).classes
-    if set(names) <= set(own):
-        source["classes"] = names
-    elif len(own) == len(names) and own == [str(c) for c in range(len(own))]:
-        source["classes"] = None  # numbers are no names: they are the labels themselves
-    else:
-        raise ValueError(
-            f"--data must hold the classes that the network was trained on, {name_list(names)}, got {name_list(own)}"
-        )
-    source["channels"] = shape[0] if shape[0] in (1, 3) else None
-    source["image_size"] = image_size or (shape[1] if shape[1] == shape[2] else None)
-    data = load_source(source)
-    got = list(data.test_images.shape[1:])
-    if got != shape and (image_size is None or got[0] != shape[0]):
-        raise ValueError(f"--data must hold images of the shape that the network was trained on, {shape}, got {got}")
-    return data
-
-
-def chosen_files(paths: list[str]) -> dict[str, Path]:
-    """The files to measure, by the names that the report gives them."""
-    if len(paths) > 2:
-        raise ValueError(f"expected one or two checkpoints, got {len(paths)}")
-    found = [checkpoint_files(path) for path in paths]
-    if len(found) == 2:
-        return {"first": found[0][-1], "second": found[1][-1]}  # of a run, the CSG arm
-    if len(found[0]) == 2:
-        return dict(zip(ARMS, found[0], strict=True))
-    file = found[0][0]
-    return {file.parent.name if file.parent.name in ARMS else file.name: file}
 
 
 def main(arguments: dict[str, Any]) -> int:

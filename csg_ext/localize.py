@@ -19,10 +19,9 @@ from csg_ext.analysis import localization as loc
 from csg_ext.data import ImageData
 from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
-from csg_ext.evaluate import chosen_files, source_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import read_checkpoint, restore, training_statistics
+from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
 from csg_ext.training.files import ARMS, write_text
 
 NUMBERS = "localization.json"

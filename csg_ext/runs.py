@@ -13,16 +13,16 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from csg_ext._text import name_list, reason
-from csg_ext.data.images import ImageData, load_images
+from csg_ext.data.images import ImageData, find_images, load_found
+from csg_ext.data.index import ImageIndex
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, read_json
 from csg_ext.training.network import build_model
-from csg_ext.training.weights import is_plain, load_checkpoint
+from csg_ext.training.weights import check_finite, check_state, load_checkpoint
 
 # Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
 SOURCE: dict[str, Any] = {
@@ -102,6 +102,19 @@ def checkpoint_files(path: str | Path) -> list[Path]:
     return found
 
 
+def chosen_files(paths: list[str]) -> dict[str, Path]:
+    """The files to measure, by the names that the report gives them."""
+    if len(paths) > 2:
+        raise ValueError(f"expected one or two checkpoints, got {len(paths)}")
+    found = [checkpoint_files(path) for path in paths]
+    if len(found) == 2:
+        return {"first": found[0][-1], "second": found[1][-1]}  # of a run, the CSG arm
+    if len(found[0]) == 2:
+        return dict(zip(ARMS, found[0], strict=True))
+    file = found[0][0]
+    return {file.parent.name if file.parent.name in ARMS else file.name: file}
+
+
 def read_checkpoint(file: Path) -> StoredModel:
     """The weights in a file that csg-ext train wrote: .safetensors, or any name of a torch file.
 
@@ -127,32 +140,15 @@ def restore(stored: StoredModel, data: ImageData) -> GatedModel:
     Weights without a gate get the constant one of a new model, which counts as none.
     """
     model = build_model(stored.config, data)
-    wanted = model.state_dict()
-    state = stored.state if stored.holds_gate else stored.state | {_GATE: wanted[_GATE]}
-    odd = sorted(wanted.keys() ^ state.keys())
-    if odd:
-        kind = "lacks" if odd[0] in wanted else "has beside it"
-        raise ValueError(
-            f"{stored.file}: expected the weights of {stored.config.model}, which it {kind}: "
-            f"{odd[0]} (in all {len(odd)} names differ)"
-        )
-    for name, tensor in wanted.items():
-        got = state[name]
-        if not is_plain(got):
-            raise ValueError(f"{stored.file}: {name} must be a dense real tensor, got one of another kind")
-        if got.shape != tensor.shape or got.is_floating_point() != tensor.is_floating_point():
-            raise ValueError(
-                f"{stored.file}: {name} must be {_kind(tensor)} for {len(data.classes)} classes and {data.channels} "
-                f"channels, got {_kind(got)}"
-            )
-        if not bool(torch.isfinite(got).all()):
-            raise ValueError(f"{stored.file}: {name} must be finite, got NaN or infinite values")
+    state = stored.state if stored.holds_gate else stored.state | {_GATE: model.state_dict()[_GATE]}
+    what = f"{stored.config.model} for {len(data.classes)} classes and {data.channels} channels"
+    try:
+        check_state(model, state, what)
+        check_finite(state)
+    except ValueError as error:
+        raise ValueError(f"{stored.file}: {error}") from None
     model.load_state_dict(state)
     return model
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def read_safetensors(file: Path, only: Collection[str] | None = None) -> dict[str, Any]:
@@ -238,15 +234,72 @@ def stored_config(file: Path, config: Any) -> TrainConfig:
         raise ValueError(message) from None
 
 
-def load_source(source: dict[str, Any], progress: Callable[[Any], Any] = iter) -> ImageData:
-    """The images that a run's source names, with the keys of SOURCE; errors as load_images."""
-    data = load_images(
-        source["data"],
-        seed=source["split_seed"],
-        progress=progress,
-        **{key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")},
-    )
+def load_source(
+    source: dict[str, Any], progress: Callable[[Any], Any] = iter, found: ImageData | ImageIndex[Any] | None = None
+) -> ImageData:
+    """The images that a run's source names, with the keys of SOURCE; errors as load_images. found: what find_images
+    gave for them, where it has been called."""
+    if found is None:
+        found = find_images(source["data"], strict=source["strict"], progress=progress)
+    settings = {key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")}
+    data = load_found(found, **settings, seed=source["split_seed"], progress=progress)
     return data.hold_out(source["hold_out"]) if source["hold_out"] else data
+
+
+def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
+    """The images to measure on: --data, or those of the run, checked to be the same."""
+    run = stored[0].run
+    if arguments["data"] is not None:
+        return _other_images(stored, arguments["data"], arguments["image_size"])
+    if arguments["image_size"] is not None:
+        raise ValueError("--image-size applies to --data, which is not given")
+    for s in stored:
+        if s.run is None:
+            raise ValueError(f"{s.file} has no run.json of its run beside it: give the images as --data PATH")
+    assert run is not None
+    if any(s.run is not None and s.run["sha256"] != run["sha256"] for s in stored):
+        raise ValueError(
+            "both checkpoints must be measured on the same images, got runs on different ones: give --data"
+        )
+    data = load_source(run["source"])
+    if data.fingerprint() != run["sha256"]:
+        raise ValueError(
+            f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"
+        )
+    return data
+
+
+def _other_images(stored: list[StoredModel], path: str, image_size: int | None) -> ImageData:
+    """The images of --data, with the classes, in their order, and the shape that the networks were trained on."""
+    source = stored[0].run["source"] if stored[0].run else SOURCE
+    source = source | {"data": path, "imbalance": None, "hold_out": None}
+    seen = [s.run["images"] for s in stored if s.run is not None and s.run.get("images") is not None]
+    if not seen:  # a file without its run, or one of an earlier version: the classes count as --data has them
+        return load_source(source | {"image_size": image_size or source["image_size"]})
+    if any(images != seen[0] for images in seen):
+        kind = "classes" if seen[0]["classes"] != seen[-1]["classes"] else "shape"
+        raise ValueError(
+            f"both checkpoints must be of runs on images of the same classes, in the same order, and of one shape, got "
+            f"the {kind} {seen[0][kind]} and {seen[-1][kind]}"
+        )
+    names, shape = seen[0]["classes"], seen[0]["shape"]
+    found = find_images(path, strict=source["strict"])
+    own = found.classes
+    if set(names) <= set(own):
+        source["classes"] = names
+    elif len(own) == len(names) and own == [str(c) for c in range(len(own))]:
+        source["classes"] = None  # numbers are no names: they are the labels themselves
+    else:
+        raise ValueError(
+            f"--data must hold the classes that the network was trained on, {name_list(names)}, got {name_list(own)}"
+        )
+    source["channels"] = shape[0] if shape[0] in (1, 3) else None
+    source["image_size"] = image_size or (shape[1] if shape[1] == shape[2] else None)
+    data = load_source(source, found=found)
+    got = list(data.test_images.shape[1:])
+    if got != shape and (image_size is None or got[0] != shape[0]):
+        raise ValueError(f"--data must hold images of the shape that the network was trained on, {shape}, got {got}")
+    return data
 
 
 def training_statistics(stored: StoredModel, data: ImageData) -> tuple[list[float], list[float]]:

@@ -147,11 +147,12 @@ def test_weights_of_this_model_another_and_damaged_ones(tmp_path, name):
         lambda w: w.to_sparse_csr(),
         lambda w: torch.quantize_per_tensor(w.float(), 0.1, 0, torch.qint8),
         lambda w: w.to(torch.complex128),
+        lambda w: w.to(torch.int32),
         lambda w: w.to("meta"),
         lambda w: torch.nested.nested_tensor(list(w)),
         lambda w: w.tolist(),
     ],
-    ids=["sparse", "csr", "quantised", "complex", "meta", "nested", "list"],
+    ids=["sparse", "csr", "quantised", "complex", "integer", "meta", "nested", "list"],
 )
 def test_weights_of_another_kind(tmp_path, make):
     model = tiny()

@@ -190,16 +190,43 @@ def load_images(
 
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path.
     """
+    return load_found(
+        find_images(path, strict=strict, progress=progress),
+        classes=classes,
+        imbalance=imbalance,
+        channels=channels,
+        image_size=image_size,
+        test_share=test_share,
+        strict=strict,
+        seed=seed,
+        memory_limit=memory_limit,
+        progress=progress,
+    )
+
+
+def load_found(
+    found: ImageData | ImageIndex[ImageList],
+    *,
+    classes: Sequence[str] | None,
+    imbalance: float | None,
+    channels: int | None,
+    image_size: int | None,
+    test_share: float,
+    strict: bool,
+    seed: int,
+    memory_limit: float,
+    progress: Callable[[Any], Any],
+) -> ImageData:
+    """What find_images gave, read into memory with the settings of load_images."""
     if channels not in (None, 1, 3):
         raise ValueError(f"data: channels must be 1 or 3, got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"data: image_size must be at least 1, got {image_size}")
-    found = find_images(path, strict=strict, progress=progress)
     if isinstance(found, ImageData):
         if image_size is not None and found.train_images.shape[2:] != (image_size, image_size):
             raise ValueError(
                 f"data: image_size applies to image folders and shards, got {image_size} for "
-                f"{found.train_images.shape[2]} x {found.train_images.shape[3]} images in {path}"
+                f"{found.train_images.shape[2]} x {found.train_images.shape[3]} images in {found.name}"
             )
         if classes is not None or imbalance is not None:
             found = _chosen(found, classes, imbalance, seed)

@@ -18,10 +18,9 @@ from csg_ext._text import reason
 from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.data.images import ImageData
-from csg_ext.evaluate import source_images
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import checkpoint_files, read_checkpoint, restore, training_statistics
+from csg_ext.runs import checkpoint_files, read_checkpoint, restore, source_images, training_statistics
 from csg_ext.training.compare import table
 from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY, is_number, read_json
 

@@ -39,36 +39,41 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
         raise ValueError(f"{expected}, got one that fails with: {reason(error)}") from None
 
 
-def check_state(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises ValueError, with one sentence, when a state dict is not of this module: names, shapes or kinds differ."""
+def check_state(module: nn.Module, state: Mapping[str, Any], what: str = "") -> None:
+    """Raises ValueError, with one sentence, when a state dict is not of this module: names, shapes or kinds differ.
+    what: how the sentence names the module, by default by its class."""
     own = module.state_dict()
+    wanted = f"the weights of {what or f'this {type(module).__name__}'}"
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
-    odd = [k for k in own if k in state and not is_plain(state[k])]
+    odd = [k for k in own if k in state and not _fits(state[k], own[k])]
     shapes = [k for k in own if k in state and k not in odd and own[k].shape != state[k].shape]
     if missing or unknown:
         raise ValueError(
-            f"expected the weights of this {type(module).__name__}, got others: {len(missing)} are missing "
-            f"{_some(missing)}, {len(unknown)} are unknown {_some(unknown)}"
+            f"expected {wanted}, got others: {len(missing)} are missing {_some(missing)}, {len(unknown)} are unknown "
+            f"{_some(unknown)}"
         )
     if odd:
-        raise ValueError(f"expected dense real tensors, got another kind for {len(odd)} of them {_some(odd)}")
+        raise ValueError(
+            f"expected dense real tensors, floating where the model's are, got another kind for {len(odd)} of them "
+            f"{_some(odd)}"
+        )
     if shapes:
         name = shapes[0]
         raise ValueError(
-            f"expected the weights of this {type(module).__name__}, got {name} with shape "
-            f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            f"expected {wanted}, got {name} with shape {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
             + (f", and {len(shapes) - 1} more" if len(shapes) > 1 else "")
         )
 
 
-def is_plain(value: Any) -> bool:
-    """Whether load_state_dict can take it without an error of its own, or losing what it holds (imaginary parts)."""
+def _fits(value: Any, own: torch.Tensor) -> bool:
+    # Whether load_state_dict can take it without an error of its own, or losing what it holds (imaginary parts).
     if not isinstance(value, torch.Tensor) or value.is_nested or value.is_meta or value.is_quantized:
         return False
-    return value.layout == torch.strided and not value.is_complex()
+    return value.layout == torch.strided and value.is_floating_point() == own.is_floating_point()
 
 
-def _check_finite(state: Mapping[str, torch.Tensor]) -> None:
+def check_finite(state: Mapping[str, torch.Tensor]) -> None:
+    """Raises ValueError, with one sentence that names them, when weights hold NaN or infinity."""
     # As double: isfinite knows no 8-bit floats.
     counts = {k: int((~v.double().isfinite()).sum()) for k, v in sorted(state.items()) if v.is_floating_point()}
     bad = [k for k, count in counts.items() if count]
@@ -105,7 +110,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
     try:
         check_state(model, state)
-        _check_finite(state)
+        check_finite(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     model.load_state_dict(state)
