@@ -197,9 +197,10 @@ def peak_bytes(f: Call) -> int:
 
 def machine() -> dict[str, str]:
     """What was measured on what."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = os.environ.get("COMMIT", "")[:7]
+    with contextlib.suppress(OSError):  # no git here
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = commit or subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name()

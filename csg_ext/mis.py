@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from csg_ext._extension import CUDA_ERROR
 from csg_ext._text import name_list
 from csg_ext.data.formats import load_numpy
 from csg_ext.metrics import best_class, dead_filters, mutual_information_score
@@ -216,8 +215,7 @@ def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext mis` with the parsed arguments; returns the exit status."""
     from csg_ext.training.compare import pick_device
 
-    output, name = Path(arguments["output"]), arguments["device"]
-    device = torch.device("cpu" if name == "auto" and CUDA_ERROR is not None else pick_device(name))
+    output, device = Path(arguments["output"]), torch.device(pick_device(arguments["device"]))
     found = read_features(arguments["file"], arguments["labels"])
     for data in found:
         text = measure(

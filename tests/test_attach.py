@@ -199,11 +199,11 @@ def test_a_layer_followed_by_an_in_place_relu():
     torch.testing.assert_close(g(x, labels), model.head((model.inner(shortcut) + shortcut).relu().mean((2, 3))))
 
 
-def test_gradients_are_those_of_the_definition(device):
-    g = csg_ext.attach(Small().to(device, torch.float64), example=EXAMPLE.to(device, torch.float64))
+def test_gradients_are_those_of_the_definition():
+    g = attach_small(model=Small()).double()
     nn.init.uniform_(g.gate)
     known = Known(Small, 6, "pool", "input", 1, 6, "input of pool")
-    x, labels = (t.to(device) for t in batch())
+    x, labels = batch()
     x = x.double().requires_grad_()
     parameters = [x, *g.parameters()]
     wanted = torch.autograd.grad(F.cross_entropy(gated_by_hand(g.model, known, g.gate[labels], x), labels), parameters)

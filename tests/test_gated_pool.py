@@ -402,7 +402,11 @@ def test_compile_in_one_graph(device, pool, soft):
         return csg_ext.gated_pool(x, gate, labels, pool=pool, project=True)
 
     x, gate, labels = inputs((8, 16, 7, 7), (F32, F32), device, soft=soft, project=True)
-    assert torch.equal(torch.compile(alone, fullgraph=True)(x, gate, labels), alone(x, gate, labels))
+    compiled_alone = torch.compile(alone, fullgraph=True)(x, gate, labels)
+    if soft and device == "cuda":  # a division of the composed path, which Triton approximates
+        torch.testing.assert_close(compiled_alone, alone(x, gate, labels))
+    else:
+        assert torch.equal(compiled_alone, alone(x, gate, labels))
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for shape in [(8, 16, 5, 5), (5, 16, 7, 4)]:
         x, gate, labels = inputs(shape, (F32, F32), device, soft=soft, project=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from mutual_info_inputs import LABELS, make_features, make_labels, psi_table
+from torch import nn
 
 import csg_ext
 from csg_ext import reference
@@ -163,3 +166,20 @@ def test_mutual_info_names_a_label_outside():
     labels[40:50] = 7
     with pytest.raises(RuntimeError, match=r"class_mutual_info: labels\[40\] = 7 is outside \[0, 5\)"):
         mutual_info(torch.randn(100, 3, device="cuda"), labels, 5, 3)
+
+
+def test_an_attached_model_is_that_of_the_cpu():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(16, 5),
+    ).double()
+    x, labels, gate = torch.randn(6, 3, 9, 7).double(), torch.randint(0, 5, (6,)), torch.rand(5, 16).double()
+    found = []
+    for device in ("cpu", "cuda"):
+        g = csg_ext.attach(copy.deepcopy(model).to(device), example=x.to(device))
+        g.gate.data.copy_(gate)
+        std, csg = g(x.to(device), labels.to(device), path="both")
+        loss = nn.functional.cross_entropy(std + csg, labels.to(device))
+        found.append([t.detach().cpu() for t in (std, csg, *torch.autograd.grad(loss, list(g.parameters())))])
+    for cpu, cuda in zip(*found, strict=True):
+        torch.testing.assert_close(cuda, cpu)

@@ -1,6 +1,6 @@
 """Writes summary.json and summary.md from what tools/gpu_suite.sh left in a folder; exits 1 if a step failed.
 
-python tools/gpu_summary.py OUTDIR
+python tools/gpu_summary.py WORKDIR OUTDIR
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
     return [{"name": r[0], "status": int(r[1]), "seconds": int(r[2]), "command": r[3]} for r in rows]
 
 
-def read_tests(path: Path) -> dict[str, int] | None:
-    """Counts of a JUnit file; None where the tests did not get that far."""
-    if not path.is_file():
-        return None
+def read_tests(path: Path) -> dict[str, Any]:
+    """Counts of a JUnit file, and the tests that failed with the first line of what they said."""
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
     counts = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    return counts
+    failed = {}
+    for case in (case for suite in suites for case in suite.iter("testcase")):
+        for outcome in (*case.iter("failure"), *case.iter("error")):
+            failed[case.get("name", "")] = (outcome.get("message") or "").split("\n")[0][:300]
+    return {"counts": counts, "failed": failed}
 
 
 def read_sanitizer(path: Path, status: int) -> dict[str, Any]:
@@ -48,22 +50,24 @@ def read_text(path: Path) -> str:
     return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
+def first_line(*command: str) -> str:
+    """Of what a command prints; empty where there is no such command or it fails."""
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return (output.splitlines() or [""])[0].strip()
+
+
 def describe_machine() -> dict[str, Any]:
     """Commit, versions and devices."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or os.environ.get("COMMIT", "unknown"),
+        "commit": os.environ.get("COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown",
         "platform": platform.platform(),
-        "device": "no GPU",
+        "device": first_line("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+        or "no GPU",
     }
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        facts["device"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass
     try:
         from csg_ext import info
 
@@ -98,8 +102,13 @@ def markdown(summary: dict[str, Any]) -> str:
         [[s["name"], outcome.get(s["status"], f"failed ({s['status']})"), s["seconds"]] for s in summary["steps"]],
     )
     if summary["tests"]:
-        first = next(iter(summary["tests"].values()))
-        lines += table(["part", *first], [[name, *counts.values()] for name, counts in summary["tests"].items()])
+        first = next(iter(summary["tests"].values()))["counts"]
+        lines += table(["part", *first], [[name, *t["counts"].values()] for name, t in summary["tests"].items()])
+        failed = [
+            [f"{name}::{case}", said] for name, t in summary["tests"].items() for case, said in t["failed"].items()
+        ]
+        if failed:
+            lines += table(["failed test", "what it said"], failed)
     if summary["sanitizers"]:
         lines += table(
             ["sanitizer", "passed", "its summary"],
@@ -120,7 +129,7 @@ def main() -> int:
     summary: dict[str, Any] = {
         "machine": describe_machine(),
         "steps": steps,
-        "tests": {name: counts for name in ("gpu", "tests") if (counts := read_tests(folder / f"{name}.xml"))},
+        "tests": {file.stem: read_tests(file) for file in sorted(work.glob("*.xml"))},
         "sanitizers": {t: read_sanitizer(work / f"{t}.log", status[t]) for t in SANITIZERS if t in status},
         "benchmarks": (folder / "performance.md").is_file(),
         "mutual_info": read_text(work / "mutual_info.log") if status.get("mutual_info") == 0 else "",

@@ -63,6 +63,8 @@ class Features:
             raise ValueError(f"{op}: device must be the name of a torch device, got {device!r}") from None
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"{op}: device {device!r} needs a GPU that this torch can use, got none")
+        if self.device.type == "cuda" and self.device.index is None:  # what is kept for a device must be found by it
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def columns(self, begin: int, end: int) -> Tensor:
         """Columns [begin, end) in floating point on the device of the computation."""

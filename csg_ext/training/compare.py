@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import torch
 
+from csg_ext._extension import CUDA_ERROR
 from csg_ext.data.images import ImageData
 from csg_ext.metrics import gap_closed
 from csg_ext.training.config import TrainConfig
@@ -269,9 +270,9 @@ def save_summary(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def pick_device(name: str) -> str:
-    """ "cpu", "cuda" or "cuda:i" from a name that may be "auto"."""
+    """ "cpu", "cuda" or "cuda:i" from a name that may be "auto": a GPU if csg_ext was built for it."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() and CUDA_ERROR is None else "cpu"
     if name == "cpu":
         return name
     if name.split(":")[0] != "cuda":

@@ -15,6 +15,9 @@
 #include <string>
 
 #include "cpu.h"
+#ifdef CSG_CUDA
+#include "cuda_status.h"
+#endif
 #include "types.h"
 
 namespace csg {
@@ -101,6 +104,11 @@ inline void check_same_device(const Tensor& t, const Tensor& x, const char* op, 
 inline void check_memory(bool allocated, const int64_t* sizes, int64_t dim, TorchType type, const Tensor& like) {
   if (allocated) [[likely]]
     return;
+#ifdef CSG_CUDA
+  // A kernel that failed is often noticed by the next allocation.
+  const int status = cuda_status();
+  check(status == 0, "the GPU reports an error of earlier work (cudaError ", status, ")");
+#endif
   std::ostringstream shape;
   for (int64_t i = 0; i < dim; ++i) shape << (i ? " x " : "") << sizes[i];
   check(false, "out of memory: a tensor of ", shape.str(), " values of ", name_of(type), " cannot be allocated on ",

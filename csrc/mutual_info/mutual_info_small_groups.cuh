@@ -87,24 +87,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x; at < c.features * c.width; at += step) {
     const int64_t feature = at / c.width, target = at - feature * c.width;
     const double* x = columns + feature * p.n;
+    const auto row = [&](int64_t member) { return c.row == nullptr ? member : int64_t(c.row[member]); };
     const auto group = [&](int64_t i) { return p.multiclass ? p.labels[i] : int64_t(p.labels[i] == target); };
     const auto size_of = [&](int64_t g) -> int64_t {
       if (p.multiclass) return c.class_size[g];
       return g == 1 ? c.class_size[target] : p.n - c.class_size[target];
     };
     PsiSum sum = 0;
-    for (int64_t i = 0; i < p.n; ++i) {
-      const int64_t g = group(i), size = size_of(g), k = min(c.neighbors, size - 1);
+    for (int64_t a = 0; a < c.samples; ++a) {
+      const int64_t i = row(a), g = group(i), size = size_of(g), k = min(c.neighbors, size - 1);
       if (size < 2) continue;  // a group of one sample is left out
       const bool squares = !Closed && k >= size / 2;
-      double r = kth_smallest(p.n, k, [&](int64_t j) {
+      double r = kth_smallest(c.samples, k, [&](int64_t b) {
+        const int64_t j = row(b);
         if (j == i || group(j) != g) return -2.0;
         return squares ? square_of_difference(x[i], x[j]) : fabs(x[i] - x[j]);
       });
       if (squares) r = sqrt(r);
       const bool closed = Closed || r == 0;
       int64_t m = 0, own = Closed ? -1 : k;
-      for (int64_t j = 0; j < p.n; ++j) {
+      for (int64_t b = 0; b < c.samples; ++b) {
+        const int64_t j = row(b);
         const double d = fabs(x[i] - x[j]);
         if (!(closed ? d <= r : d < r)) continue;
         m += size_of(group(j)) > 1;

@@ -99,6 +99,7 @@ inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaSt
   return cudaSuccess;
 }
 inline int cudaStreamSynchronize(cudaStream_t) { return cuda_on_cpu::runtime_call(); }
+inline int cudaMemGetInfo(size_t*, size_t*) { return cuda_on_cpu::runtime_call(); }
 
 inline void __syncthreads(cuda_on_cpu::Where where = cuda_on_cpu::Where::current()) {
   cuda_on_cpu::sync_threads(where);
