@@ -359,6 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 after a failure, 2 for bad input, 130 after Ctrl-C."""
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
+    for name in ("data", "output"):
+        if arguments.get(name) == "":  # of a variable that is not set: it would mean the current folder
+            print(f"csg-ext {command}: error: --{name} must be a path, got an empty one", file=sys.stderr)
+            return 2
     if command == "info":
         from csg_ext import info
 

@@ -80,7 +80,10 @@ def main(arguments: dict[str, Any]) -> int:
     for (name, file), s in zip(files.items(), stored, strict=True):
         print(f"  {name}: {file}", flush=True)
         statistics = training_statistics(s, data)
-        network, detectors, counts = adv.fit_detectors(restore(s, data).to(device), data, statistics, settings)
+        try:
+            network, detectors, counts = adv.fit_detectors(restore(s, data).to(device), data, statistics, settings)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         with tqdm(
             total=len(settings.attacks()) + len(settings.weights), unit="attack", disable=None, leave=False
         ) as bar:

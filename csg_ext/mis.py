@@ -46,11 +46,11 @@ def read_features(path: str | Path, labels: str | Path | None = None) -> list[Fe
     Raises OSError or ValueError, each with one sentence.
     """
     file = Path(path)
-    if file.is_dir() and all((file / arm / ARRAYS).is_file() for arm in ARMS):
-        if labels is not None:
-            raise ValueError(f"--labels expects a file of features, got the run {file}, which has its labels")
-        return [_read_arm(file / arm) for arm in ARMS]
     if file.is_dir() or (file.name in (CHECKPOINT, WEIGHTS) and (file.parent / ARRAYS).is_file()):
+        if labels is not None:
+            raise ValueError(f"--labels expects a file of features, got {file} of a run, which has its labels")
+        if all((file / arm / ARRAYS).is_file() for arm in ARMS):
+            return [_read_arm(file / arm) for arm in ARMS]
         return [_read_arm(file if file.is_dir() else file.parent)]
     if file.suffix == ".npy":
         if labels is None:
@@ -113,6 +113,8 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
     bar = _Bar(data.name)
     try:
         mi = np.asarray(class_mutual_info(data.features, data.labels, num_classes=num_classes, progress=bar, **options))
+    except TypeError as error:  # of what a file holds: the values of an argument here
+        raise ValueError(str(error)) from None
     finally:
         bar.close()
     seconds = time.perf_counter() - begun
@@ -144,7 +146,7 @@ def measure(data: FeatureSet, output: Path, *, normalize: bool, num_classes: int
         from csg_ext import plots
 
         top = None if normalize else float(bound.max())
-        figure, _ = plots.plot_class_mutual_information(shown, classes, top, dead=dead)
+        figure, _ = plots.plot_class_mutual_information(shown, classes, top, filter_classes=best)
         with atomic_file(output / PICTURE) as file:
             figure.savefig(file, format="png")
         written.append(PICTURE)

@@ -204,14 +204,26 @@ def read_run(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
     if not _is_seen(run.get("images")):
         raise ValueError(f"{file}: images must hold classes and shape, got {run['images']!r:.100}")
+    try:
+        check_source(source)
+    except ValueError as error:
+        raise ValueError(f"{file}: the source's {error}") from None
+    return run | {"source": SOURCE | source}  # an older run knew fewer settings
+
+
+def check_source(source: dict[str, Any]) -> None:
+    """Raises ValueError, with one sentence, for settings with the keys of SOURCE that run.json cannot hold."""
     for key, value in source.items():
         kinds, words = _KINDS[key]
         fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if key == "classes" and fits and value is not None:
             fits = all(isinstance(name, str) for name in value)
-        if not fits or (isinstance(value, str) and "\0" in value) or (isinstance(value, int) and abs(value) >= 2**63):
-            raise ValueError(f"{file}: the source's {key} must be {words}, got {value!r:.100}")
-    return run | {"source": SOURCE | source}  # an older run knew fewer settings
+        if isinstance(value, float):
+            fits, words = fits and math.isfinite(value), f"{words}, finite"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            fits, words = False, f"{words} below 2^63"
+        if not fits or (isinstance(value, str) and "\0" in value):
+            raise ValueError(f"{key} must be {words}, got {value!r:.100}")
 
 
 def _is_seen(images: Any) -> bool:
@@ -243,7 +255,7 @@ def load_source(
         found = find_images(source["data"], strict=source["strict"], progress=progress)
     settings = {key: value for key, value in source.items() if key not in ("data", "split_seed", "hold_out")}
     data = load_found(found, **settings, seed=source["split_seed"], progress=progress)
-    return data.hold_out(source["hold_out"]) if source["hold_out"] else data
+    return data if source["hold_out"] is None else data.hold_out(source["hold_out"])
 
 
 def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
@@ -274,7 +286,12 @@ def _other_images(stored: list[StoredModel], path: str, image_size: int | None) 
     source = stored[0].run["source"] if stored[0].run else SOURCE
     source = source | {"data": path, "imbalance": None, "hold_out": None}
     seen = [s.run["images"] for s in stored if s.run is not None and s.run.get("images") is not None]
-    if not seen:  # a file without its run, or one of an earlier version: the classes count as --data has them
+    if not seen:  # a file without its run, or one of an earlier version
+        print(
+            "The classes that the network was trained on are not known without run.json of its run: they are taken in "
+            "the order of --data.",
+            flush=True,
+        )
         return load_source(source | {"image_size": image_size or source["image_size"]})
     if any(images != seen[0] for images in seen):
         kind = "classes" if seen[0]["classes"] != seen[-1]["classes"] else "shape"

@@ -39,10 +39,10 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    if "data" in arguments:
+    if "data" in arguments and "://" not in arguments["data"] and not arguments["data"].startswith("pipe:"):
         arguments["data"] = str(Path(arguments["data"]).absolute())
 
-    from csg_ext.runs import SOURCE, load_source, read_run, stored_config
+    from csg_ext.runs import SOURCE, check_source, load_source, read_run, stored_config
     from csg_ext.training.config import TrainConfig
 
     source = dict(SOURCE)
@@ -57,6 +57,7 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
         source, fingerprint = stored["source"], stored["sha256"]
     else:
         source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
+        check_source(source)
         config, fingerprint = TrainConfig(**arguments), None
         _check_free(folder, overwrite)
 

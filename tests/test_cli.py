@@ -122,6 +122,13 @@ def test_ctrl_c_and_resume_end_where_an_uninterrupted_run_ends(run, digits, tmp_
         (["--resume"], "--resume expects a run in"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--output", "/proc/none/o"], "/proc/none: No such file or directory"),
+        (["--data", ""], "--data must be a path, got an empty one"),
+        (["--output", ""], "--output must be a path, got an empty one"),
+        (["--data", "https://x/a.tar"], "expected shards in the file system, got 'https://x/a.tar'"),
+        (["--hold-out", "0"], "hold_out: count must lie in [1, 11999], got 0"),
+        (["--split-seed", str(2**63)], f"split_seed must be an integer below 2^63, got {2**63}"),
+        (["--memory-limit", "inf"], "memory_limit must be a number, finite, got inf"),
+        (["--test-share", "nan"], "test_share must be a number, finite, got nan"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, capsys, arguments, message):
@@ -215,6 +222,8 @@ def features(tmp_path_factory) -> Path:
     np.savez(folder / "unlabelled.npz", features=x)
     np.save(folder / "f.npy", x)
     np.save(folder / "labels.npy", y)
+    np.save(folder / "bools.npy", y == 1)
+    np.savez(folder / "complex.npz", features=x + 1j, labels=y)
     save_file({"features": torch.from_numpy(x), "labels": torch.from_numpy(y)}, folder / "f.safetensors")
     save_file({"features": torch.from_numpy(x), "other": torch.zeros(1)}, folder / "unlabelled.safetensors")
     (folder / "broken.npz").write_bytes(b"PK")
@@ -270,6 +279,23 @@ def test_mis_passes_its_options_on(features, tmp_path, capsys):
         assert np.array_equal(written["mi"], want)
 
 
+def test_mis_of_two_classes_as_bools(features, tmp_path):
+    """Both classes have the same value for a filter: its class is the one in whose samples it is more active."""
+    assert _mis(features, tmp_path / "o", "f.npz", "--labels", "bools.npy") == 0
+    with np.load(features / "f.npz") as file:
+        x, y = file["features"], file["labels"] == 1
+    numbers = json.loads((tmp_path / "o" / "mis.json").read_text())
+    one = int((x[y].mean(0) > x[~y].mean(0)).sum())
+    assert numbers["filters_per_class"] == [12 - one, one] and 0 < one < 12
+
+
+@pytest.mark.parametrize("name", [".", "csg", "csg/last.ckpt"])
+def test_mis_of_a_run_takes_no_labels(run, features, tmp_path, capsys, name):
+    words = ["mis", str(run[0] / name), "--labels", str(features / "labels.npy"), "--output", str(tmp_path / "o")]
+    assert cli.main(words) == 2
+    assert "--labels expects a file of features, got " in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
 def test_mis_of_a_run_counts_its_classes(run, tmp_path, capsys):
     assert cli.main(["mis", str(run[0]), "--output", str(tmp_path / "o"), "--num-classes", "6"]) == 2
     assert "num_classes must be the 3 classes of std, got 6" in capsys.readouterr().err
@@ -303,6 +329,7 @@ def test_mis_of_a_run(run, tmp_path, capsys):
         (["broken.safetensors"], "broken.safetensors: expected a readable .safetensors file, got one that fails with"),
         (["."], "expected a folder that csg-ext train wrote, with arrays.npz, got"),
         (["labels.npy", "--labels", "labels.npy"], r"features must be \(N, K\), got shape \(400,\)"),
+        (["complex.npz"], "features must be numbers, got complex64"),
         (["f.npz", "--num-classes", "3"], r"labels must lie in \[0, 3\), got 4"),
         (["f.npz", "--n-neighbors", "0"], "n_neighbors must be at least 1, got 0"),
         (["f.npz", "--device", "tpu"], "device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),

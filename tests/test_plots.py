@@ -106,6 +106,24 @@ def test_long_names_are_not_cut_off():
     assert pixels[:, 0].min() == 255 and pixels.min() < 50
 
 
+def test_two_classes_are_told_apart_by_the_classes_that_are_given():
+    mi = np.repeat([[0.3], [0.2], [0.0], [0.4]], 2, axis=1)  # the same with both
+    owner = np.array([1, 0, 0, -1])
+    for filter_classes, lines, grey in ((owner, [1.5], "1 dead"), (None, [2.5], "1 without a class")):
+        _, one = plots.plot_class_mutual_information(mi, CLASSES[:2], 0.7, filter_classes=filter_classes)
+        assert [line.get_xdata()[0] for line in one.lines] == lines and grey in one.get_xlabel()
+        _, both = plots.plot_mutual_information(mi, mi, CLASSES[:2], filter_classes=(filter_classes, None))
+        assert [line.get_xdata()[0] for line in both[0].lines] == lines
+    with pytest.raises(ValueError, match=r"plot_class_mutual_information: filter_classes must be \(4,\), got \(3,\)"):
+        plots.plot_class_mutual_information(mi, CLASSES[:2], filter_classes=owner[:3])
+
+
+def test_dollars_in_a_name_are_no_formula():
+    figure, axes = plots.plot_gate(np.eye(3), ["US$_to_$EUR", "$x^2$", "$"])
+    assert _png(figure).startswith(b"\x89PNG")
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r"US\$_to_\$EUR", r"\$x^2\$", r"\$"]
+
+
 # ---- dead filters, many classes, axes
 
 
@@ -120,13 +138,13 @@ def test_dead_filters_stand_apart():
     assert _png(figure).startswith(b"\x89PNG")
 
 
-def test_a_filter_without_mutual_information_is_dead_and_counts_as_zero():
+def test_a_filter_without_mutual_information_has_no_class_and_counts_as_zero():
     rng = np.random.default_rng(0)
     std, csg = rng.random((6, 3)), rng.random((6, 3))
     std[2] = 0  # no class at all
     dead = np.arange(6) == 4  # the estimate of a constant feature is noise, not zero
     figure, axes = plots.plot_mutual_information(std, csg, CLASSES, dead=(None, dead))
-    assert "1 dead" in axes[0].get_xlabel() and "1 dead" in axes[1].get_xlabel()
+    assert axes[0].get_xlabel().endswith("; 1 without a class (grey)") and "1 dead" in axes[1].get_xlabel()
     assert axes[0].get_title(loc="left") == f"STD: MIS {std.max(axis=1).mean():.3g} nats"
     assert "1 dead" in plots.plot_class_mutual_information(csg, CLASSES, dead=dead)[1].get_xlabel()
     assert axes[1].get_title(loc="left") == f"CSG: MIS {np.delete(csg, 4, 0).max(axis=1).sum() / 6:.3g} nats"

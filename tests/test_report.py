@@ -410,6 +410,35 @@ def test_quantised_matrices_are_the_matrices(shape):
     assert constant["low"] == 0.3 and base64.b64decode(constant["values"]) == bytes(8)
 
 
+def test_the_filters_of_two_classes():
+    """Their mutual information is the same with both; the means tell the classes apart. The page gets them as they are:
+    of rounded values others could be the largest."""
+    features = np.float32([[0, 2, 1], [0, 3, 1], [1, 0, 1], [2, 0, 1]])
+    mi = np.repeat([[0.4], [0.5], [0.6]], 2, axis=1)
+    arm = collect.Arm("STD", None, None, "", mi, features, np.array([0, 0, 1, 1]), np.eye(2), [], ([0.5], [0.2]))
+    assert arm.mi_classes.tolist() == arm.filter_classes.tolist() == [1, 0, -1]
+
+
+def test_images_of_other_channels_are_shown_by_their_mean():
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8).numpy()
+    assert collect.visible(images) is images and collect.visible(images[:, :1]).shape == (5, 1, 4, 6)
+    np.testing.assert_array_equal(collect.visible(images[:, :2])[:, 0], images[:, :2].mean(1).astype(np.uint8))
+    labels = np.array([0, 1, 0, 1, 0])
+    for shown in (images[:, :2], images[:, :2, :1], images):
+        data = ImageData("toy", shown, labels, shown, labels, ["a", "b"])
+        sheet = collect._Thumbnails(data, 10**6, [4, 2])
+        assert sheet.sprite()["images"] == [4, 2]
+
+
+def test_runs_of_one_name_are_told_apart(run, tmp_path):
+    for parent in "ab":
+        shutil.copytree(run[0], tmp_path / parent / "run")
+    status, _, err = _report(tmp_path / "a" / "run", tmp_path / "b" / "run", "--output", tmp_path / "both")
+    assert status == 0, err
+    text = (tmp_path / "both" / "report.html").read_text()
+    assert "a/run" in text and "b/run" in text
+
+
 def test_training_ends_by_naming_the_report(run):
     folder, out, _ = run
     assert out.strip().splitlines()[-1].endswith(str(folder / "report.html"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -91,7 +92,8 @@ def test_a_schedule_needs_a_run():
         ({"lambda_1": -1.0}, "lambda_1 must be a non-negative number, got -1.0"),
         ({"penalty": "l0"}, "penalty must be one of l1, l2, smooth_l1, got 'l0'"),
         ({"projection": "l2"}, "projection must be one of scale, euclidean, got 'l2'"),
-        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive and finite, got 0.0"),
+        ({"gate_clip_norm": math.inf}, "gate_clip_norm must be positive and finite, got inf"),
         ({"mixup": -1.0}, "mixup must be a non-negative number, got -1.0"),
         ({"schedule": "random"}, "schedule must be one of steps, epochs, joint, got 'random'"),
         ({"model": "vgg"}, "model must be one of resnet20, .* got 'vgg'"),

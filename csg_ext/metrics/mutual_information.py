@@ -97,7 +97,7 @@ def _class_means(m: Tensor, features: Tensor | ArrayLike, labels: Tensor | Array
     for begin in range(0, len(y), _MEANS_ROWS):  # bounds the copy in float64
         part, of = x[begin : begin + _MEANS_ROWS], y[begin : begin + _MEANS_ROWS]
         values = part.detach().double().cpu().numpy() if isinstance(part, Tensor) else part
-        np.add.at(sums, of, np.asarray(values[:, chosen], np.float64))
+        np.add.at(sums, of.astype(np.int64), np.asarray(values[:, chosen], np.float64))
     means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], -np.inf)
     return torch.from_numpy(means.T)
 

@@ -39,10 +39,10 @@ def figure_and_axes(name: str, axes: Any, width: float, height: float, count: in
 
 
 def class_names(name: str, classes: Sequence[str]) -> list[str]:
-    """The names as text, long ones cut."""
+    """The names as text, long ones cut, dollars as they are: two would begin and end a formula of matplotlib."""
     if isinstance(classes, str) or not len(classes):
         raise ValueError(f"{name}: classes must be the classes' names, at least one, got {classes!r}")
-    return [text if len(text) <= 22 else text[:20] + "…" for text in map(str, classes)]
+    return [(text if len(text) <= 22 else text[:20] + "…").replace("$", r"\$") for text in map(str, classes)]
 
 
 def check_matrix(name: str, matrix: NDArray[Any], classes: Sequence[str]) -> None:

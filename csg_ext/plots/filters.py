@@ -42,9 +42,9 @@ def plot_class_agreement(
     """Where the largest entries of the gate (C, K) and of the MI matrix (K, C) overlap, filter by filter.
 
     Filters are sorted by the gate's class, those that agree first: one square where both name a class, else a circle
-    for the gate's class and a cross for that of the mutual information. The title states the share of live filters that
-    agree, `metrics.class_agreement` where none is dead. dead: as in plot_gate. It needs three classes: of two, a
-    filter's mutual information is the same with both.
+    for the gate's class and a cross for that of the mutual information. The title states the share that agree of the
+    filters with a class by both, `metrics.class_agreement` where none is dead. dead: as in plot_gate. It needs three
+    classes: of two, a filter's mutual information is the same with both.
     Source: Liang et al., ECCV 2020, figure 5.
     """
     name = "plot_class_agreement"
@@ -74,7 +74,8 @@ def plot_class_agreement(
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     class_ticks(axes.yaxis, np.arange(len(names)), names)
-    left_out = f"; {(~live).sum()} dead left out" if (~live).any() else ""
+    kind = "dead" if dead is not None and np.sum(dead) == (~live).sum() else "without a class"
+    left_out = f"; {(~live).sum()} {kind} left out" if (~live).any() else ""
     axes.set_xlabel(f"{len(order)} filters, sorted by the gate's class{left_out}")
     share = f"{agree.sum() / len(order):.1%}" if len(order) else "none"
     axes.set_title(f"Classes agree: {share} of the filters (chance {1 / len(names):.1%})", loc="left", pad=22)

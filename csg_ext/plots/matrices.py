@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from csg_ext.plots.common import (
     COLOURS,
     NAMED,
+    check_filter_classes,
     check_matrix,
     check_trained,
     class_names,
@@ -44,16 +45,18 @@ def _draw_matrix(
     names: Sequence[str],
     limits: tuple[float, float],
     owner: NDArray[np.int64],
+    dead: ArrayLike | None = None,
 ) -> Any:
-    """Classes down, filters across in class_order, dead ones grey at the end, a thin line between few blocks."""
-    order = class_order(matrix)
-    live, dead = order[owner[order] >= 0], int((owner < 0).sum())
+    """Classes down, filters across by their class and falling score, those of class -1 grey at the end, a thin line
+    between few blocks. dead: those of class -1 that the text may call so, by default all."""
+    order = np.lexsort((-matrix.max(axis=0), owner))
+    live, grey = order[owner[order] >= 0], int((owner < 0).sum())
     rows, columns = (-(-size // most) for size, most in zip(matrix.shape, (_ROWS, _COLUMNS), strict=True))
     shown = (
         _largest(_largest(matrix[:, live], columns, 1), rows, 0) if len(live) else np.zeros((-(-len(names) // rows), 0))
     )
-    blank = np.full((len(shown), -(-dead // columns)), np.nan)
-    cells = np.ma.masked_invalid(np.hstack([shown, blank])) if dead else shown
+    blank = np.full((len(shown), -(-grey // columns)), np.nan)
+    cells = np.ma.masked_invalid(np.hstack([shown, blank])) if grey else shown
     image = axes.imshow(cells, aspect="auto", cmap=COLOURS, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     axes.set_facecolor("lightgrey")
     if len(names) <= NAMED:
@@ -64,8 +67,8 @@ def _draw_matrix(
         at = np.linspace(0, matrix.shape[1], 5).astype(int)
         axes.set_xticks(at / columns - 0.5, at.tolist())
     text = f"{matrix.shape[1]} filters, sorted by class"
-    if dead:
-        text += f"; {dead} dead (grey)"
+    if grey:
+        text += f"; {grey} {'dead' if dead is None or np.sum(dead) == grey else 'without a class'} (grey)"
     if rows > 1 or columns > 1:
         text += f"\na cell: the largest of {rows} classes × {columns} filters"
     axes.set_xlabel(text)
@@ -90,7 +93,7 @@ def plot_gate(
     check_matrix("plot_gate", g, names)
     owner = class_of_filters("plot_gate", g, dead)
     figure, axes = figure_and_axes("plot_gate", axes, 8, _height(len(names)))
-    image = _draw_matrix(axes, g, names, (0, 1), owner)
+    image = _draw_matrix(axes, g, names, (0, 1), owner, np.zeros(len(owner)) if dead is None else dead)
     figure.colorbar(image, ax=axes, label="gate entry", pad=0.01)
     axes.set_title(f"Class-specific gate, L1-density {np.abs(g).mean():.3g} (floor {1 / len(g):.3g})", loc="left")
     return figure, axes
@@ -103,24 +106,27 @@ def plot_mutual_information(
     bound: float | None = None,
     *,
     dead: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+    filter_classes: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
     axes: Sequence[Axes] | None = None,
 ) -> tuple[Figure, NDArray[Any]]:
     """The MI matrices (K, C) of STD and CSG on one colour scale, each sorted by its own classes; axes (2,).
 
     bound, the entropy of a class in nats, is the top of the colour scale; the largest value is when not given. dead:
     bool (K,) of each, the filters with one and the same activation everywhere: they have no mutual information,
-    whatever the noise against ties estimates, and count as 0 in the MIS of the title.
+    whatever the noise against ties estimates, and count as 0 in the MIS of the title. filter_classes: int (K,) of each,
+    -1 for a dead filter, as metrics.best_class gives them; by default the class of a filter's largest value, which
+    cannot tell two classes apart.
     """
     name = "plot_mutual_information"
     names = class_names(name, classes)
     matrices = {"STD": np.asarray(std).T, "CSG": np.asarray(csg).T}
     for matrix in matrices.values():
         check_matrix(name, matrix, names)
-    owners = [class_of_filters(name, m, d) for m, d in zip(matrices.values(), dead, strict=True)]
+    owners = [_owners(name, *given, names) for given in zip(matrices.values(), dead, filter_classes, strict=True)]
     top = bound if bound is not None else max(float(m.max()) for m in matrices.values())
     figure, panels = figure_and_axes(name, axes, 11, 0.2 + _height(len(names)), 2, ncols=2, sharey=True)
-    for ax, owner, (arm, matrix) in zip(panels, owners, matrices.items(), strict=True):
-        image = _draw_matrix(ax, matrix, names, (0, top), owner)
+    for ax, (owner, gone), (arm, matrix) in zip(panels, owners, matrices.items(), strict=True):
+        image = _draw_matrix(ax, matrix, names, (0, top), owner, gone)
         ax.set_title(f"{arm}: MIS {_mis(matrix, owner):.3g} nats", loc="left")
     figure.colorbar(image, ax=list(panels), label="mutual information, nats", pad=0.01)
     return figure, panels
@@ -132,18 +138,19 @@ def plot_class_mutual_information(
     bound: float | None = None,
     *,
     dead: ArrayLike | None = None,
+    filter_classes: ArrayLike | None = None,
     axes: Axes | None = None,
 ) -> tuple[Figure, Axes]:
     """One MI matrix (K, C), filters sorted by their class; of many classes, the 40 with most filters and their filters.
 
     bound, the entropy of a class in nats, is the top of the colour scale. Not given: mi is taken as normalised by it.
-    dead: as in plot_mutual_information.
+    dead and filter_classes: as in plot_mutual_information.
     """
     name = "plot_class_mutual_information"
     names = class_names(name, classes)
     matrix = np.asarray(mi).T
     check_matrix(name, matrix, names)
-    owner = class_of_filters(name, matrix, dead)
+    owner, gone = _owners(name, matrix, dead, filter_classes, names)
     score, top, unit = f"MIS {_mis(matrix, owner):.3g}", 1.0, "share of the class's entropy"
     title = f"{score} of 1 (normalised)"
     if bound is not None:
@@ -154,11 +161,23 @@ def plot_class_mutual_information(
         filters = np.isin(owner, shown)
         title += f"\n{NAMED} of {len(names)} classes, {filters.sum()} of {len(owner)} filters"
         matrix, names = matrix[shown][:, filters], [names[c] for c in shown]
-        owner = np.searchsorted(shown, owner[filters])
+        owner, gone = np.searchsorted(shown, owner[filters]), None
     figure, axes = figure_and_axes(name, axes, 8, 0.2 + _height(len(names)))
-    figure.colorbar(_draw_matrix(axes, matrix, names, (0, top), owner), ax=axes, label=unit, pad=0.01)
+    figure.colorbar(_draw_matrix(axes, matrix, names, (0, top), owner, gone), ax=axes, label=unit, pad=0.01)
     axes.set_title(title, loc="left")
     return figure, axes
+
+
+def _owners(
+    name: str, matrix: NDArray[Any], dead: ArrayLike | None, given: ArrayLike | None, names: Sequence[str]
+) -> tuple[NDArray[np.int64], ArrayLike | None]:
+    """The class of every filter, and which of those without one are dead (None: all)."""
+    if given is None:
+        return class_of_filters(name, matrix, dead), np.zeros(matrix.shape[1]) if dead is None else dead
+    owner = check_filter_classes(name, given, names)
+    if len(owner) != matrix.shape[1]:
+        raise ValueError(f"{name}: filter_classes must be ({matrix.shape[1]},), got {owner.shape}")
+    return owner, None
 
 
 def _mis(matrix: NDArray[Any], owner: NDArray[np.int64]) -> float:

@@ -27,6 +27,10 @@ def write_report(runs: list[Run], folder: str | Path, pictures: list[list[Pictur
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext report` with the parsed arguments; returns the exit status."""
     runs = [read_run(folder) for folder in arguments["runs"]]
+    names = [run.name for run in runs]
+    for run, folder in zip(runs, arguments["runs"], strict=True):
+        if names.count(run.name) > 1:
+            run.name = "/".join(Path(folder).resolve().parts[-2:])
     if arguments["output"] is None and len(runs) > 1:
         raise ValueError(f"--output must name the folder of the page of several runs, got {len(runs)} runs and none")
     target = write_report(runs, arguments["output"] or arguments["runs"][0])

@@ -69,14 +69,15 @@ class Arm:
         """What gives the filters their classes."""
         return "mutual information" if self.gate is None else "the gate"
 
+    @cached_property
+    def mi_classes(self) -> NDArray[np.int64]:
+        """The class that every filter tells most about, (K,); -1 for dead ones."""
+        return np.where(self.dead, -1, metrics.best_class(self.mi, self.features, self.labels))
+
     @property
     def filter_classes(self) -> NDArray[np.int64]:
         """The class of every filter, (K,); -1 for dead ones."""
-        if self.gate is not None:
-            owner = self.gate.argmax(axis=0)
-        else:
-            owner = metrics.best_class(self.mi, self.features, self.labels)
-        return np.where(self.dead, -1, owner)
+        return self.mi_classes if self.gate is None else np.where(self.dead, -1, self.gate.argmax(axis=0))
 
 
 @dataclass
@@ -201,9 +202,8 @@ def contents(run: Run, share: float = 1.0) -> dict[str, Any]:
             {
                 "name": arm.name,
                 "notes": notes,
-                "gate": None if arm.gate is None else quantise(arm.gate),
-                "mi": quantise(arm.mi.T),
-                "dead": np.flatnonzero(arm.dead).tolist(),
+                "gate": None if arm.gate is None else quantise(arm.gate) | {"own": arm.filter_classes.tolist()},
+                "mi": quantise(arm.mi.T) | {"own": arm.mi_classes.tolist()},
                 "top": top,
                 **_maps(arm, data.test_images[gallery], int(share * MAP_BYTES / len(run.arms))),
             }
@@ -244,6 +244,11 @@ def _gallery(labels: NDArray[np.int64], classes: int) -> list[int]:
     return [int(i) for c in chosen for i in np.flatnonzero(labels == c)[:each]]
 
 
+def visible(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images (N, channels, H, W) that can be shown: the mean of the channels where these are neither grey nor RGB."""
+    return images if images.shape[1] in (1, 3) else images.mean(axis=1, keepdims=True).astype(np.uint8)
+
+
 class _Thumbnails:
     """Small copies of test images on one sheet; places: where an image lies on it."""
 
@@ -269,10 +274,11 @@ class _Thumbnails:
         from PIL import Image
 
         images, columns = list(self.places), 32
-        mode = "L" if self.data.channels == 1 else "RGB"
+        mode = "RGB" if self.data.channels == 3 else "L"
         sheet = Image.new(mode, (columns * self.side, -(-len(images) // columns) * self.side))
         for place, index in enumerate(images):
-            pixels = self.data.test_images[index].transpose(1, 2, 0).squeeze()
+            pixels = visible(self.data.test_images[index : index + 1])[0].transpose(1, 2, 0)
+            pixels = pixels[:, :, 0] if mode == "L" else pixels
             sheet.paste(
                 Image.fromarray(pixels).resize(self.size), (place % columns * self.side, place // columns * self.side)
             )

@@ -19,21 +19,17 @@
     return Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   }
 
-  /** A quantised matrix (classes, filters) with every filter's own class (its largest value; -1: dead) and that value. */
+  /** A quantised matrix (classes, filters) with every filter's own class (-1: dead) and its largest value. */
   function decode(stored) {
     const raw = bytes(stored.values);
     const quanta = stored.bits === 16 ? new Uint16Array(raw.buffer) : raw;
     const values = Float64Array.from(quanta, (q) => stored.low + stored.step * q);
     const [classes, filters] = stored.shape;
-    const own = new Int32Array(filters), best = new Float64Array(filters).fill(-Infinity);
+    const best = new Float64Array(filters).fill(-Infinity);
     for (let c = 0; c < classes; c++) {
-      for (let k = 0; k < filters; k++) {
-        const value = values[c * filters + k];
-        if (value > best[k]) { best[k] = value; own[k] = c; }
-      }
+      for (let k = 0; k < filters; k++) best[k] = Math.max(best[k], values[c * filters + k]);
     }
-    for (const k of network.dead) own[k] = -1;
-    return { values, classes, filters, own, best, value: (c, k) => values[c * filters + k] };
+    return { values, classes, filters, own: stored.own, best, value: (c, k) => values[c * filters + k] };
   }
 
   /** The matrix of a kind of the network shown, decoded once; null where it has none. */

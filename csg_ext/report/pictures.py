@@ -12,7 +12,7 @@ import torch
 
 from csg_ext import metrics, plots
 from csg_ext.data.batches import normalise
-from csg_ext.report.collect import Arm, Run
+from csg_ext.report.collect import Arm, Run, visible
 
 # Files of csg-ext train, without .png. What a network lacks (a trained gate) has no picture.
 NAMES = (
@@ -64,7 +64,7 @@ def _drawn(run: Run) -> Iterator[tuple[str, str, Any]]:
     yield (
         "mutual_information",
         "Mutual information between filters and classes, STD on the left and CSG on the right, on one scale",
-        plots.plot_mutual_information(std.mi, csg.mi, classes, bound, dead=(std.dead, csg.dead)),
+        plots.plot_mutual_information(std.mi, csg.mi, classes, bound, filter_classes=(std.mi_classes, csg.mi_classes)),
     )
     if csg.gate is not None and len(classes) > 2:
         yield (
@@ -107,7 +107,7 @@ def _top_images(run: Run, arm: Arm) -> tuple[str, str, Any]:
         maps = arm.model.forward_features(normalise(images, *arm.statistics, torch.device("cpu")))
     owner = int(arm.filter_classes[k])
     drawn = plots.plot_top_images(
-        images,
+        visible(images),
         maps,
         k,
         labels=run.data.test_labels[best],
@@ -127,7 +127,7 @@ def _image_filters(run: Run, arm: Arm) -> tuple[str, str, Any]:
     i = int((predicted == labels).argmax())
     scale = np.quantile(arm.features, 0.99, axis=0)
     drawn = plots.plot_image_filters(
-        run.data.test_images[i],
+        visible(run.data.test_images[i : i + 1])[0],
         np.divide(arm.features[i], scale, out=np.zeros(len(scale)), where=scale > 0),
         arm.filter_classes,
         run.data.classes,
