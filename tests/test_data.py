@@ -509,6 +509,25 @@ def test_batches_without_augmentation_and_with_smaller_sizes():
     assert torch.allclose(x, full.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "side, size, scaled",
+    [
+        ((24, 12), 16, (16, 8)),
+        ((12, 24), 8, (8, 16)),
+        ((24, 5), 16, (16, 4)),
+        ((24, 3), 16, (16, 3)),  # narrower than that already
+        ((8, 16), 12, (12, 24)),
+        ((8, 8), 2, (2, 2)),
+    ],
+)
+def test_smaller_sizes_keep_the_proportions(side, size, scaled):
+    images = RNG.integers(0, 256, (8, 1, *side), np.uint8)
+    low, full = (Batches(images, np.arange(8), 8, mean=[0], std=[1], sizes=s)[0][0] for s in ([size], None))
+    assert low.shape[2:] == scaled
+    if side == (24, 12):
+        assert torch.equal(low, torch.nn.functional.interpolate(full, size=scaled, mode="area"))
+
+
 def test_batch_size_is_checked():
     with pytest.raises(ValueError, match=r"batch_size must lie in \[1, 3\], the number of images, got 4"):
         Batches(np.zeros((3, 1, 2, 2), np.uint8), np.zeros(3), 4, mean=[0], std=[1])
