@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csg_ext.data import Batches, ImageData, image_loader, load_images
+from csg_ext.data import Batches, ImageData, decode, image_loader, load_images
 from csg_ext.data.batches import normalise
 from csg_ext.data.images import EMBEDDED
 
@@ -288,6 +288,51 @@ def test_class_without_readable_image(tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="got none in class 'dog'"):
         load_images(tmp_path)
+
+
+def test_links_that_lead_nowhere_do_not_decode(tmp_path):
+    _write_folder(tmp_path)
+    (tmp_path / "dog" / "whole.PNG").symlink_to(tmp_path / "dog" / "1.png")
+    (tmp_path / "dog" / "folder.png").symlink_to(tmp_path / "cat")
+    assert np.bincount(load_images(tmp_path, strict=True).train_labels).tolist() == [4, 5, 4]
+    (tmp_path / "dog" / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "emu" / "loop.png").symlink_to(tmp_path / "emu" / "loop.png")
+    data = load_images(tmp_path)
+    assert len(data.train_labels) + len(data.test_labels) == 16
+    assert [line.partition(": ")[0] for line in sorted(data.skipped)] == ["dog/dead.png", "emu/loop.png"]
+    with pytest.raises(ValueError, match="with strict every image must decode, got (dog/dead|emu/loop).png"):
+        load_images(tmp_path, strict=True)
+
+
+def test_the_names_of_images(tmp_path):
+    """Every extension that the documentation lists is read, and no other."""
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    sentence = text[text.index("An image is a file that is called") : text.index(", in upper or lower case")]
+    listed = re.findall(r"`([.][a-z]+)`", sentence)
+    assert set(listed) == decode.EXTENSIONS and ".jfif" in listed
+    _write_folder(tmp_path)
+    for number, suffix in enumerate([*listed, ".JFIF", ".heic", ""]):
+        (tmp_path / "cat" / f"x{number}{suffix}").write_bytes((tmp_path / "cat" / "0.png").read_bytes())
+    data = load_images(tmp_path, strict=True)
+    assert len(data.train_labels) + len(data.test_labels) == 15 + len(listed) + 1
+
+
+def test_palettes_without_colour_are_grey(tmp_path):
+    levels = RNG.integers(0, 256, (10, 12), np.uint8)
+    grey = Image.fromarray(levels).convert("RGB").quantize(16)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(levels).save(tmp_path / name / "0.gif")  # with a palette, since not every level occurs
+        for suffix in ("gif", "png", "bmp", "tif"):
+            grey.save(tmp_path / name / f"1.{suffix}")
+    with Image.open(tmp_path / "cat" / "0.gif") as image:
+        assert image.mode == "P"
+    data = load_images(tmp_path, strict=True)
+    assert data.channels == 1
+    stored = {np.asarray(grey.convert("L")).tobytes(), levels.tobytes()}
+    assert {image.tobytes() for image in np.concatenate([data.train_images, data.test_images])} == stored
+    Image.fromarray(RNG.integers(0, 256, (10, 12, 3), np.uint8)).quantize(16).save(tmp_path / "dog" / "1.gif")
+    assert load_images(tmp_path).channels == 3
 
 
 def test_folder_errors(tmp_path, monkeypatch):
