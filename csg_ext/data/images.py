@@ -310,7 +310,11 @@ def _named_shards(path: str) -> list[Path]:
     folders = sorted({str(Path(name).parent) for name in names})
     if len(folders) > 1:
         raise ValueError(f"data: shards must lie in one folder, got {folders[0]} and {folders[1]}")
-    return [Path(name) for name in names]
+    shards = [Path(name) for name in names]
+    if len(set(shards)) < len(shards):
+        double = next(shard for shard in shards if shards.count(shard) > 1)
+        raise ValueError(f"data: shards must differ, got {double} twice in {path!r}")
+    return shards
 
 
 def _index_directory(
