@@ -213,10 +213,11 @@ def test_damaged_cifar(tmp_path, content):
         load_images(tmp_path / "c")
 
 
-def test_incomplete_cifar(tmp_path):
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_4", "test_batch"])
+def test_incomplete_cifar(tmp_path, name):
     _write_cifar10(tmp_path / "c")
-    (tmp_path / "c" / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match="expected the file data_batch_4 of CIFAR-10"):
+    (tmp_path / "c" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected the file {name} of CIFAR-10"):
         load_images(tmp_path / "c")
 
 
@@ -457,7 +458,36 @@ def test_npz_round_trip_and_hold_out(tmp_path):
         data.hold_out(14)
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 20, 1), (8, 8, 4)])
+def test_npz_with_class_names_in_bytes(tmp_path):
+    images, labels = RNG.integers(0, 256, (6, 1, 4, 4), np.uint8), np.arange(6) % 2
+    arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(tmp_path / "x.npz", classes=np.array([b"a", "Öl".encode()]), **arrays)
+    assert load_images(tmp_path / "x.npz").classes == ["a", "Öl"]
+    np.savez(tmp_path / "x.npz", classes=np.array([b"a", "Öl".encode("latin1")]), **arrays)
+    with pytest.raises(ValueError, match="x.npz: classes must be names, got others: 'utf-8' codec can't decode"):
+        load_images(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, 0), (0, 4, 4)])
+def test_images_without_a_pixel_are_refused(shape):
+    images, labels = np.zeros((6, *shape), np.uint8), np.arange(6) % 2
+    with pytest.raises(ValueError, match=r"^toy: train_images must have a channel and sides of at least 1, got \(6, "):
+        ImageData("toy", images, labels, images, labels, ["a", "b"])
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_the_memory_limit_and_the_test_share_are_checked_where_they_are_not_used(tmp_path, value):
+    _write_folder(tmp_path / "train")
+    _write_folder(tmp_path / "val")
+    for path in (None, tmp_path):
+        with pytest.raises(ValueError, match=rf"^data: memory_limit must be a number above 0 \(GiB\), got {value}$"):
+            load_images(path, memory_limit=value)
+        for read in (load_images, lambda path, **options: image_loader(path, batch_size=1, **options)):
+            with pytest.raises(ValueError, match=rf"^data: test_share must lie in \(0, 1\), got {value}$"):
+                read(path, test_share=value)
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 20, 1), (8, 8, 4), (9, 7, 2)])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_npz_with_the_channels_last_is_refused(tmp_path, shape, part):
     images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
@@ -469,7 +499,7 @@ def test_npz_with_the_channels_last_is_refused(tmp_path, shape, part):
         load_images(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 1), (3, 28, 3), (3, 4, 4), (4, 3, 3), (2, 4, 4)])
+@pytest.mark.parametrize("shape", [(1, 28, 1), (3, 28, 3), (3, 4, 4), (4, 3, 3), (2, 4, 4), (4, 4, 3)])
 def test_npz_with_narrow_images_is_read(tmp_path, shape):
     images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
     np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)

@@ -110,7 +110,7 @@ class _Failures:
 
 def _check_memory(count: int, channels: int, height: int, width: int, limit: float) -> None:
     need = count * channels * height * width / _GIB
-    if need > limit:
+    if not need <= limit:
         raise ValueError(
             f"data: {count} images of {channels} x {height} x {width} take {need:.1f} GiB in memory, more than the "
             f"memory_limit of {limit:g} GiB; a smaller image_size or fewer classes take less, and "
