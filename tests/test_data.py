@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from csg_ext.data import Batches, ImageData, image_loader, load_images
+from csg_ext.data import Batches, ImageData, decode, image_loader, load_images
 from csg_ext.data.batches import normalise
 from csg_ext.data.images import EMBEDDED
 
@@ -213,10 +213,11 @@ def test_damaged_cifar(tmp_path, content):
         load_images(tmp_path / "c")
 
 
-def test_incomplete_cifar(tmp_path):
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_4", "test_batch"])
+def test_incomplete_cifar(tmp_path, name):
     _write_cifar10(tmp_path / "c")
-    (tmp_path / "c" / "data_batch_4").unlink()
-    with pytest.raises(FileNotFoundError, match="expected the file data_batch_4 of CIFAR-10"):
+    (tmp_path / "c" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"expected the file {name} of CIFAR-10"):
         load_images(tmp_path / "c")
 
 
@@ -288,6 +289,51 @@ def test_class_without_readable_image(tmp_path):
         path.unlink()
     with pytest.raises(ValueError, match="got none in class 'dog'"):
         load_images(tmp_path)
+
+
+def test_links_that_lead_nowhere_do_not_decode(tmp_path):
+    _write_folder(tmp_path)
+    (tmp_path / "dog" / "whole.PNG").symlink_to(tmp_path / "dog" / "1.png")
+    (tmp_path / "dog" / "folder.png").symlink_to(tmp_path / "cat")
+    assert np.bincount(load_images(tmp_path, strict=True).train_labels).tolist() == [4, 5, 4]
+    (tmp_path / "dog" / "dead.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "emu" / "loop.png").symlink_to(tmp_path / "emu" / "loop.png")
+    data = load_images(tmp_path)
+    assert len(data.train_labels) + len(data.test_labels) == 16
+    assert [line.partition(": ")[0] for line in sorted(data.skipped)] == ["dog/dead.png", "emu/loop.png"]
+    with pytest.raises(ValueError, match="with strict every image must decode, got (dog/dead|emu/loop).png"):
+        load_images(tmp_path, strict=True)
+
+
+def test_the_names_of_images(tmp_path):
+    """Every extension that the documentation lists is read, and no other."""
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    sentence = text[text.index("An image is a file that is called") : text.index(", in upper or lower case")]
+    listed = re.findall(r"`([.][a-z]+)`", sentence)
+    assert set(listed) == decode.EXTENSIONS and ".jfif" in listed
+    _write_folder(tmp_path)
+    for number, suffix in enumerate([*listed, ".JFIF", ".heic", ""]):
+        (tmp_path / "cat" / f"x{number}{suffix}").write_bytes((tmp_path / "cat" / "0.png").read_bytes())
+    data = load_images(tmp_path, strict=True)
+    assert len(data.train_labels) + len(data.test_labels) == 15 + len(listed) + 1
+
+
+def test_palettes_without_colour_are_grey(tmp_path):
+    levels = RNG.integers(0, 256, (10, 12), np.uint8)
+    grey = Image.fromarray(levels).convert("RGB").quantize(16)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(levels).save(tmp_path / name / "0.gif")  # with a palette, since not every level occurs
+        for suffix in ("gif", "png", "bmp", "tif"):
+            grey.save(tmp_path / name / f"1.{suffix}")
+    with Image.open(tmp_path / "cat" / "0.gif") as image:
+        assert image.mode == "P"
+    data = load_images(tmp_path, strict=True)
+    assert data.channels == 1
+    stored = {np.asarray(grey.convert("L")).tobytes(), levels.tobytes()}
+    assert {image.tobytes() for image in np.concatenate([data.train_images, data.test_images])} == stored
+    Image.fromarray(RNG.integers(0, 256, (10, 12, 3), np.uint8)).quantize(16).save(tmp_path / "dog" / "1.gif")
+    assert load_images(tmp_path).channels == 3
 
 
 def test_folder_errors(tmp_path, monkeypatch):
@@ -412,7 +458,36 @@ def test_npz_round_trip_and_hold_out(tmp_path):
         data.hold_out(14)
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 20, 1), (8, 8, 4)])
+def test_npz_with_class_names_in_bytes(tmp_path):
+    images, labels = RNG.integers(0, 256, (6, 1, 4, 4), np.uint8), np.arange(6) % 2
+    arrays = dict(train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    np.savez(tmp_path / "x.npz", classes=np.array([b"a", "Öl".encode()]), **arrays)
+    assert load_images(tmp_path / "x.npz").classes == ["a", "Öl"]
+    np.savez(tmp_path / "x.npz", classes=np.array([b"a", "Öl".encode("latin1")]), **arrays)
+    with pytest.raises(ValueError, match="x.npz: classes must be names, got others: 'utf-8' codec can't decode"):
+        load_images(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 4), (1, 4, 0), (0, 4, 4)])
+def test_images_without_a_pixel_are_refused(shape):
+    images, labels = np.zeros((6, *shape), np.uint8), np.arange(6) % 2
+    with pytest.raises(ValueError, match=r"^toy: train_images must have a channel and sides of at least 1, got \(6, "):
+        ImageData("toy", images, labels, images, labels, ["a", "b"])
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_the_memory_limit_and_the_test_share_are_checked_where_they_are_not_used(tmp_path, value):
+    _write_folder(tmp_path / "train")
+    _write_folder(tmp_path / "val")
+    for path in (None, tmp_path):
+        with pytest.raises(ValueError, match=rf"^data: memory_limit must be a number above 0 \(GiB\), got {value}$"):
+            load_images(path, memory_limit=value)
+        for read in (load_images, lambda path, **options: image_loader(path, batch_size=1, **options)):
+            with pytest.raises(ValueError, match=rf"^data: test_share must lie in \(0, 1\), got {value}$"):
+                read(path, test_share=value)
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 3), (28, 20, 1), (8, 8, 4), (9, 7, 2)])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_npz_with_the_channels_last_is_refused(tmp_path, shape, part):
     images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
@@ -424,7 +499,7 @@ def test_npz_with_the_channels_last_is_refused(tmp_path, shape, part):
         load_images(tmp_path / "x.npz")
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 1), (3, 28, 3), (3, 4, 4), (4, 3, 3), (2, 4, 4)])
+@pytest.mark.parametrize("shape", [(1, 28, 1), (3, 28, 3), (3, 4, 4), (4, 3, 3), (2, 4, 4), (4, 4, 3)])
 def test_npz_with_narrow_images_is_read(tmp_path, shape):
     images, labels = RNG.integers(0, 256, (6, *shape), np.uint8), np.arange(6) % 2
     np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
@@ -507,6 +582,25 @@ def test_batches_without_augmentation_and_with_smaller_sizes():
     assert x.shape == (8, 1, 4, 4) and sized[2][0].shape == (8, 1, 8, 8) and sized[9][0].shape == (8, 1, 8, 8)
     full = Batches(square, np.zeros(16), 8, mean=[0], std=[1])[0][0]
     assert torch.allclose(x, full.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "side, size, scaled",
+    [
+        ((24, 12), 16, (16, 8)),
+        ((12, 24), 8, (8, 16)),
+        ((24, 5), 16, (16, 4)),
+        ((24, 3), 16, (16, 3)),  # narrower than that already
+        ((8, 16), 12, (12, 24)),
+        ((8, 8), 2, (2, 2)),
+    ],
+)
+def test_smaller_sizes_keep_the_proportions(side, size, scaled):
+    images = RNG.integers(0, 256, (8, 1, *side), np.uint8)
+    low, full = (Batches(images, np.arange(8), 8, mean=[0], std=[1], sizes=s)[0][0] for s in ([size], None))
+    assert low.shape[2:] == scaled
+    if side == (24, 12):
+        assert torch.equal(low, torch.nn.functional.interpolate(full, size=scaled, mode="area"))
 
 
 def test_batch_size_is_checked():

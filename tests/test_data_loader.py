@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import struct
 import warnings
 from pathlib import Path
 
@@ -107,6 +108,37 @@ def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
     Image.fromarray(levels.astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="expected 8 or 16 bits per channel, got Pillow's mode F"):
         decode.decode(tmp_path / "a.tif", 1)
+
+
+def _tiff(levels: np.ndarray, bits: int, photometric: int) -> bytes:
+    """One strip of little-endian 16-bit samples, or of packed 12-bit ones."""
+    raw = levels.astype("<u2").tobytes()
+    if bits == 12:
+        a, b = levels.reshape(-1, 2).T.astype(np.uint32)
+        packed = a << 12 | b
+        raw = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 1).astype(np.uint8).tobytes()
+    height, width = levels.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(raw)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(raw)) + raw + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("bits, photometric", [(12, 1), (16, 1), (16, 0)])
+def test_grey_tiffs_are_scaled_by_their_bits_and_inverted_where_white_is_zero(tmp_path, bits, photometric):
+    levels = RNG.integers(0, 2**bits, (6, 8), np.uint16)
+    levels[0, :2] = 0, 2**bits - 1
+    (tmp_path / "a.tif").write_bytes(_tiff(levels, bits, photometric))
+    light = levels if photometric else 2**bits - 1 - levels
+    assert np.array_equal(np.asarray(decode.decode(tmp_path / "a.tif", 1)), light >> (bits - 8))
+
+
+@pytest.mark.parametrize("highest", [65535, 1023, 255])
+def test_grey_pgms_are_scaled_to_eight_bits(tmp_path, highest):
+    levels = RNG.integers(0, highest + 1, (6, 8), np.uint16)
+    raw = levels.astype(">u2" if highest > 255 else np.uint8).tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P5 8 6 %d\n" % highest + raw)
+    scaled = np.rint(levels / highest * 65535).astype(int) >> 8
+    assert np.array_equal(np.asarray(decode.decode(tmp_path / "a.pgm", 1)), scaled)
 
 
 def test_only_image_formats_are_opened_whatever_the_name(tmp_path):

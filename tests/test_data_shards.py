@@ -95,6 +95,8 @@ def test_one_shard_and_braces_are_split_alike_however_the_samples_are_sharded(tm
         ([("json", b"1"), ("json", b'{"label": 0, "other": [1]}')], ["cat", "dog"], ["cat", "dog"]),
         ([("json", b'"dog"'), ("json", b'{"label": "cat"}')], {"dog": 1, "cat": 0}, ["cat", "dog"]),
         ([("cls", b"1"), ("cls", b"cat")], ["cat", "dog"], ["cat", "dog"]),
+        ([("cls", b"\xef\xbb\xbfdog"), ("json", b'\xef\xbb\xbf"cat"')], None, ["cat", "dog"]),
+        ([("cls", b"\xef\xbb\xbf1"), ("cls", b"0")], None, ["0", "1"]),
     ],
 )
 def test_labels_and_class_names(tmp_path, labels, listed, classes):
@@ -121,6 +123,37 @@ def test_digits_that_are_a_number_and_the_name_of_another_class_are_refused(tmp_
     for read in (load_images, lambda path: image_loader(path, batch_size=1)):
         with pytest.raises(ValueError, match=f"^data: train.tar: b: expected a label that means one class.*{got}$"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "listed, text, content, agree",
+    [
+        (None, b"1", b'{"label": 1}', True),
+        (None, b"1", b'{"width": 11}', True),  # no label
+        (None, b"1", b'"dog"', True),  # nothing says what the number of "dog" is
+        (["cat", "dog"], b"1", b'"dog"', True),
+        (["cat", "dog"], b"1", b'"cat"', False),
+        (["cat", "dog"], b"dog", b"0", False),
+        (["cat", "dog"], b"dog", b'{"label": "cat"}', False),
+    ],
+)
+def test_two_labels_of_a_sample_must_agree(tmp_path, listed, text, content, agree):
+    other = [("b.png", _png()), ("b.cls", b"0")]
+    for part in ("train", "val"):
+        _tar(tmp_path / f"{part}.tar", [("a.png", _png()), ("a.json", content), ("a.cls", text), *other])
+    if listed is not None:
+        (tmp_path / "classes.json").write_text(json.dumps(listed))
+    if agree:
+        assert load_images(tmp_path, strict=True).train_labels.tolist() == [1, 0]
+    else:
+        with pytest.raises(ValueError, match="^data: train.tar: a: expected one label in .cls and .json, got .* and "):
+            load_images(tmp_path)
+
+
+def test_keys_of_two_shards_are_two_images(tmp_path):
+    for name in ("train-0", "train-1", "val-0"):
+        _write(tmp_path / f"{name}.tar", 6)
+    assert len(load_images(tmp_path, strict=True).train_labels) == 12
 
 
 def test_digits_that_mean_one_class_are_read(tmp_path):
@@ -230,7 +263,18 @@ def test_samples_that_cannot_be_used_are_named(tmp_path, members, reason):
             [("a.b.png", None), ("a.c.png", None)],
             "expected one image per key, which ends at the first dot, got b.png, c.png",
         ),
-        ([("a.png", None), ("a.png", None)], "a.png: duplicate file name"),
+        (
+            [("a.png", None), ("a.PNG", None)],
+            "^data: x.tar: expected one member per key and extension, got a second 'a.PNG'$",
+        ),
+        (
+            [("a.png", None), ("a.cls", b"0"), ("b.png", None), ("b.cls", b"1"), ("a.jpg", None), ("a.cls", b"0")],
+            "^data: x.tar: a: expected one image per key, got a second one in 'a.jpg'$",
+        ),
+        (
+            [("a.png", None), ("a.cls", b"0"), ("a.json", b'{"label": 1}')],
+            "^data: x.tar: a: expected one label in .cls and .json, got 0 and 1$",
+        ),
         (
             [("a.png", None), ("a.cls", b"0"), ("b.png", None), ("b.cls", b"x")],
             "must be all numbers or all names, got both",
@@ -305,6 +349,8 @@ def test_paths_that_name_no_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected the shard .*x-1.tar, which does not exist"):
         _write(tmp_path / "x-0.tar", 4)
         load_images(f"{tmp_path}/x-{{0..1}}.tar")
+    with pytest.raises(ValueError, match="^data: shards must differ, got .*x-0.tar twice in '.*0,0}.tar'$"):
+        load_images(f"{tmp_path}/x-{{0,0}}.tar")
     for path in ("pipe:cat x.tar", "https://example.org/x.tar"):
         with pytest.raises(ValueError, match="expected shards in the file system, got"):
             load_images(path)

@@ -24,8 +24,9 @@ class Batches:
     len(batches) steps; every epoch draws a new permutation and leaves its incomplete last batch out, so all batches
     weigh the same.
 
-    images: uint8 (N, channels, H, W). sizes: the side in pixels that epoch e's images are scaled to, sizes[e] (the
-    last entry serves all later epochs); None keeps the native size. mean, std: per channel, in units of [0, 1].
+    images: uint8 (N, channels, H, W). sizes: the height in pixels that epoch e's images are scaled to, sizes[e] (the
+    last entry serves all later epochs), and the width in proportion, but to no less than 4 pixels; None keeps the
+    native size. mean, std: per channel, in units of [0, 1].
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Batches:
         x = self._augment(x, torch.Generator().manual_seed(derive_seed(self.seed, _AUGMENT, step)))
         if self.sizes is not None:
             size = self.sizes[min(epoch, len(self.sizes) - 1)]
-            if size != x.shape[2]:
-                x = F.interpolate(x, size=(size, size), mode="area")
+            height, width = x.shape[2:]
+            if size != height:
+                x = F.interpolate(x, size=(size, max(min(4, width, size), round(width * size / height))), mode="area")
         return x.contiguous(memory_format=torch.channels_last), self.labels[index]
 
     def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,6 +19,13 @@ DEFAULT_SIZE = 32
 _GIB = 2**30
 
 
+def _is_image_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is to be read. A link that leads nowhere is: it does not decode, and so is named."""
+    if os.path.splitext(entry.name)[1].lower() not in decode.EXTENSIONS:
+        return False
+    return (entry.is_symlink() and not os.path.exists(entry.path)) or entry.is_file()
+
+
 def _image_files(folder: Path, below: str) -> list[str]:
     """Paths of the image files in a folder and its subfolders, each after `below`; follows no links to folders."""
     found: list[str] = []
@@ -28,7 +35,7 @@ def _image_files(folder: Path, below: str) -> list[str]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 found += _image_files(Path(entry.path), f"{below}{entry.name}/")
-            elif os.path.splitext(entry.name)[1].lower() in decode.EXTENSIONS and entry.is_file():
+            elif _is_image_file(entry):
                 found.append(below + entry.name)
     return found
 
@@ -103,7 +110,7 @@ class _Failures:
 
 def _check_memory(count: int, channels: int, height: int, width: int, limit: float) -> None:
     need = count * channels * height * width / _GIB
-    if need > limit:
+    if not need <= limit:
         raise ValueError(
             f"data: {count} images of {channels} x {height} x {width} take {need:.1f} GiB in memory, more than the "
             f"memory_limit of {limit:g} GiB; a smaller image_size or fewer classes take less, and "
@@ -115,20 +122,20 @@ def _common_format(
     parts: dict[str, ImageList], image_size: int | None, channels: int | None, failures: _Failures
 ) -> tuple[int, int, int, bool, dict[str, list[int]]]:
     """(channels, height, width, whether images are fitted to it, the positions to decode), from the images' headers."""
-    modes, sizes = set(), set()
+    all_grey, sizes = True, set()
     positions: dict[str, list[int]] = {part: [] for part in parts}
     for part, images in parts.items():
         for position in range(len(images)):
             try:
-                mode, size = images.header(position)
+                grey, size = images.header(position)
             except Exception as error:  # Pillow raises many types for a damaged file
                 failures.add(images, position, error)
             else:
-                modes.add(mode)
+                all_grey &= grey
                 sizes.add(size)
                 positions[part].append(position)
     if channels is None:
-        channels = 1 if all(map(decode.is_grey, modes)) else 3
+        channels = 1 if all_grey else 3
     if image_size is None and len(sizes) == 1 and max(next(iter(sizes))) <= KEPT_SIZE:
         width, height = next(iter(sizes))
         return channels, height, width, False, positions

@@ -17,7 +17,7 @@ from csg_ext.data.images import ImageData
 
 _IDX_DIMENSIONS = 4  # at most; sets of images have three
 _CHUNK = 2**20
-_CHANNELS_LAST = (1, 3, 4)  # grey, colour, colour with alpha
+_MAX_CHANNELS = 4  # colour with alpha
 
 
 def load_numpy(path: Path, only: Collection[str] | None = None, mmap: bool = False) -> Any:
@@ -64,7 +64,7 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
     for part in ("train", "test"):
         images = arrays[f"{part}_images"]
         # ImageData takes any number of channels: it would read a 28 x 28 colour image as 28 channels of 28 x 3.
-        if images.ndim == 4 and images.shape[3] in _CHANNELS_LAST and images.shape[1] > max(_CHANNELS_LAST):
+        if images.ndim == 4 and 1 <= images.shape[3] <= _MAX_CHANNELS < images.shape[1]:
             raise ValueError(
                 f"{path}: {part}_images must be (N, channels, H, W), got {images.shape}, which has the channels last"
             )
@@ -83,8 +83,8 @@ def read_npz(path: Path, name: str | None = None) -> ImageData:
     if classes.ndim != 1:
         raise ValueError(f"{path}: classes must be names (C,), got shape {classes.shape}")
     try:
-        names = [str(c) for c in classes]
-    except (SystemError, ValueError) as error:  # a code point beyond Unicode
+        names = [c.decode() if isinstance(c, bytes) else str(c) for c in classes]
+    except (SystemError, ValueError) as error:  # a code point beyond Unicode, or bytes that are not UTF-8
         raise ValueError(f"{path}: classes must be names, got others: {reason(error)}") from None
     return ImageData(
         name or path.stem,
@@ -218,23 +218,21 @@ def _cifar_part(paths: list[Path], label_key: str) -> tuple[np.ndarray, np.ndarr
 def read_cifar(root: Path) -> ImageData | None:
     """CIFAR-10 or CIFAR-100 in root or in torchvision's subfolder of it; None when there is neither."""
     found = []
-    for name, subfolder, marker in (
-        ("CIFAR-10", "cifar-10-batches-py", "batches.meta"),
-        ("CIFAR-100", "cifar-100-python", "meta"),
+    for name, subfolder, marker, train, test in (
+        ("CIFAR-10", "cifar-10-batches-py", "batches.meta", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]),
+        ("CIFAR-100", "cifar-100-python", "meta", ["train"], ["test"]),
     ):
         for folder in (root, root / subfolder):
-            if (folder / marker).is_file() and (folder / ("data_batch_1" if name == "CIFAR-10" else "train")).is_file():
-                found.append((name, folder, marker))
+            if (folder / marker).is_file() and any((folder / file).is_file() for file in train + test):
+                found.append((name, folder, marker, train, test))
     if not found:
         return None
     if len(found) > 1:
         raise ValueError(
             f"data: expected one data set, got CIFAR-10 and CIFAR-100 in {root}; name one of the two folders"
         )
-    name, folder, marker = found[0]
+    name, folder, marker, train, test = found[0]
     ten = name == "CIFAR-10"
-    train = [f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"]
-    test = ["test_batch"] if ten else ["test"]
     for file in train + test:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"data: expected the file {file} of {name} in {folder}, which has none")

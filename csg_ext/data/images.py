@@ -40,6 +40,10 @@ class ImageData:
                 raise ValueError(
                     f"{self.name}: {part}_images must be uint8 (N, channels, H, W), got {images.dtype} {images.shape}"
                 )
+            if 0 in images.shape[1:]:
+                raise ValueError(
+                    f"{self.name}: {part}_images must have a channel and sides of at least 1, got {images.shape}"
+                )
             if labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"{self.name}: {part}_labels must be ({len(images)},) like its images, got {labels.shape}"
@@ -222,6 +226,9 @@ def load_found(
         raise ValueError(f"data: channels must be 1 or 3, got {channels}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"data: image_size must be at least 1, got {image_size}")
+    select.check_share("test_share", test_share)
+    if not memory_limit > 0:
+        raise ValueError(f"data: memory_limit must be a number above 0 (GiB), got {memory_limit}")
     if isinstance(found, ImageData):
         if image_size is not None and found.train_images.shape[2:] != (image_size, image_size):
             raise ValueError(
@@ -310,7 +317,11 @@ def _named_shards(path: str) -> list[Path]:
     folders = sorted({str(Path(name).parent) for name in names})
     if len(folders) > 1:
         raise ValueError(f"data: shards must lie in one folder, got {folders[0]} and {folders[1]}")
-    return [Path(name) for name in names]
+    shards = [Path(name) for name in names]
+    if len(set(shards)) < len(shards):
+        double = next(shard for shard in shards if shards.count(shard) > 1)
+        raise ValueError(f"data: shards must differ, got {double} twice in {path!r}")
+    return shards
 
 
 def _index_directory(

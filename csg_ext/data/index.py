@@ -112,10 +112,10 @@ class ImageList:
             raise ValueError(f"expected {size} bytes in the shard, got {len(content)}")
         return io.BytesIO(content)
 
-    def header(self, position: int) -> tuple[str, tuple[int, int]]:
-        """Pillow's mode and (width, height), without decoding."""
+    def header(self, position: int) -> tuple[bool, tuple[int, int]]:
+        """Whether the image is grey, and (width, height), without decoding."""
         with decode.open_image(self._file(position)) as image:
-            return image.mode, image.size
+            return decode.is_grey(image), image.size
 
     def image(self, position: int, channels: int) -> Image.Image:
         """The decoded image; raises many types for a damaged one."""

@@ -348,6 +348,7 @@ def image_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
     )
+    select.check_share("test_share", test_share)
     place, places = _ranks(rank, world_size)
     found = find_images(path, strict=strict, progress=progress)
     packed = isinstance(found, ImageData)

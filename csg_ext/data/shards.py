@@ -94,14 +94,11 @@ def _members(shard: Path, below: str, skip: Callable[[str], None]) -> Iterator[d
 
 
 def _text(sample: dict[str, Any], suffix: str) -> str:
-    return sample[suffix][3].decode("utf-8", "replace").strip()
+    return sample[suffix][3].decode("utf-8-sig", "replace").strip()
 
 
-def _label(sample: dict[str, Any]) -> Label:
+def _label(sample: dict[str, Any], suffix: str) -> Label:
     """The class number or name in a sample's .cls, or in its .json: a number, a name, or an object with "label"."""
-    suffix = next((suffix for suffix in _LABELS if suffix in sample), None)
-    if suffix is None:
-        raise ValueError("expected a .cls or .json with the label beside the image, got neither")
     text = _text(sample, suffix)
     value: Any = text
     if suffix == "json":
@@ -165,7 +162,23 @@ class _Reader:
                 f"number of class {self.classes[int(text)]!r} and the name of class number {named} in {CLASSES}"
             )
 
-    def _sample(self, shard: str, sample: dict[str, Any]) -> tuple[bytes, Label, int, int] | None:
+    def _check_agreement(self, where: str, sample: dict[str, Any]) -> None:
+        """Raises ValueError for a .cls and a .json that name two classes; a .json may also hold something else."""
+        try:
+            labels = [_label(sample, suffix) for suffix in _LABELS]
+        except ValueError:
+            return
+        if isinstance(labels[0], int) != isinstance(labels[1], int):  # a number and a name: comparable by classes.json
+            numbers = [label if isinstance(label, int) else self.positions.get(label) for label in labels]
+            if None in numbers or numbers[0] == numbers[1]:
+                return
+        if labels[0] != labels[1]:
+            raise ValueError(
+                f"{where}: expected one label in .cls and .json, got {labels[0]!r:.100} and {labels[1]!r:.100}"
+            )
+
+    def _sample(self, shard: str, sample: dict[str, Any], keys: set[str]) -> tuple[bytes, Label, int, int] | None:
+        """(name, label, offset, size) of a sample that can be used; `keys`: of the shard's images so far."""
         images = [suffix for suffix in sample if f".{suffix.rpartition('.')[2]}" in decode.EXTENSIONS]
         where = f"{shard}: {sample['__key__']}"
         if len(images) > 1:
@@ -176,13 +189,22 @@ class _Reader:
             if any(suffix in sample for suffix in _LABELS):
                 self.skip(f"{where}: a label without an image")
             return None
+        if sample["__key__"] in keys:
+            raise ValueError(f"{where}: expected one image per key, got a second one in {sample[images[0]][0]!r}")
+        keys.add(sample["__key__"])
         name, offset, size, _ = sample[images[0]]
         if size > _IMAGE_BYTES:
             self.skip(f"{shard}: {name}: {size} bytes exceed the {_IMAGE_BYTES} that an image may take")
             return None
+        labels = [suffix for suffix in _LABELS if suffix in sample]
+        if not labels:
+            self.skip(f"{shard}: {name}: expected a .cls or .json with the label beside the image, got neither")
+            return None
         self._check_digits(where, sample)
+        if len(labels) > 1:
+            self._check_agreement(where, sample)
         try:
-            return os.fsencode(name), _label(sample), offset, size
+            return os.fsencode(name), _label(sample, labels[0]), offset, size
         except ValueError as error:
             self.skip(f"{shard}: {name}: {error}")
             return None
@@ -192,9 +214,15 @@ class _Reader:
         from webdataset.tariterators import group_by_keys
 
         below = shard.relative_to(self.root).as_posix()
+
+        def refuse(error: Exception) -> bool:  # what webdataset raises for a member whose name it has just seen
+            name = str(error.args[0]).partition(": duplicate")[0]
+            raise ValueError(f"{below}: expected one member per key and extension, got a second {name!r}") from None
+
+        keys: set[str] = set()
         try:
-            for sample in group_by_keys(_members(shard, below, self.skip)):
-                row = self._sample(below, sample)
+            for sample in group_by_keys(_members(shard, below, self.skip), handler=refuse):
+                row = self._sample(below, sample, keys)
                 if row is not None:
                     yield row
         except OSError as error:
