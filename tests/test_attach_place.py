@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model_zoo import hf, tv
+from model_zoo import hf, timm, tv
 from torch import Tensor, nn
 
 import csg_ext
@@ -109,8 +109,33 @@ class Half(Net):
         return torch.cat((a, self.d(b).relu()), 1).mean((2, 3))
 
 
+class Readers(Net):
+    """The pooled values are read by a module, and beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(16, 16)
+
+    def pool(self, z):
+        z = z.relu().mean((2, 3))
+        return z + self.more(z)
+
+
+class Dropouts(Net):
+    """Several modules read the pooled values, one classifier what they give."""
+
+    def __init__(self):
+        super().__init__()
+        self.drops = nn.ModuleList(nn.Dropout(0.0) for _ in range(3))
+
+    def forward(self, x):
+        z = self.c(x).relu().mean((2, 3))
+        return sum(self.fc(drop(z)) for drop in self.drops)
+
+
 @pytest.mark.parametrize(
-    "kind", [Saturated, Smooth, Attention, Residual, Normalised, TwoHeads, Strongest, Masked, Half]
+    "kind",
+    [Saturated, Smooth, Attention, Residual, Normalised, TwoHeads, Strongest, Masked, Half, Readers, Dropouts],
 )
 def test_the_gate_is_that_of_the_layer_for_other_images_and_weights(kind):
     torch.manual_seed(0)
@@ -239,6 +264,25 @@ def test_no_batch_norm_of_one_s_own_sees_both_paths():
     std, csg = g(x, labels, path="both")
     torch.testing.assert_close(std, g(x))
     torch.testing.assert_close(csg, g(x, labels))
+
+
+def test_two_heads_that_read_one_pooled_tensor():
+    torch.manual_seed(0)
+    model = timm.create_model("levit_128s", num_classes=3).eval()
+    g = csg_ext.attach(model)
+    g.gate.data.zero_()
+    with torch.no_grad():
+        logits = g(torch.randn(4, 3, 224, 224), torch.arange(4) % 3)
+    torch.testing.assert_close(logits, logits[:1].expand(4, 3))
+
+
+def test_a_failed_attachment_leaves_no_hook():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="attach: "):
+        csg_ext.attach(model.append(nn.Identity()), example=torch.randn(2, 3, 8, 8))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    g = csg_ext.attach(model.append(nn.Linear(4, 3)), "0", example=torch.randn(2, 3, 8, 8))
+    assert g.gate.shape == (3, 4) and g(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])).shape == (2, 3)
 
 
 def test_nothing_that_a_model_caches_in_evaluation_mode_is_left_behind():

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from tolerances import accumulator
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import csg_ext
 from csg_ext import reference
@@ -330,6 +330,21 @@ def group(**options: object) -> None:
 
 def stranger():
     return ProjectedOptimizer(torch.optim.SGD([matrix().requires_grad_()], lr=1), [matrix()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_projection_under_transforms(method):
+    several = torch.randn(5, 4, 3, dtype=torch.float64)
+
+    def ours(gate):
+        return csg_ext.project_gate(gate, method)
+
+    torch.testing.assert_close(torch.vmap(ours)(several), torch.stack([ours(gate) for gate in several]))
+    got = torch.func.jacfwd(ours)(several[0])
+    torch.testing.assert_close(got, torch.func.jacrev(lambda gate: reference.project_gate(gate, method))(several[0]))
+    assert got.any()
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="project_gate_: gate .* no forward-mode tangent"):
+        csg_ext.project_gate_(forward_ad.make_dual(several[0], several[1]), method)
 
 
 def step(*args, **options):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tolerances import assert_within
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import csg_ext
 from csg_ext import reference
@@ -469,6 +470,50 @@ def test_vmap_is_a_larger_batch(device):
             for b in range(5):
                 parts = [a if d is None else a.select(d, b) for a, d in zip(args, dims, strict=True)]
                 assert torch.equal(got[b], call(*parts))
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_forward_mode(device, pool, project, soft):
+    x, gate, labels = inputs((4, 3, 5, 2), (F64, F64), device, soft=soft, project=project)
+
+    def ours(x, gate):
+        return csg_ext.gated_pool(x, gate, labels, pool=pool, project=project)
+
+    def wanted(x, gate):
+        return reference.gated_pool(x, gate, labels, pool=pool, project=project)
+
+    tangents = torch.randn_like(x), torch.randn_like(gate)
+    primal, tangent = torch.func.jvp(wanted, (x, gate), tangents)
+    torch.testing.assert_close(torch.func.jvp(ours, (x, gate), tangents), (primal, tangent))
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(ours(*map(forward_ad.make_dual, (x, gate), tangents)))
+    torch.testing.assert_close((got.primal, got.tangent), (primal, tangent))
+    both = [torch.func.jacfwd(ours, (0, 1))(x, gate), torch.func.jacrev(ours, (0, 1))(x, gate)]
+    torch.testing.assert_close(*both)
+    hessians = [torch.func.hessian(lambda x, g, f=f: f(x, g).sin().sum(), (0, 1))(x, gate) for f in (ours, wanted)]
+    torch.testing.assert_close(*hessians)
+
+
+def test_forward_mode_refuses_labels_outside():
+    x, gate, labels = inputs((4, 3, 5), (F64, F64), "cpu")
+    labels[1] = -1
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=r"gated_pool: labels\[1\] = -1 is outside"):
+        csg_ext.gated_pool(forward_ad.make_dual(x, x), gate, labels)
+    with pytest.raises(ValueError, match=r"gated_pool: labels\[1\] = -1 is outside"):
+        torch.func.jvp(lambda x: csg_ext.gated_pool(x, gate, labels.clone()), (x,), (x,))
+
+
+def test_soft_labels_under_transforms_and_modes():
+    """Values that may not be looked at: of a batch, of a tracer, of no memory."""
+    x, gate, weights = torch.randn(4, 3, 2), torch.rand(5, 3), torch.rand(6, 4, 5)
+    got = torch.vmap(csg_ext.gated_pool, (None, None, 0))(x, gate, weights)
+    torch.testing.assert_close(got, torch.stack([csg_ext.gated_pool(x, gate, w) for w in weights]))
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(lambda *a: csg_ext.gated_pool(*a), tracing_mode=mode)(x, gate, weights[0])
+        torch.testing.assert_close(graph(x, gate, weights[1]), got[1])
+    assert csg_ext.gated_pool(*(t.to("meta") for t in (x, gate, weights[0]))).shape == (4, 3)
 
 
 def test_functional_gradients(device):

@@ -46,6 +46,16 @@ def test_buffers_that_the_caller_uses_again():
     assert metric.compute().item() == csg_ext.mutual_information_score(csg_ext.class_mutual_info(x, y))
 
 
+def test_labels_of_other_integers():
+    """Ranks gather labels as they are: of two types, bytes of one would be read as the other."""
+    x, y = sample()
+    metric = MutualInformationScore()
+    for part, dtype in zip(range(0, 240, 60), (torch.int32, torch.uint8, torch.int64, torch.int16), strict=True):
+        metric.update(x[part : part + 60], y[part : part + 60].to(dtype))
+    assert all(labels.dtype == torch.int64 for labels in metric.labels)
+    assert metric.compute().item() == csg_ext.mutual_information_score(csg_ext.class_mutual_info(x, y))
+
+
 def test_batches_that_do_not_fit():
     metric = MutualInformationScore()
     with pytest.raises(ValueError, match=r"must be \(B, K\) and \(B,\), got \(3, 2\) and \(4,\)"):

@@ -71,7 +71,9 @@ class MutualInformationScore(Metric):
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}"
             )
         self.features.append(features.detach().clone())  # the caller may reuse its buffers
-        self.labels.append(labels.detach().clone())
+        # Of one type in all batches and ranks, which are gathered as they are.
+        whole = not (labels.is_floating_point() or labels.is_complex())
+        self.labels.append(labels.detach().to(torch.int64 if whole else labels.dtype, copy=True))
 
     def compute(self) -> Tensor:
         """The MIS of all batches, a scalar in nats."""

@@ -58,11 +58,15 @@ class Plan:
 
 @dataclass
 class _Event:
-    """One tensor that went into or came out of a module; `key` tells equal tensors."""
+    """One tensor that went into or came out of a module; `key` tells equal tensors.
+
+    given: the copy that the module, or what reads its output, got: the gradient there knows no other reader of tensor.
+    """
 
     place: Place
     module: nn.Module
     tensor: Tensor
+    given: Tensor
     key: int
 
 
@@ -135,11 +139,11 @@ class _Trace:
         self._keys: dict[int, tuple[Tensor, int, int]] = {}  # of clones: itself, its version, its key
         self.samples = len(example)
         handles = []
-        for name, module in model.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(self._before(name)))
-                handles.append(module.register_forward_hook(self._after(name)))
         try:
+            for name, module in model.named_modules():
+                if name and not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                    handles.append(module.register_forward_pre_hook(self._before(name)))
+                    handles.append(module.register_forward_hook(self._after(name)))
             with evaluating(model):
                 x = example.detach().clone()
                 if x.is_floating_point():
@@ -162,12 +166,11 @@ class _Trace:
         _, version, key = self._keys.get(id(tensor), (tensor, -1, id(tensor)))
         if version != tensor._version:
             key = id(tensor)
-        if self.gate is not None and self.gate[0] == len(self.events):
-            clone = tensor * self.gate[1]
-        else:
-            clone = tensor.clone()
+        gated = self.gate is not None and self.gate[0] == len(self.events)
+        given = tensor * self.gate[1] if self.gate is not None and gated else tensor.clone()
+        clone = given.clone()  # what is changed in place is this one
         self._keys[id(clone)] = clone, clone._version, key
-        self.events.append(_Event(Place(name, side), module, tensor, key))
+        self.events.append(_Event(Place(name, side), module, tensor, given, key))
         return clone
 
     def _before(self, name: str) -> Any:
@@ -221,7 +224,7 @@ class _Trace:
             fits = out.dim() >= 2 and len(out) == len(x) and out.numel() == len(x) * filters
             if not fits or self.calls[event.place.name] > 1 or (found is not None and out.dim() > 2):
                 continue
-            if self._is_read(later) and self._commutes(x, out, channel_dim):
+            if self._is_read(later) and self._commutes(x, event, channel_dim):
                 probes = probes or _Probes(self, index, channel_dim)
                 if not probes.agree(later):
                     break
@@ -238,9 +241,11 @@ class _Trace:
             if e.place.side == "output"
         )
 
-    def _commutes(self, x: Tensor, out: Tensor, channel_dim: int) -> bool:
-        """Whether out is f(x) with f(g * x) = g * f(x) for g >= 0, and x reaches the logits through out alone."""
-        direct, to_out = self.gradient(self.target, x), self.gradient(self.target, out)
+    def _commutes(self, x: Tensor, event: _Event, channel_dim: int) -> bool:
+        """Whether its tensor is f(x) with f(g * x) = g * f(x) for g >= 0, and x reaches the logits through what the
+        event gives alone: others may read the same pooled tensor."""
+        out = event.tensor
+        direct, to_out = self.gradient(self.target, x), self.gradient(self.target, event.given)
         if direct is None or to_out is None or not direct.any():
             return False
         through = self.gradient(out, x, to_out)
@@ -286,8 +291,8 @@ class _Probes:
         """Whether the gate may be applied at events[later]."""
         if not self.comparable:
             return False
-        x, out = self.other.events[self.index].tensor, self.other.events[later].tensor
-        if not self.other._commutes(x, out, self.channel_dim):
+        x = self.other.events[self.index].tensor
+        if not self.other._commutes(x, self.other.events[later], self.channel_dim):
             return False
         for plain, gated, rows in self.pairs:
             expected = rows * plain.events[later].tensor.detach().flatten(1)

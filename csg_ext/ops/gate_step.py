@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from csg_ext import reference
 from csg_ext.ops._errors import check_dense, check_writable, explained, real
@@ -38,7 +39,8 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
                 [0.2500, 0.0000]])
     """
     _check_gate("project_gate", gate, method)
-    if torch.is_grad_enabled() and gate.requires_grad:
+    traced = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if (torch.is_grad_enabled() and gate.requires_grad) or traced or forward_ad._current_level >= 0:
         return reference.project_gate(gate, method)
     return project_gate_(gate.detach().clone(memory_format=torch.contiguous_format), method)
 
@@ -127,6 +129,8 @@ def _check_gate(op: str, gate: Tensor, method: str) -> None:
 
 @torch.no_grad()
 def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: float | bool) -> Tensor:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(gate).tangent is not None:
+        raise ValueError(f"{op}: gate is updated outside autograd and must have no forward-mode tangent, got one")
     # A strided gate or buffer goes through a dense copy: the kernel works on whole matrices.
     dense_gate = gate.contiguous()
     dense_buffer = None if buffer is None else buffer.contiguous()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from csg_ext import reference
 from csg_ext.ops._errors import explained
@@ -76,7 +78,8 @@ def gated_pool(
 
     Returns:
         (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
-        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic.
+        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic. Forward-mode derivatives are those of
+        PyTorch's operators, without the fused kernel.
 
     Raises:
         ValueError: shapes, labels or devices that do not fit.
@@ -116,6 +119,8 @@ def gated_pool(
             top, where = torch.ops.csg_ext.column_max.default(gate.detach())
         out, pooled, _ = torch.ops.csg_ext.gated_pool.default(x, gate, rows, top, where, mode)
         return (out, pooled) if return_pooled else out
+    if forward_ad._current_level >= 0:
+        return _forward_mode(x, gate, rows, project, pool, return_pooled)
     if torch._C._are_functorch_transforms_active():
         if project:
             gate = _projected(gate)
@@ -133,11 +138,40 @@ def gated_pool(
     return (out, pooled) if return_pooled else out
 
 
+def _forward_mode(
+    x: Tensor, gate: Tensor, labels: Tensor | None, project: bool, pool: str, return_pooled: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """With the tangents of forward-mode derivatives, which the kernels do not know: in PyTorch's operators.
+
+    labels None: gate is the rows (N, K).
+    """
+    if not torch._C._are_functorch_transforms_active():
+        try:  # for its checks
+            _forward_kernel(x.detach(), gate.detach(), labels, None, None, _POOLS[pool])
+        except (RuntimeError, NotImplementedError) as error:
+            raise explained(error, "gated_pool", x.device, x=x, gate=gate, labels=labels) from None
+    elif labels is not None:
+        plain = labels
+        while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+            plain = torch._C._functorch.get_unwrapped(plain)
+        _validate_labels(plain.flatten(), gate.shape[0])
+    if project:
+        gate = _projected(gate)
+    if labels is None:
+        labels = torch.arange(x.shape[0], device=x.device)
+    return reference.gated_pool(x, gate, labels, pool=pool, return_pooled=return_pooled)
+
+
 def _validate_labels(labels: Tensor, classes: int) -> None:
     wrong = ((labels < 0) | (labels >= classes)).nonzero()
     if len(wrong):
         n = int(wrong[0, 0])
         raise ValueError(f"gated_pool: labels[{n}] = {int(labels[n])} is outside [0, {classes})")
+
+
+def _is_traced() -> bool:
+    """Whether a transform or a mode of PyTorch runs, under which values may not be looked at."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _projected(gate: Tensor) -> Tensor:
@@ -154,11 +188,11 @@ def _soft_rows(x: Tensor, gate: Tensor, weights: Tensor, project: bool) -> Tenso
         )
     if gate.device != weights.device:
         raise ValueError(f"gated_pool: labels must be on the device of gate, {gate.device}, got {weights.device}")
-    if weights.device.type == "cpu" and not torch.compiler.is_compiling():
+    if weights.device.type == "cpu" and not torch.compiler.is_compiling() and not _is_traced():
         if weights.isnan().any():
             n, c = weights.isnan().nonzero()[0].tolist()
             raise ValueError(f"gated_pool: labels[{n}, {c}] is NaN, expected a weight")
-    with torch.autocast(gate.device.type, enabled=False):
+    with contextlib.nullcontext() if gate.is_meta else torch.autocast(gate.device.type, enabled=False):
         return weights.to(gate.dtype) @ (_projected(gate) if project else gate)
 
 
