@@ -280,6 +280,50 @@ def test_attach_changes_nothing_in_the_model():
     assert hook_count(model) == 0 and [m.training for m in model.modules()] == modes
 
 
+class Counting(nn.Module):
+    """Counts its passes, in place or in a new buffer, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Small()
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x, scale=None):
+        self.passes += 1
+        self.seen = self.seen + x.mean()
+        logits = self.inner(x + 1e-6 * torch.rand_like(x))
+        return logits if scale is None else logits * scale
+
+
+def test_attach_leaves_buffers_and_random_numbers():
+    model, state = Counting(), torch.get_rng_state()
+    buffers = dict(model.named_buffers())
+    g = csg_ext.attach(model, "inner.bn", example=EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), state) and model.passes == 0 and not model.seen.any()
+    assert all(buffers[name] is buffer for name, buffer in model.named_buffers())
+    x, labels = batch()
+    scale = torch.rand(5, 1)  # one for every sample, used after the gate
+    assert g(x, labels, path="both", scale=scale)[1].shape == (5, 4)
+    with pytest.raises(ValueError, match="attach: model and example must hold values, got ones on the device meta"):
+        csg_ext.attach(Small().to("meta"), example=EXAMPLE.to("meta"))
+
+
+def test_inference_mode_and_examples_of_integers():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.c, self.fc = nn.Embedding(50, 8), nn.Conv1d(8, 16, 3), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fc(self.c(self.e(x).transpose(1, 2)).relu().amax(2))
+
+    model, example = Words(), torch.randint(0, 50, (2, 12))
+    with torch.inference_mode():
+        g = csg_ext.attach(model, example=example)
+    assert str(g.plan.gate) == "input of fc" and g.gate.shape == (4, 16) and not g.gate.is_inference()
+
+
 def test_with_form_detaches_after_an_error_too():
     model = Small().eval()
     x, labels = batch()

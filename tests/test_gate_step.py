@@ -332,6 +332,13 @@ def stranger():
     return ProjectedOptimizer(torch.optim.SGD([matrix().requires_grad_()], lr=1), [matrix()])
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (0, 1), (2, 1)])
+def test_a_gate_that_overlaps_itself_is_refused(strides):
+    gate = torch.rand(30).as_strided((3, 4), strides)
+    with pytest.raises(ValueError, match="project_gate_: gate is updated in place and must not be expanded or overlap"):
+        csg_ext.project_gate_(gate)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_projection_under_transforms(method):
     several = torch.randn(5, 4, 3, dtype=torch.float64)

@@ -60,6 +60,8 @@ def test_batches_that_do_not_fit():
     metric = MutualInformationScore()
     with pytest.raises(ValueError, match=r"must be \(B, K\) and \(B,\), got \(3, 2\) and \(4,\)"):
         metric.update(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"MutualInformationScore: labels must be a torch.Tensor, got list"):
+        metric.update(torch.zeros(3, 2), [0, 1, 0])
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         csg_ext.metrics.Nothing  # noqa: B018
 

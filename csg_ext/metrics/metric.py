@@ -65,6 +65,9 @@ class MutualInformationScore(Metric):
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Keeps a batch: features (B, K), labels (B,)."""
+        for name, value in (("features", features), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"MutualInformationScore: {name} must be a torch.Tensor, got {type(value).__name__}")
         if features.dim() != 2 or labels.shape != features.shape[:1]:
             raise ValueError(
                 "MutualInformationScore: features and labels must be (B, K) and (B,), "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from csg_ext.nn.gate import ClassSpecificGate, TwoPaths, resolve_path
-from csg_ext.nn.locate import Plan, close, evaluating, guess_example, locate, logits_of
+from csg_ext.nn.locate import Plan, close, evaluating, guess_example, locate, logits_of, unchanged
 from csg_ext.ops import gated_pool
 
 
@@ -120,7 +120,8 @@ class AttachedModel(TwoPaths):
             return logits_of(self.model(x, **kwargs))
         if path == "csg":
             return self._gated(x, labels, path, kwargs)
-        if self.one_pass and not self._mixes():
+        alike = any(isinstance(v, Tensor) and v.dim() and len(v) == len(x) for v in kwargs.values())
+        if self.one_pass and not self._mixes() and not alike:  # what a keyword has for every sample is not doubled
             both = self._gated(x, labels, path, kwargs)
             return both[: len(both) // 2], both[len(both) // 2 :]
         return logits_of(self.model(x, **kwargs)), self._gated(x, labels, "csg", kwargs)
@@ -230,14 +231,17 @@ def attach(
         raise ValueError(f"attach: example must have at least one sample, got the shape {tuple(example.shape)}")
     if channel_dim not in (1, -1, None):
         raise ValueError(f"attach: channel_dim must be 1, -1 or None, got {channel_dim}")
-    plan, x = locate(model, example, layer, classifier, num_classes, channel_dim)
-    g = AttachedModel(model, plan, init)
-    g.csg.to(x.device, torch.promote_types(x.dtype, torch.float32))
-    try:
-        g.one_pass = _goes_in_one_pass(g, example)
-    except BaseException:
-        detach(g)
-        raise
+    if example.is_meta or any(p.is_meta for p in model.parameters()):
+        raise ValueError("attach: model and example must hold values, got ones on the device meta")
+    with unchanged(model, example), torch.inference_mode(False):
+        plan, x = locate(model, example, layer, classifier, num_classes, channel_dim)
+        g = AttachedModel(model, plan, init)
+        g.csg.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        try:
+            g.one_pass = _goes_in_one_pass(g, example)
+        except BaseException:
+            detach(g)
+            raise
     if layer is None:
         size = " x ".join(str(n) for n in x.movedim(plan.channel_dim, 1).shape[2:])
         print(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 _OCTAVES = 10  # rows are powers of two, which scale exactly
 _TOLERANCE = 0.02  # relative; what does not commute misses by far more, half-precision models by less
@@ -101,6 +102,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.train()  # where models that cache in evaluation mode drop it (LeViT's attention biases)
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unchanged(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Afterwards the buffers and the random generators as before: passes may count in those and draw from these."""
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()
+    ]
+    try:
+        with torch.random.fork_rng([example.device] if example.is_cuda else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in kept:
+                module._buffers[name] = buffer.copy_(before)
 
 
 def guess_example(model: nn.Module) -> Tensor:
@@ -312,6 +331,8 @@ def _other_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
         return tensor * (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
 
     state = {n: changed(p, torch.randn) for n, p in model.named_parameters() if _is_real(p)}
+    for tensor in state.values():  # an example of integers brings no graph
+        tensor.requires_grad_()
     return state | {n: changed(b, torch.rand) for n, b in model.named_buffers() if _is_real(b)}
 
 

@@ -27,12 +27,16 @@ def check_dense(op: str, name: str, value: Any) -> None:
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Raises ValueError for an expanded tensor: several of its entries are one."""
-    if tensor.numel() and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ValueError(
-            f"{op}: {name} is updated in place and must not be expanded, got strides {tensor.stride()} for shape "
-            f"{tuple(tensor.shape)}"
-        )
+    """Raises ValueError for an expanded or overlapping tensor: several of its entries are one."""
+    reached = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if tensor.numel() and size > 1:
+            if stride <= reached:
+                raise ValueError(
+                    f"{op}: {name} is updated in place and must not be expanded or overlap, got strides "
+                    f"{tensor.stride()} for shape {tuple(tensor.shape)}"
+                )
+            reached += stride * (size - 1)
 
 
 def real(op: str, name: str, value: Any) -> float:

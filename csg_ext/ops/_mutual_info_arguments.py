@@ -61,6 +61,8 @@ class Features:
             self.device = self.home if device is None else torch.device(device)
         except (RuntimeError, TypeError):
             raise ValueError(f"{op}: device must be the name of a torch device, got {device!r}") from None
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{op}: device must be the CPU or a CUDA device, got {str(self.device)!r}")
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"{op}: device {device!r} needs a GPU that this torch can use, got none")
         if self.device.type == "cuda" and self.device.index is None:  # what is kept for a device must be found by it

@@ -62,6 +62,12 @@ inline const char* name_of(TorchType type) {
       return "int64";
     case TorchType::Int:
       return "int32";
+    case TorchType::Short:
+      return "int16";
+    case TorchType::Char:
+      return "int8";
+    case TorchType::Byte:
+      return "uint8";
     case TorchType::Bool:
       return "bool";
     default:
