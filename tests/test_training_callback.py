@@ -362,6 +362,40 @@ def test_nan_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     assert "training_step" not in module.__dict__ and not model._forward_hooks
 
 
+class SpoilsGradient(GatedTraining):
+    at = 11
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == self.at:
+            loss = loss + (self.model.gate.sum() * 0).sqrt()  # adds 0, with a gradient of NaN
+        return loss
+
+
+@pytest.mark.parametrize("final_std", [0.0, 0.5])
+def test_a_gate_of_nan_that_no_loss_shows_is_said_before_a_checkpoint(tmp_path, final_std):
+    """The gate's last step spoils it: the last of the run, or STD steps follow, whose losses stay finite."""
+    schedule = Schedule(final_std=final_std, lr_warmup=0.0)
+    message = r"the loss is finite, but the parameter csg.gate is NaN or infinite after step {} of 12: try a lower"
+    for options in ({}, {"every_n_train_steps": 1}):
+        module = SpoilsGradient(tiny(), schedule, OBJECTIVE)
+        module.at = 5 if final_std else 11
+        saver = ModelCheckpoint(tmp_path / str(len(options)), save_top_k=1, filename="last", **options)
+        fit = dict(enable_checkpointing=True, callbacks=[saver]) if options else {}
+        step = 12 if not options else module.at + 1
+        with pytest.raises(DivergedError, match=message.format(step)):
+            trainer(**fit).fit(module, loader(batches()))
+    (path,) = tmp_path.glob("*/*.ckpt")
+    good = torch.load(path, weights_only=True)
+    assert good["global_step"] == module.at and all(v.isfinite().all() for v in good["state_dict"].values())
+
+
+def test_a_checkpoint_outside_of_fit_is_no_affair_of_the_callback(tmp_path):
+    tester = trainer()
+    tester.validate(GatedTraining(tiny()), loader(batches()), verbose=False)
+    tester.save_checkpoint(tmp_path / "x.ckpt")
+
+
 # ---- averages, frozen stages, soft labels
 
 

@@ -77,8 +77,8 @@ class ClassSpecificGateCallback(Callback):
       it), with a learning rate that follows the run's own clock, and a gradient clipped apart from the weights',
     - logs loss_std, loss_csg (each of the last step that took its path), gate_penalty and l1_density, and at the end
       of an epoch the gate as an image to TensorBoard,
-    - stops at a loss that is no number (DivergedError, before a checkpoint is written), and warns when the density
-      stalls (DensityWarning).
+    - stops at a loss that is no number, and at a parameter that is none when a checkpoint is due or the run ends
+      (DivergedError, before a checkpoint is written), and warns when the density stalls (DensityWarning).
 
     Under DDP no parameter stays unused. Under FSDP the gate must stay whole (fully_shard(..., ignored_params={gate}) or
     FSDPStrategy(ignored_states=[gate])); the callback averages its gradient.
@@ -118,6 +118,7 @@ class ClassSpecificGateCallback(Callback):
         self.gate_optimizer: Optimizer | None = None
         self.csg_optimizer: Optimizer | None = None
         self.finite = FiniteLoss("the loss", "try a lower learning rate of the weights or the gate")
+        self.gated: Any = None  # until fit begins
         self._path = STD
         self._pass: _Pass | None = None  # the training step in progress
         self._held: dict[str, dict[nn.Parameter, Tensor]] = {}  # gradients kept for the gate's and the CSG optimizer
@@ -327,8 +328,16 @@ class ClassSpecificGateCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the last good checkpoint: a run whose loss is no number writes no other."""
-        self.finite.check()
+        """Keeps the last good checkpoint: a run whose loss or parameters are no numbers writes no other."""
+        self._check_parameters(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks what the last steps have left, which no loss shows any more."""
+        self._check_parameters(trainer)
+
+    def _check_parameters(self, trainer: pl.Trainer) -> None:
+        if self.gated is not None:
+            self.finite.check_parameters(self.gated, trainer.global_step, self.schedule.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers that the callback owns, and what it has seen of the density."""
