@@ -220,6 +220,34 @@ def test_accumulation_steps_once_and_keeps_the_path():
     assert_same(model, expected)
 
 
+def test_a_trainer_that_fits_on_keeps_the_runs_clock():
+    """Two epochs, then four with the same Trainer: the weights' learning rate goes on where the run stands."""
+    rates = []
+
+    class Records(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module, fits = GatedTraining(tiny(), Schedule(), OBJECTIVE), trainer(callbacks=[Records()])
+    fits.fit(module, loader(batches()))
+    fits.fit_loop.max_epochs = 4
+    fits.fit(module, loader(batches()))
+    short, long = (Schedule().for_run(total, STEPS) for total in (12, 24))
+    expected = [0.1 * short.lr_factor(s) for s in range(12)] + [0.1 * long.lr_factor(s) for s in range(12, 24)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [CLASSES, SIZE])
+def test_soft_labels_in_validation(size):
+    """Accuracy against the class of the largest entry; as many rows as classes would compare without an error."""
+    model, (x, y) = tiny(), batches(count=1)[0]
+    x, y = x[:size], y[:size]
+    rows = F.one_hot(y, CLASSES).double()
+    (numbers,) = trainer().validate(GatedTraining(model), DataLoader(TensorDataset(x, rows), size), verbose=False)
+    assert numbers["val_accuracy"] == pytest.approx((model(x).argmax(1) == y).double().mean().item())
+    assert numbers["val_loss"] == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
 def test_plain_example_takes_the_same_steps():
     spec = importlib.util.spec_from_file_location(
         "plain", Path(__file__).parents[1] / "examples" / "train_plain_pytorch.py"
@@ -458,6 +486,19 @@ def test_an_average_goes_on_from_a_checkpoint(tmp_path):
     again = trainer(callbacks=[second])
     again.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data, ckpt_path=tmp_path / "x.ckpt")
     assert_same(first._average_model, second._average_model)
+
+
+def test_a_second_fit_with_the_same_average_keeps_what_it_learns():
+    """A fresh Trainer counts from 0 again; Lightning's counters stay where the first fit has left them."""
+    module, data = GatedTraining(tiny(), Schedule(lr_warmup=0.0), OBJECTIVE), batches()
+    average = GatedWeightAveraging(decay=0.5)
+    trainer(callbacks=[average]).fit(module, loader(data))
+    first = copy.deepcopy(module.model)
+    trainer(callbacks=[average]).fit(module, loader(data))
+    fresh = GatedTraining(first, Schedule(lr_warmup=0.0), OBJECTIVE)
+    trainer(callbacks=[GatedWeightAveraging(decay=0.5)]).fit(fresh, loader(data))
+    assert int(average._average_model.n_averaged) == 12
+    assert_same(module.model, first)
 
 
 def test_frozen_stages_do_not_move():
