@@ -269,6 +269,23 @@ def test_plain_example_takes_the_same_steps():
     assert not model.gate.eq(0.5).any()
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(kind="steps", period=60),
+            "never takes the CSG path in 12 steps, got period 60 of kind 'steps', csg_at=None",
+        ),
+        (dict(kind="epochs", period=3), "never takes the CSG path in 12 steps, got period 3 of kind 'epochs'"),
+        (dict(warmup=0.6, final_std=0.6), "never takes the CSG path in 12 steps, .* warmup=0.6, final_std=0.6"),
+    ],
+)
+def test_a_schedule_without_a_csg_step_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
+    trainer(fast_dev_run=True).fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
+
+
 # ---- fp16 and bf16
 
 

@@ -96,7 +96,7 @@ class ClassSpecificGateCallback(Callback):
         model: the gated module's name inside the LightningModule; needed when there are several.
 
     Raises ValueError when fitting begins: manual optimization or several optimizers, no gated module, a sharded gate,
-    a run of unknown length, an optimizer that unscales gradients by itself under fp16.
+    a run of unknown length or without a CSG step, an optimizer that unscales gradients by itself under fp16.
     Source: Liang et al., ECCV 2020, algorithm 1.
     """
 
@@ -183,6 +183,13 @@ class ClassSpecificGateCallback(Callback):
         else:
             steps_per_epoch = total
         self.schedule = self.schedule.for_run(total, steps_per_epoch)
+        tries = getattr(trainer, "fast_dev_run", False)  # a few steps that try the code, not the schedule
+        if total and not tries and all(self.schedule.path(step) == STD for step in range(total)):
+            s = self.schedule
+            raise ValueError(
+                f"ClassSpecificGateCallback: the schedule never takes the CSG path in {total} steps, got period "
+                f"{s.period} of kind {s.kind!r}, csg_at={s.csg_at}, warmup={s.warmup}, final_std={s.final_std}"
+            )
         self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
         if self.make_csg_optimizer is not None:
             weights = [p for p in self.gated.weights() if p.requires_grad]
