@@ -286,6 +286,88 @@ def test_a_schedule_without_a_csg_step_is_refused(options, message):
     trainer(fast_dev_run=True).fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
 
 
+def test_gradients_that_only_the_csg_optimizer_uses_do_not_pile_up():
+    """The module's optimizer has the classifier alone: STD steps leave nothing to the CSG optimizer's step."""
+    model, (batch,) = tiny(), batches(count=1)
+    expected, seen = copy.deepcopy(model), []
+
+    def csg_optimizer(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(model.backbone[0].weight.grad.clone()))
+        return optimizer
+
+    own = Own(model)
+    own.configure_optimizers = lambda: torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+    schedule = Schedule(kind="steps", period=4, csg_share=0.25, final_std=0.0)
+    callback = ClassSpecificGateCallback(schedule, csg_optimizer=csg_optimizer)
+    trainer(4, callbacks=[callback]).fit(own, loader([batch]))
+    optimizer = torch.optim.SGD(expected.classifier.parameters(), lr=0.1)
+    for labels in (None, None, None, batch[1]):
+        expected.zero_grad()
+        F.cross_entropy(expected(batch[0]) if labels is None else expected(batch[0], labels), batch[1]).backward()
+        if labels is None:
+            optimizer.step()
+    (gradient,) = seen
+    torch.testing.assert_close(gradient, expected.backbone[0].weight.grad)
+
+
+@pytest.mark.parametrize(
+    "options, csg_optimizer",
+    [
+        (dict(gate_warmup=0.5), None),
+        (dict(kind="steps", period=2), functools.partial(torch.optim.SGD, lr=0.1)),
+    ],
+)
+def test_clipping_by_value_with_steps_that_leave_the_weights_without_a_gradient(options, csg_optimizer):
+    model, data = tiny(), batches(count=2)
+    before = copy.deepcopy(model)
+    own = Own(model)
+    own.configure_optimizers = lambda: torch.optim.SGD(own.parameters(), lr=1.0)
+    schedule = Schedule(**options, lr_warmup=0.0, final_std=0.0, lr_decay="constant")
+    callback = ClassSpecificGateCallback(schedule, OBJECTIVE, csg_optimizer=csg_optimizer)
+    clip = dict(gradient_clip_val=1e-6, gradient_clip_algorithm="value")
+    trainer(1, callbacks=[callback], **clip).fit(own, loader(data))
+    moved = max((a - b).abs().max() for a, b in zip(model.weights(), before.weights(), strict=True))
+    assert 0 < moved <= 1.2e-6
+    assert "clip_gradients" not in own.__dict__
+
+
+def test_a_training_step_of_the_instance_is_put_back():
+    own, calls = Own(tiny()), []
+    plain = own.training_step
+
+    def mine(batch, batch_idx):
+        calls.append(batch_idx)
+        return plain(batch, batch_idx)
+
+    own.training_step = mine
+    trainer(1, callbacks=[ClassSpecificGateCallback()]).fit(own, loader(batches()))
+    assert own.training_step is mine and len(calls) == STEPS
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_batch_that_the_module_skips(called):
+    class Skips(Own):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1 and not called:
+                return None
+            output = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else output
+
+    model, data = tiny(), batches(count=3)
+    states = []
+
+    class Records(pl.Callback):
+        def on_train_batch_end(self, *_):
+            states.append(copy.deepcopy(model.state_dict()))
+
+    trainer(1, callbacks=[ClassSpecificGateCallback(Schedule(final_std=0.0)), Records()]).fit(
+        Skips(model), loader(data)
+    )
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(states, states[1:], strict=False)]
+    assert same == [True, False]
+
+
 # ---- fp16 and bf16
 
 
@@ -329,6 +411,23 @@ def test_fp16_skips_the_gate_when_the_scaler_skips(gate_in_optimizer):
         Own(nets[1]), loader(kept)
     )
     assert_same(nets[0], nets[1])
+
+
+def test_fp16_unscales_weights_that_only_the_csg_optimizer_has():
+    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=2)
+    nets = [copy.deepcopy(model) for _ in range(2)]
+    for net, plugins in zip(nets, ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]), strict=True):
+        for plugin in plugins:
+            plugin.forward_context = torch.enable_grad
+        own = Own(net)
+        own.configure_optimizers = lambda net=net: torch.optim.SGD(net.classifier.parameters(), lr=0.1)
+        callback = ClassSpecificGateCallback(
+            Schedule(kind="steps", period=2, csg_share=0.5, final_std=0.0),
+            csg_optimizer=functools.partial(torch.optim.SGD, lr=0.01),
+        )
+        trainer(1, plugins=plugins, callbacks=[callback]).fit(own, loader(data))
+    assert_same(*nets)
+    assert not torch.equal(nets[0].backbone[0].weight, model.backbone[0].weight)
 
 
 def test_fp16_in_a_plain_loop():

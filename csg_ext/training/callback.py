@@ -60,6 +60,19 @@ def total_steps(trainer: pl.Trainer) -> int:
     )
 
 
+def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Gives the module a method of its own; returns what puts back the one before, be it the class's or its own."""
+    own = module.__dict__.get(name)
+    module.__dict__[name] = method
+
+    def undo() -> None:
+        module.__dict__.pop(name, None)
+        if own is not None:
+            module.__dict__[name] = own
+
+    return undo
+
+
 def _second(batch: Any) -> Tensor:
     return batch[1]
 
@@ -150,9 +163,17 @@ class ClassSpecificGateCallback(Callback):
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return output if self._pass is None else self._pass.output(output)
 
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        clip = pl_module.clip_gradients
+
+        @functools.wraps(clip)
+        def clip_gradients(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            # by value, torch fails without any gradient, as where the gate or the CSG optimizer alone steps
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                clip(optimizer, *args, **kwargs)
+
         self._undo = [
-            lambda: pl_module.__dict__.pop("training_step", None) and None,
+            _replace(pl_module, "training_step", training_step),
+            _replace(pl_module, "clip_gradients", clip_gradients),
             self.gated.register_forward_pre_hook(before, with_kwargs=True).remove,
             self.gated.register_forward_hook(after).remove,
         ]
@@ -238,11 +259,11 @@ class ClassSpecificGateCallback(Callback):
                 fixed_statistics(self.gated) if path == GATE else contextlib.nullcontext(),
             ):
                 output = original(batch, *args)
+            if output is None:  # the module skips this batch, with or without a call of the network
+                return None
             second = self._pass.second()
         finally:
             self._pass = None
-        if output is None:  # the module skips this batch
-            return None
         loss = output["loss"] if isinstance(output, Mapping) else output
         std, csg = (loss, None) if path in (STD, JOINT) else (None, loss)
         if second is not None:
@@ -265,16 +286,19 @@ class ClassSpecificGateCallback(Callback):
         if self._path == CSG and self.csg_optimizer is not None:
             self._held["csg"] = {p: cast(Tensor, p.grad) for p in weights}
         gate.grad = None
-        if self._path == GATE or self._held["csg"]:
-            for parameter in weights:
-                parameter.grad = None
         scaler = self._scaler(trainer)
         managed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if scaler is not None and id(gate) not in managed:  # nobody else has unscaled it
-            for gradient in self._held["gate"].values():
+        for parameter in weights:  # of those that the module's optimizer lacks nobody else clears the gradient
+            if self._path == GATE or self._held["csg"] or id(parameter) not in managed:
+                parameter.grad = None
+        if scaler is None:
+            return
+        for name, held in self._held.items():
+            gradients = [g for p, g in held.items() if id(p) not in managed]  # nobody else has unscaled them
+            for gradient in gradients:
                 gradient.div_(scaler.get_scale())
-            if not all(bool(torch.isfinite(g).all()) for g in self._held["gate"].values()):
-                self._held["gate"] = {}
+            if not all(bool(torch.isfinite(g).all()) for g in gradients):
+                self._held[name] = {}
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         """The module's optimizer has stepped: now the gate, and the weights if CSG steps have their own optimizer."""
