@@ -98,8 +98,8 @@ class ClassSpecificGateCallback(Callback):
 
     Args:
         schedule: which path a step takes; its total_steps and steps_per_epoch come from the trainer.
-        objective: lambdas, budget, penalty; its label_smoothing serves the second loss of "joint" alone, the first is
-            the module's own.
+        objective: lambdas, budget, penalty; the second loss of "joint" is its cross-entropy (label_smoothing serves
+            that alone), all others are the module's own loss.
         gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does.
         csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own; None: the
             module's optimizer takes them too.
