@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train_torchrun
 
 from csg_ext.nn import GatedModel
-from csg_ext.optim import ProjectedSGD
+from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
 from csg_ext.training import Objective, Schedule, average_gradient
 
 STEPS, BATCH, CLASSES = 9, 8, 3
@@ -60,6 +60,18 @@ def steps(net: GatedModel, forward: nn.Module, share: slice, reduce_gate: bool =
             gate.step()
 
 
+def one_optimizer(net: GatedModel, forward: nn.Module, share: slice) -> None:
+    """Weights and gate in one optimizer with momentum: under DDP STD steps must take the gate's zeros away."""
+    groups = [{"params": net.weights()}, {"params": [net.gate], "lr": 1.0}]
+    optimizer = ProjectedOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9), [net.gate])
+    for (x, labels), path in zip(batches(), PATHS, strict=True):
+        optimizer.zero_grad()
+        OBJECTIVE(forward, x[share], labels[share], path).total.backward()
+        if path == "std":
+            net.gate.grad = None
+        optimizer.step()
+
+
 def whole(net: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.detach() for k, v in net.state_dict().items()}
 
@@ -74,6 +86,9 @@ def plain(share: slice) -> dict[str, Any]:
         net = model()
         steps(net, DistributedDataParallel(net, **options), share)
         results[name] = whole(net)
+    net = model()
+    one_optimizer(net, DistributedDataParallel(net), share)
+    results["ddp_one_optimizer"] = whole(net)
     net = model()
     steps(net, torch.compile(DistributedDataParallel(net), backend="aot_eager"), share)
     results["ddp_compiled"] = whole(net)

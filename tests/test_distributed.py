@@ -71,9 +71,13 @@ def two_ranks(tmp_path_factory) -> list[dict]:
     return two_processes("compare", tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp_unused", "ddp_compiled", "fsdp1", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp_unused", "ddp_compiled", "ddp_one_optimizer", "fsdp1", "fsdp"])
 def test_two_ranks_equal_one(one_rank, two_ranks, kind):
     """On every path, with the same global batch; the gate has the same bits on both ranks."""
+    if kind == "ddp_one_optimizer":
+        net = worker.model()
+        worker.one_optimizer(net, net, slice(None))
+        one_rank = worker.whole(net)
     first, second = (rank[kind] for rank in two_ranks)
     assert first.keys() == one_rank.keys()
     for name, want in one_rank.items():

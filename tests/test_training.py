@@ -419,6 +419,22 @@ def test_nan_loss_stops_with_one_sentence_and_keeps_the_last_good_state(tmp_path
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+def test_a_gate_of_nan_at_the_end_of_an_epoch_keeps_the_last_good_state(tmp_path, monkeypatch):
+    """The loss of the step that spoils it is still finite."""
+    plain = AlternateTraining.training_step
+
+    def spoiling(self, batch, batch_idx):
+        plain(self, batch, batch_idx)
+        if self.step_count == 10:
+            self.model.gate.data[0, 0] = torch.nan
+
+    monkeypatch.setattr(AlternateTraining, "training_step", spoiling)
+    message = "the loss of arm csg is finite, but the parameter csg.gate is NaN or infinite after step 10 of 15: try a"
+    with pytest.raises(DivergedError, match=message):
+        fit_arm("csg", CONFIG, DATA, tmp_path)
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["csg_ext"]["step_count"] == 5
+
+
 def _module(arm: str = "csg", **options) -> AlternateTraining:
     config = replace(CONFIG, epochs=4, **options)
     batches = Batches(DATA.train_images, DATA.train_labels, 64, mean=[0.5], std=[0.2])

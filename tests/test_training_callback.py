@@ -220,6 +220,34 @@ def test_accumulation_steps_once_and_keeps_the_path():
     assert_same(model, expected)
 
 
+def test_a_trainer_that_fits_on_keeps_the_runs_clock():
+    """Two epochs, then four with the same Trainer: the weights' learning rate goes on where the run stands."""
+    rates = []
+
+    class Records(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module, fits = GatedTraining(tiny(), Schedule(), OBJECTIVE), trainer(callbacks=[Records()])
+    fits.fit(module, loader(batches()))
+    fits.fit_loop.max_epochs = 4
+    fits.fit(module, loader(batches()))
+    short, long = (Schedule().for_run(total, STEPS) for total in (12, 24))
+    expected = [0.1 * short.lr_factor(s) for s in range(12)] + [0.1 * long.lr_factor(s) for s in range(12, 24)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [CLASSES, SIZE])
+def test_soft_labels_in_validation(size):
+    """Accuracy against the class of the largest entry; as many rows as classes would compare without an error."""
+    model, (x, y) = tiny(), batches(count=1)[0]
+    x, y = x[:size], y[:size]
+    rows = F.one_hot(y, CLASSES).double()
+    (numbers,) = trainer().validate(GatedTraining(model), DataLoader(TensorDataset(x, rows), size), verbose=False)
+    assert numbers["val_accuracy"] == pytest.approx((model(x).argmax(1) == y).double().mean().item())
+    assert numbers["val_loss"] == pytest.approx(F.cross_entropy(model(x), y).item())
+
+
 def test_plain_example_takes_the_same_steps():
     spec = importlib.util.spec_from_file_location(
         "plain", Path(__file__).parents[1] / "examples" / "train_plain_pytorch.py"
@@ -239,6 +267,105 @@ def test_plain_example_takes_the_same_steps():
     trainer().fit(module, loader(data))
     assert_same(model, expected)
     assert not model.gate.eq(0.5).any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(kind="steps", period=60),
+            "never takes the CSG path in 12 steps, got period 60 of kind 'steps', csg_at=None",
+        ),
+        (dict(kind="epochs", period=3), "never takes the CSG path in 12 steps, got period 3 of kind 'epochs'"),
+        (dict(warmup=0.6, final_std=0.6), "never takes the CSG path in 12 steps, .* warmup=0.6, final_std=0.6"),
+    ],
+)
+def test_a_schedule_without_a_csg_step_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
+    trainer(fast_dev_run=True).fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
+
+
+def test_gradients_that_only_the_csg_optimizer_uses_do_not_pile_up():
+    """The module's optimizer has the classifier alone: STD steps leave nothing to the CSG optimizer's step."""
+    model, (batch,) = tiny(), batches(count=1)
+    expected, seen = copy.deepcopy(model), []
+
+    def csg_optimizer(parameters):
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(model.backbone[0].weight.grad.clone()))
+        return optimizer
+
+    own = Own(model)
+    own.configure_optimizers = lambda: torch.optim.SGD(model.classifier.parameters(), lr=0.1)
+    schedule = Schedule(kind="steps", period=4, csg_share=0.25, final_std=0.0)
+    callback = ClassSpecificGateCallback(schedule, csg_optimizer=csg_optimizer)
+    trainer(4, callbacks=[callback]).fit(own, loader([batch]))
+    optimizer = torch.optim.SGD(expected.classifier.parameters(), lr=0.1)
+    for labels in (None, None, None, batch[1]):
+        expected.zero_grad()
+        F.cross_entropy(expected(batch[0]) if labels is None else expected(batch[0], labels), batch[1]).backward()
+        if labels is None:
+            optimizer.step()
+    (gradient,) = seen
+    torch.testing.assert_close(gradient, expected.backbone[0].weight.grad)
+
+
+@pytest.mark.parametrize(
+    "options, csg_optimizer",
+    [
+        (dict(gate_warmup=0.5), None),
+        (dict(kind="steps", period=2), functools.partial(torch.optim.SGD, lr=0.1)),
+    ],
+)
+def test_clipping_by_value_with_steps_that_leave_the_weights_without_a_gradient(options, csg_optimizer):
+    model, data = tiny(), batches(count=2)
+    before = copy.deepcopy(model)
+    own = Own(model)
+    own.configure_optimizers = lambda: torch.optim.SGD(own.parameters(), lr=1.0)
+    schedule = Schedule(**options, lr_warmup=0.0, final_std=0.0, lr_decay="constant")
+    callback = ClassSpecificGateCallback(schedule, OBJECTIVE, csg_optimizer=csg_optimizer)
+    clip = dict(gradient_clip_val=1e-6, gradient_clip_algorithm="value")
+    trainer(1, callbacks=[callback], **clip).fit(own, loader(data))
+    moved = max((a - b).abs().max() for a, b in zip(model.weights(), before.weights(), strict=True))
+    assert 0 < moved <= 1.2e-6
+    assert "clip_gradients" not in own.__dict__
+
+
+def test_a_training_step_of_the_instance_is_put_back():
+    own, calls = Own(tiny()), []
+    plain = own.training_step
+
+    def mine(batch, batch_idx):
+        calls.append(batch_idx)
+        return plain(batch, batch_idx)
+
+    own.training_step = mine
+    trainer(1, callbacks=[ClassSpecificGateCallback()]).fit(own, loader(batches()))
+    assert own.training_step is mine and len(calls) == STEPS
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_batch_that_the_module_skips(called):
+    class Skips(Own):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1 and not called:
+                return None
+            output = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else output
+
+    model, data = tiny(), batches(count=3)
+    states = []
+
+    class Records(pl.Callback):
+        def on_train_batch_end(self, *_):
+            states.append(copy.deepcopy(model.state_dict()))
+
+    trainer(1, callbacks=[ClassSpecificGateCallback(Schedule(final_std=0.0)), Records()]).fit(
+        Skips(model), loader(data)
+    )
+    same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(states, states[1:], strict=False)]
+    assert same == [True, False]
 
 
 # ---- fp16 and bf16
@@ -284,6 +411,23 @@ def test_fp16_skips_the_gate_when_the_scaler_skips(gate_in_optimizer):
         Own(nets[1]), loader(kept)
     )
     assert_same(nets[0], nets[1])
+
+
+def test_fp16_unscales_weights_that_only_the_csg_optimizer_has():
+    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=2)
+    nets = [copy.deepcopy(model) for _ in range(2)]
+    for net, plugins in zip(nets, ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]), strict=True):
+        for plugin in plugins:
+            plugin.forward_context = torch.enable_grad
+        own = Own(net)
+        own.configure_optimizers = lambda net=net: torch.optim.SGD(net.classifier.parameters(), lr=0.1)
+        callback = ClassSpecificGateCallback(
+            Schedule(kind="steps", period=2, csg_share=0.5, final_std=0.0),
+            csg_optimizer=functools.partial(torch.optim.SGD, lr=0.01),
+        )
+        trainer(1, plugins=plugins, callbacks=[callback]).fit(own, loader(data))
+    assert_same(*nets)
+    assert not torch.equal(nets[0].backbone[0].weight, model.backbone[0].weight)
 
 
 def test_fp16_in_a_plain_loop():
@@ -362,6 +506,40 @@ def test_nan_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     assert "training_step" not in module.__dict__ and not model._forward_hooks
 
 
+class SpoilsGradient(GatedTraining):
+    at = 11
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == self.at:
+            loss = loss + (self.model.gate.sum() * 0).sqrt()  # adds 0, with a gradient of NaN
+        return loss
+
+
+@pytest.mark.parametrize("final_std", [0.0, 0.5])
+def test_a_gate_of_nan_that_no_loss_shows_is_said_before_a_checkpoint(tmp_path, final_std):
+    """The gate's last step spoils it: the last of the run, or STD steps follow, whose losses stay finite."""
+    schedule = Schedule(final_std=final_std, lr_warmup=0.0)
+    message = r"the loss is finite, but the parameter csg.gate is NaN or infinite after step {} of 12: try a lower"
+    for options in ({}, {"every_n_train_steps": 1}):
+        module = SpoilsGradient(tiny(), schedule, OBJECTIVE)
+        module.at = 5 if final_std else 11
+        saver = ModelCheckpoint(tmp_path / str(len(options)), save_top_k=1, filename="last", **options)
+        fit = dict(enable_checkpointing=True, callbacks=[saver]) if options else {}
+        step = 12 if not options else module.at + 1
+        with pytest.raises(DivergedError, match=message.format(step)):
+            trainer(**fit).fit(module, loader(batches()))
+    (path,) = tmp_path.glob("*/*.ckpt")
+    good = torch.load(path, weights_only=True)
+    assert good["global_step"] == module.at and all(v.isfinite().all() for v in good["state_dict"].values())
+
+
+def test_a_checkpoint_outside_of_fit_is_no_affair_of_the_callback(tmp_path):
+    tester = trainer()
+    tester.validate(GatedTraining(tiny()), loader(batches()), verbose=False)
+    tester.save_checkpoint(tmp_path / "x.ckpt")
+
+
 # ---- averages, frozen stages, soft labels
 
 
@@ -424,6 +602,19 @@ def test_an_average_goes_on_from_a_checkpoint(tmp_path):
     again = trainer(callbacks=[second])
     again.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data, ckpt_path=tmp_path / "x.ckpt")
     assert_same(first._average_model, second._average_model)
+
+
+def test_a_second_fit_with_the_same_average_keeps_what_it_learns():
+    """A fresh Trainer counts from 0 again; Lightning's counters stay where the first fit has left them."""
+    module, data = GatedTraining(tiny(), Schedule(lr_warmup=0.0), OBJECTIVE), batches()
+    average = GatedWeightAveraging(decay=0.5)
+    trainer(callbacks=[average]).fit(module, loader(data))
+    first = copy.deepcopy(module.model)
+    trainer(callbacks=[average]).fit(module, loader(data))
+    fresh = GatedTraining(first, Schedule(lr_warmup=0.0), OBJECTIVE)
+    trainer(callbacks=[GatedWeightAveraging(decay=0.5)]).fit(fresh, loader(data))
+    assert int(average._average_model.n_averaged) == 12
+    assert_same(module.model, first)
 
 
 def test_frozen_stages_do_not_move():

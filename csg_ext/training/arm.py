@@ -111,7 +111,7 @@ class _Keeper(Callback):
         if epoch_ended:
             pl_module.end_epoch()
         if epoch_ended or stop:
-            pl_module.finite.check()
+            pl_module.finite.check_parameters(pl_module.model, pl_module.step_count, pl_module.schedule.total_steps)
             trainer.save_checkpoint(self.folder / CHECKPOINT)
             write_history(self.folder, pl_module.history)
             if epoch_ended and self.writer is not None:
@@ -206,7 +206,7 @@ def fit_arm(
     every few steps. stop_after stops after that step as Ctrl-C does. tensorboard writes every epoch's numbers and the
     gate as an image for TensorBoard, too.
 
-    Raises TrainingInterrupted after Ctrl-C (the state is saved), DivergedError when the loss is no number,
+    Raises TrainingInterrupted after Ctrl-C (the state is saved), DivergedError when the loss or a weight is no number,
     OSError when a file cannot be written (the old one survives).
     """
     out = Path(folder)

@@ -60,6 +60,19 @@ def total_steps(trainer: pl.Trainer) -> int:
     )
 
 
+def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
+    """Gives the module a method of its own; returns what puts back the one before, be it the class's or its own."""
+    own = module.__dict__.get(name)
+    module.__dict__[name] = method
+
+    def undo() -> None:
+        module.__dict__.pop(name, None)
+        if own is not None:
+            module.__dict__[name] = own
+
+    return undo
+
+
 def _second(batch: Any) -> Tensor:
     return batch[1]
 
@@ -77,16 +90,16 @@ class ClassSpecificGateCallback(Callback):
       it), with a learning rate that follows the run's own clock, and a gradient clipped apart from the weights',
     - logs loss_std, loss_csg (each of the last step that took its path), gate_penalty and l1_density, and at the end
       of an epoch the gate as an image to TensorBoard,
-    - stops at a loss that is no number (DivergedError, before a checkpoint is written), and warns when the density
-      stalls (DensityWarning).
+    - stops at a loss that is no number, and at a parameter that is none when a checkpoint is due or the run ends
+      (DivergedError, before a checkpoint is written), and warns when the density stalls (DensityWarning).
 
     Under DDP no parameter stays unused. Under FSDP the gate must stay whole (fully_shard(..., ignored_params={gate}) or
     FSDPStrategy(ignored_states=[gate])); the callback averages its gradient.
 
     Args:
         schedule: which path a step takes; its total_steps and steps_per_epoch come from the trainer.
-        objective: lambdas, budget, penalty; its label_smoothing serves the second loss of "joint" alone, the first is
-            the module's own.
+        objective: lambdas, budget, penalty; the second loss of "joint" is its cross-entropy (label_smoothing serves
+            that alone), all others are the module's own loss.
         gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does.
         csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own; None: the
             module's optimizer takes them too.
@@ -96,7 +109,7 @@ class ClassSpecificGateCallback(Callback):
         model: the gated module's name inside the LightningModule; needed when there are several.
 
     Raises ValueError when fitting begins: manual optimization or several optimizers, no gated module, a sharded gate,
-    a run of unknown length, an optimizer that unscales gradients by itself under fp16.
+    a run of unknown length or without a CSG step, an optimizer that unscales gradients by itself under fp16.
     Source: Liang et al., ECCV 2020, algorithm 1.
     """
 
@@ -118,6 +131,7 @@ class ClassSpecificGateCallback(Callback):
         self.gate_optimizer: Optimizer | None = None
         self.csg_optimizer: Optimizer | None = None
         self.finite = FiniteLoss("the loss", "try a lower learning rate of the weights or the gate")
+        self.gated: Any = None  # until fit begins
         self._path = STD
         self._pass: _Pass | None = None  # the training step in progress
         self._held: dict[str, dict[nn.Parameter, Tensor]] = {}  # gradients kept for the gate's and the CSG optimizer
@@ -149,9 +163,17 @@ class ClassSpecificGateCallback(Callback):
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return output if self._pass is None else self._pass.output(output)
 
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        clip = pl_module.clip_gradients
+
+        @functools.wraps(clip)
+        def clip_gradients(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            # by value, torch fails without any gradient, as where the gate or the CSG optimizer alone steps
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                clip(optimizer, *args, **kwargs)
+
         self._undo = [
-            lambda: pl_module.__dict__.pop("training_step", None) and None,
+            _replace(pl_module, "training_step", training_step),
+            _replace(pl_module, "clip_gradients", clip_gradients),
             self.gated.register_forward_pre_hook(before, with_kwargs=True).remove,
             self.gated.register_forward_hook(after).remove,
         ]
@@ -182,6 +204,13 @@ class ClassSpecificGateCallback(Callback):
         else:
             steps_per_epoch = total
         self.schedule = self.schedule.for_run(total, steps_per_epoch)
+        tries = getattr(trainer, "fast_dev_run", False)  # a few steps that try the code, not the schedule
+        if total and not tries and all(self.schedule.path(step) == STD for step in range(total)):
+            s = self.schedule
+            raise ValueError(
+                f"ClassSpecificGateCallback: the schedule never takes the CSG path in {total} steps, got period "
+                f"{s.period} of kind {s.kind!r}, csg_at={s.csg_at}, warmup={s.warmup}, final_std={s.final_std}"
+            )
         self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
         if self.make_csg_optimizer is not None:
             weights = [p for p in self.gated.weights() if p.requires_grad]
@@ -230,11 +259,11 @@ class ClassSpecificGateCallback(Callback):
                 fixed_statistics(self.gated) if path == GATE else contextlib.nullcontext(),
             ):
                 output = original(batch, *args)
+            if output is None:  # the module skips this batch, with or without a call of the network
+                return None
             second = self._pass.second()
         finally:
             self._pass = None
-        if output is None:  # the module skips this batch
-            return None
         loss = output["loss"] if isinstance(output, Mapping) else output
         std, csg = (loss, None) if path in (STD, JOINT) else (None, loss)
         if second is not None:
@@ -257,16 +286,19 @@ class ClassSpecificGateCallback(Callback):
         if self._path == CSG and self.csg_optimizer is not None:
             self._held["csg"] = {p: cast(Tensor, p.grad) for p in weights}
         gate.grad = None
-        if self._path == GATE or self._held["csg"]:
-            for parameter in weights:
-                parameter.grad = None
         scaler = self._scaler(trainer)
         managed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if scaler is not None and id(gate) not in managed:  # nobody else has unscaled it
-            for gradient in self._held["gate"].values():
+        for parameter in weights:  # of those that the module's optimizer lacks nobody else clears the gradient
+            if self._path == GATE or self._held["csg"] or id(parameter) not in managed:
+                parameter.grad = None
+        if scaler is None:
+            return
+        for name, held in self._held.items():
+            gradients = [g for p, g in held.items() if id(p) not in managed]  # nobody else has unscaled them
+            for gradient in gradients:
                 gradient.div_(scaler.get_scale())
-            if not all(bool(torch.isfinite(g).all()) for g in self._held["gate"].values()):
-                self._held["gate"] = {}
+            if not all(bool(torch.isfinite(g).all()) for g in gradients):
+                self._held[name] = {}
 
     def _after_step(self, trainer: pl.Trainer) -> None:
         """The module's optimizer has stepped: now the gate, and the weights if CSG steps have their own optimizer."""
@@ -327,8 +359,16 @@ class ClassSpecificGateCallback(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the last good checkpoint: a run whose loss is no number writes no other."""
-        self.finite.check()
+        """Keeps the last good checkpoint: a run whose loss or parameters are no numbers writes no other."""
+        self._check_parameters(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks what the last steps have left, which no loss shows any more."""
+        self._check_parameters(trainer)
+
+    def _check_parameters(self, trainer: pl.Trainer) -> None:
+        if self.gated is not None:
+            self.finite.check_parameters(self.gated, trainer.global_step, self.schedule.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers that the callback owns, and what it has seen of the density."""

@@ -60,7 +60,10 @@ class GatedTraining(pl.LightningModule):
         """The weights' optimizer, its learning rate on the run's own clock."""
         optimizer = self.make_optimizer([p for p in self.model.weights() if p.requires_grad])
         schedule = self.gate_callback.schedule.for_run(total_steps(self.trainer), 1)
-        scheduler = LambdaLR(optimizer, schedule.lr_factor)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # LambdaLR asks for it where it does not begin at 0
+        begun = self.trainer.global_step  # not 0 where the same Trainer fits on; a checkpoint brings its own
+        scheduler = LambdaLR(optimizer, schedule.lr_factor, last_epoch=begun - 1)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,8 +86,9 @@ class GatedTraining(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
         x, labels = batch
         logits = self.model(x)
+        classes = labels.argmax(1) if labels.is_floating_point() else labels
         numbers = {
-            f"{part}_accuracy": (logits.argmax(1) == labels).float().mean(),
+            f"{part}_accuracy": (logits.argmax(1) == classes).float().mean(),
             f"{part}_loss": nn.functional.cross_entropy(logits, labels),
         }
         self.log_dict(numbers, batch_size=len(labels), sync_dist=True)
@@ -125,6 +129,8 @@ class GatedWeightAveraging(EMAWeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes the average when fit begins."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # a fit before this one has counted its own; a checkpoint's come after setup
+            self._latest_update_step, self._latest_update_epoch = 0, -1
         if self._average_model is not None and not isinstance(self._average_model, AveragedGatedModel):
             device = self._device or pl_module.device
             self._average_model = AveragedGatedModel(

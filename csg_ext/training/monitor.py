@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _CHECK_EVERY = 20  # steps between looks at the losses of a GPU: reading one waits for it
 
 
 class DivergedError(RuntimeError):
-    """The loss is not a finite number any more."""
+    """The loss, or a parameter, is not a finite number any more."""
 
 
 class DensityWarning(UserWarning):
@@ -45,6 +46,23 @@ class FiniteLoss:
         first = 0 if self._first is None else int(self._first)
         if first:
             raise DivergedError(f"{self.name} is not finite at step {first} of {self._total}: {self.advice}")
+
+    def check_parameters(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """check(), and raises DivergedError for a parameter that `step` steps have left NaN or infinite.
+
+        The loss of the next step would show it, but a checkpoint, or the end of the run, comes before that.
+        """
+        self.check()
+        local = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in model.named_parameters()}
+        device = next(iter(local.values())).device
+        finite = torch.stack([torch.isfinite(p.detach()).all().to(device) for p in local.values()])
+        bad = [name for name, good in zip(local, finite.tolist(), strict=True) if not good]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise DivergedError(
+                f"{self.name} is finite, but the parameter {bad[0]}{more} is NaN or infinite after step {step} of "
+                f"{total_steps}: {self.advice}"
+            )
 
 
 def density_floor(num_classes: int, num_filters: int, budget: float | None) -> float:
