@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csg_ext.training.files import (
     ARRAYS,
@@ -25,6 +25,9 @@ from csg_ext.training.files import (
     run_lock,
     write_text,
 )
+
+if TYPE_CHECKING:
+    from csg_ext.training.config import TrainConfig
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -82,6 +85,8 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
             f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
         )
 
+    if not resume:  # before anything is written or trained
+        _check_fits(config, len(data.train_labels))
     folder.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context(run_lock(folder))
     if not resume:
@@ -125,6 +130,13 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     print(f"Everything is in {folder}: {', '.join([SUMMARY, TABLE, *(f'{picture.name}.png' for picture in pictures)])}")
     print(f"The report, to open in a browser: {report}")
     return 0
+
+
+def _check_fits(config: TrainConfig, images: int) -> None:
+    """Raises ValueError for settings that do not fit a train part of that many images."""
+    from csg_ext.training.schedule import Schedule
+
+    Schedule.of(config, images // min(config.batch_size, images)).check_takes_csg()
 
 
 def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def test_ctrl_c_and_resume_end_where_an_uninterrupted_run_ends(run, digits, tmp_
         (["--model", "vgg"], "model must be one of resnet20"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
         (["--resume"], "--resume expects a run in"),
+        (["--schedule", "epochs", "--period", "60"], "the schedule never takes the CSG path in 2244 steps"),
         (["--threads", "0"], "threads must be at least 1, got 0"),
         (["--output", "/proc/none/o"], "/proc/none: No such file or directory"),
         (["--data", ""], "--data must be a path, got an empty one"),

@@ -45,8 +45,8 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
 class TrainConfig:
     """Settings of one run; both arms share them.
 
-    - Schedule (see Schedule): schedule, period, csg_share, csg_at, warmup, gate_warmup, final_std, lambda_1_ramp,
-      lambda_2_ramp.
+    - Schedule (see Schedule): schedule, period (None: 3 for "epochs", else 60), csg_share, csg_at, warmup, gate_warmup,
+      final_std, lambda_1_ramp, lambda_2_ramp.
     - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
       penalty (psi) and label_smoothing.
     - Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the
@@ -74,7 +74,7 @@ class TrainConfig:
     budget: float | None = None
     penalty: str = "l1"
     schedule: str = "joint"
-    period: int = 60
+    period: int | None = None
     csg_share: float = 1 / 3
     warmup: float = 0.0
     final_std: float = 0.1
@@ -99,6 +99,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_kind(field.name, getattr(self, field.name), str(field.type))
+        if self.period is None:  # as_dict names the one that was used
+            object.__setattr__(self, "period", 3 if self.schedule == "epochs" else 60)
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
         for name, choices in (("model", DEPTHS), ("precision", PRECISIONS), ("projection", METHODS)):
