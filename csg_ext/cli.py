@@ -42,7 +42,7 @@ _HELP = {
     "lambda_1_ramp": "share of the run over which lambda_1 rises",
     "lambda_2_ramp": "share of the run over which lambda_2 rises",
     "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
-    "csg_lr": "peak learning rate of the weights on CSG steps; lr when not given",
+    "csg_lr": "peak learning rate of the weights on CSG steps, for --schedule steps or epochs; lr when not given",
     "label_smoothing": "label smoothing of both paths",
     "mixup": "alpha of mixup, 0 for none",
     "cutmix": "alpha of cutmix, 0 for none",

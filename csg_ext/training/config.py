@@ -14,7 +14,9 @@ from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
-
+_MOST_EPOCHS = 10**6
+_LARGEST = 3.4e38  # what float32 holds
+_NON_NEGATIVE = ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix")
 
 _KINDS: dict[str, tuple[type, str]] = {
     "str": (str, "a text"),
@@ -109,7 +111,9 @@ class TrainConfig:
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix"):
+        if self.epochs > _MOST_EPOCHS:
+            raise ValueError(f"epochs must be at most {_MOST_EPOCHS}, got {self.epochs}")
+        for name in _NON_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a non-negative number, got {value}")
@@ -120,6 +124,9 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         Schedule.of(self, 1), self.objective()  # their checks
+        for name in (*_NON_NEGATIVE, "lambda_1", "lambda_2"):
+            if (getattr(self, name) or 0) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
 
     def objective(self) -> Objective:
         """The loss that the settings describe."""
