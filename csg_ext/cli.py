@@ -28,7 +28,7 @@ _HELP = {
     "penalty": "l1, l2 or smooth_l1",
     "projection": "scale (divide by the column's largest entry and clip) or euclidean (the nearest feasible gate)",
     "schedule": "steps (alternate by steps), epochs (the paper's) or joint",
-    "period": "length of one alternation, in steps or epochs",
+    "period": "length of one alternation (default 60 steps, or 3 epochs with --schedule epochs)",
     "csg_share": "share of a period that takes the CSG path",
     "warmup": "first share of the run that takes the STD path alone",
     "final_std": "last share of the run that takes the STD path alone",
@@ -42,7 +42,7 @@ _HELP = {
     "lambda_1_ramp": "share of the run over which lambda_1 rises",
     "lambda_2_ramp": "share of the run over which lambda_2 rises",
     "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
-    "csg_lr": "peak learning rate of the weights on CSG steps; lr when not given",
+    "csg_lr": "peak learning rate of the weights on CSG steps, for --schedule steps or epochs; lr when not given",
     "label_smoothing": "label smoothing of both paths",
     "mixup": "alpha of mixup, 0 for none",
     "cutmix": "alpha of cutmix, 0 for none",
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             several = field.name == "csg_at"
-            kind = int if several else float if field.default is None else type(field.default)
+            kind = int if several or field.name == "period" else float if field.default is None else type(field.default)
             settings.add_argument(
                 name,
                 type=kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -118,6 +119,8 @@ class ProjectedOptimizer(Optimizer):
         ValueError: a gate that the optimizer does not update, or that is not a matrix.
     """
 
+    _wraps = False  # until torch's __init__ is done
+
     def __init__(self, optimizer: Optimizer, gates: Iterable[Tensor], method: str = "scale") -> None:
         if method not in METHODS:
             raise ValueError(f"ProjectedOptimizer: method must be 'scale' or 'euclidean', got {method!r}")
@@ -133,10 +136,29 @@ class ProjectedOptimizer(Optimizer):
             if gate.dim() != 2:
                 raise ValueError(f"ProjectedOptimizer: gates[{i}] must have the shape (C, K), got {tuple(gate.shape)}")
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        # One set of groups and one state for both objects.
-        self.param_groups = optimizer.param_groups
-        self.state = optimizer.state
         self._wraps = True
+
+    # One set of groups and one state for both objects, also after the wrapped one has replaced its own, as its
+    # load_state_dict does. What torch's __init__ sets or adds is left out: the wrapped optimizer has it already.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._wraps:
+            self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        if self._wraps:
+            self.optimizer.state = state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -164,12 +186,8 @@ class ProjectedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the wrapped optimizer's state."""
         self.optimizer.load_state_dict(state_dict)
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the wrapped optimizer."""
-        if getattr(self, "_wraps", False):
+        if self._wraps:
             self.optimizer.add_param_group(param_group)
-        else:
-            super().add_param_group(param_group)

@@ -6,8 +6,9 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from csg_ext.training.files import (
     ARRAYS,
@@ -26,6 +27,12 @@ from csg_ext.training.files import (
     write_text,
 )
 
+if TYPE_CHECKING:
+    from csg_ext.data.images import ImageData
+    from csg_ext.training.config import TrainConfig
+
+_MOST_THREADS = 1024  # many more, and the system refuses them in words of its own
+
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext train` with the parsed arguments; returns the exit status."""
@@ -39,6 +46,8 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    if threads is not None and threads > _MOST_THREADS:
+        raise ValueError(f"threads must be at most {_MOST_THREADS}, got {threads}")
     if "data" in arguments and "://" not in arguments["data"] and not arguments["data"].startswith("pipe:"):
         arguments["data"] = str(Path(arguments["data"]).absolute())
 
@@ -59,6 +68,10 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
         source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
         check_source(source)
         config, fingerprint = TrainConfig(**arguments), None
+        if config.csg_lr is not None and config.schedule == "joint":  # not in TrainConfig: an earlier run may have both
+            raise ValueError(
+                f"csg_lr must be left out with the joint schedule, whose steps all take lr, got {config.csg_lr}"
+            )
         _check_free(folder, overwrite)
 
     from tqdm import tqdm
@@ -82,6 +95,8 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
             f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
         )
 
+    if not resume:  # before anything is written or trained
+        _check_fits(config, data, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     lock = held.enter_context(run_lock(folder))
     if not resume:
@@ -125,6 +140,18 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     print(f"Everything is in {folder}: {', '.join([SUMMARY, TABLE, *(f'{picture.name}.png' for picture in pictures)])}")
     print(f"The report, to open in a browser: {report}")
     return 0
+
+
+def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> None:
+    """Raises ValueError for settings that do not fit the train images; a default that is too large is not `given`."""
+    from csg_ext.training.schedule import Schedule
+
+    images, side = len(data.train_labels), max(data.train_images.shape[2:])
+    if "batch_size" in given and config.batch_size > images:
+        raise ValueError(f"batch_size must be at most {images}, the number of train images, got {config.batch_size}")
+    if "shift" in given and config.shift > side:
+        raise ValueError(f"shift must be at most {side}, the side of the train images, got {config.shift}")
+    Schedule.of(config, images // min(config.batch_size, images)).check_takes_csg()
 
 
 def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:

@@ -277,6 +277,22 @@ def test_projected_adam_with_a_scheduler(device):
     assert len(adam.param_groups) == len(optimizer.param_groups) == 3
 
 
+@pytest.mark.parametrize("loader", ["wrapped", "wrapper"])
+def test_a_projected_optimizer_and_its_own_stay_one_after_either_loads_a_state(loader):
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    adam = torch.optim.Adam([gate], lr=0.1)
+    optimizer = ProjectedOptimizer(adam, [gate])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for load in (False, True, False):
+        if load:
+            (adam if loader == "wrapped" else optimizer).load_state_dict(copy.deepcopy(adam.state_dict()))
+        gate.grad = torch.randn(3, 4)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups is adam.param_groups and optimizer.state is adam.state and len(adam.state) == 1
+    assert adam.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_a_copy_of_a_projected_optimizer_steps_its_own_parameters(duplicate):
     gate = torch.nn.Parameter(torch.rand(3, 4))

@@ -113,8 +113,9 @@ def test_steps_are_the_methods(tmp_path, schedule, projection):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_arms_share_everything_but_the_path(tmp_path):
+def test_arms_share_everything_but_the_path(tmp_path, monkeypatch):
     """Same initial weights, batches and rates: with no CSG step the two arms are the same network, bit for bit."""
+    monkeypatch.setattr(Schedule, "check_takes_csg", lambda self: None)
     config = replace(CONFIG, epochs=1, csg_share=0.0)
     std, csg = (fit_arm(arm, config, DATA, tmp_path / arm).model.state_dict() for arm in ("std", "csg"))
     assert all(torch.equal(std[key], csg[key]) for key in std)
@@ -439,6 +440,13 @@ def _module(arm: str = "csg", **options) -> AlternateTraining:
     config = replace(CONFIG, epochs=4, **options)
     batches = Batches(DATA.train_images, DATA.train_labels, 64, mean=[0.5], std=[0.2])
     return AlternateTraining(build_model(config, DATA), batches, config, arm)
+
+
+def test_an_arm_that_would_never_train_its_gate_is_refused():
+    options = dict(schedule="epochs", period=60)
+    with pytest.raises(ValueError, match="the schedule never takes the CSG path in 20 steps, 5 an epoch, got kind"):
+        _module(**options)
+    assert _module("std", **options).schedule.period == 60
 
 
 @pytest.mark.parametrize("density, warns", [(0.98, True), (0.4, False)])

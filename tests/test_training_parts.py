@@ -98,6 +98,31 @@ def test_mix_takes_both_and_soft_labels():
     assert kinds == {"mixup", "cutmix"}
     with pytest.raises(ValueError, match="mixup and cutmix must be >= 0 and not both 0, got 0.0 and 0.0"):
         Mix(3)
+    with pytest.raises(ValueError, match="mixup and cutmix must be finite, got inf and 0.0"):
+        Mix(3, mixup=float("inf"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_mix_takes_any_integers_as_classes(dtype):
+    _, rows = Mix(5, mixup=1.0)(torch.randn(5, 2), torch.arange(5, dtype=dtype))
+    torch.testing.assert_close(rows.sum(1), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    "shape, labels, message",
+    [
+        ((2, 1, 4, 4), torch.tensor([True, False]), r"labels must be .* got torch.bool of shape \(2,\)"),
+        ((2, 1, 4, 4), torch.tensor([[1, 0], [0, 1]]), r"labels must be .* got torch.int64 of shape \(2, 2\)"),
+        (
+            (2, 1, 4, 4, 4),
+            torch.tensor([0, 1]),
+            r"cutmix expects x of shape \(N, channels, H, W\), got \(2, 1, 4, 4, 4\)",
+        ),
+    ],
+)
+def test_mix_says_what_it_takes(shape, labels, message):
+    with pytest.raises(ValueError, match=f"Mix: {message}"):
+        Mix(2, cutmix=1.0)(torch.randn(shape), labels)
 
 
 # ---- weights on disk

@@ -76,6 +76,49 @@ def test_lambdas_rise_and_rates_fall_in_steps():
     assert _schedule(lr_decay="constant", lr_warmup=0.0).lr_factor(99) == 1
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(kind="epochs", period=60), "kind 'epochs', period 60, csg_share 0.3333"),
+        (dict(period=150), "kind 'steps', period 150"),
+        (dict(period=1), "period 1, csg_share 0.3333"),
+        (dict(period=6, csg_at=()), r"period 6, csg_at \[\]"),
+        (dict(kind="joint", warmup=0.95), "warmup 0.95 and final_std 0.1"),
+    ],
+)
+def test_a_schedule_without_the_csg_path_is_found(options, message):
+    schedule = _schedule(**options)
+    assert {schedule.path(s) for s in range(100)} == {"std"}
+    with pytest.raises(ValueError, match=f"never takes the CSG path in 100 steps, 10 an epoch, got .*{message}"):
+        schedule.check_takes_csg()
+
+
+def test_one_step_of_the_csg_path_is_enough():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        schedule = _schedule(
+            kind=str(random.choice(["steps", "epochs", "joint"])),
+            period=int(random.integers(1, 120)),
+            csg_at=None if random.random() < 0.5 else (0,),
+            csg_share=random.random(),
+            warmup=random.random(),
+            gate_warmup=0.0 if random.random() < 0.7 else 0.01,
+            final_std=random.random() / 2,
+            steps_per_epoch=int(random.choice([5, 10, 50])),
+        )
+        if {schedule.path(s) for s in range(100)} == {"std"}:
+            with pytest.raises(ValueError, match="never takes the CSG path"):
+                schedule.check_takes_csg()
+        else:
+            schedule.check_takes_csg()
+
+
+def test_the_period_follows_the_schedule_and_is_stored():
+    assert [TrainConfig(schedule=kind).period for kind in ("joint", "steps", "epochs")] == [60, 60, 3]
+    assert TrainConfig(schedule="epochs").as_dict()["period"] == 3
+    assert TrainConfig(schedule="epochs", period=60).period == 60  # as an earlier run has stored it
+
+
 def test_a_schedule_needs_a_run():
     with pytest.raises(ValueError, match="total_steps and steps_per_epoch must be at least 1 .* got 0 and 0"):
         Schedule().path(0)
@@ -99,6 +142,10 @@ def test_a_schedule_needs_a_run():
         ({"model": "vgg"}, "model must be one of resnet20, .* got 'vgg'"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": float("nan")}, "lr must be a non-negative number, got nan"),
+        ({"lr": 1e300}, r"lr must be at most 3.4e\+38, got 1e\+300"),
+        ({"weight_decay": 1e300}, r"weight_decay must be at most 3.4e\+38, got 1e\+300"),
+        ({"lambda_1": 1e39}, r"lambda_1 must be at most 3.4e\+38, got 1e\+39"),
+        ({"epochs": 10**12}, "epochs must be at most 1000000, got 1000000000000"),
         ({"csg_share": 1.5}, r"csg_share must lie in \[0, 1\], got 1.5"),
         ({"budget": -1.0}, "budget must be positive, got -1.0"),
     ],

@@ -14,7 +14,9 @@ from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
-
+_MOST_EPOCHS = 10**6
+_LARGEST = 3.4e38  # what float32 holds
+_NON_NEGATIVE = ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix")
 
 _KINDS: dict[str, tuple[type, str]] = {
     "str": (str, "a text"),
@@ -45,8 +47,8 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
 class TrainConfig:
     """Settings of one run; both arms share them.
 
-    - Schedule (see Schedule): schedule, period, csg_share, csg_at, warmup, gate_warmup, final_std, lambda_1_ramp,
-      lambda_2_ramp.
+    - Schedule (see Schedule): schedule, period (None: 3 for "epochs", else 60), csg_share, csg_at, warmup, gate_warmup,
+      final_std, lambda_1_ramp, lambda_2_ramp.
     - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
       penalty (psi) and label_smoothing.
     - Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the
@@ -74,7 +76,7 @@ class TrainConfig:
     budget: float | None = None
     penalty: str = "l1"
     schedule: str = "joint"
-    period: int = 60
+    period: int | None = None
     csg_share: float = 1 / 3
     warmup: float = 0.0
     final_std: float = 0.1
@@ -99,6 +101,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_kind(field.name, getattr(self, field.name), str(field.type))
+        if self.period is None:  # as_dict names the one that was used
+            object.__setattr__(self, "period", 3 if self.schedule == "epochs" else 60)
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
         for name, choices in (("model", DEPTHS), ("precision", PRECISIONS), ("projection", METHODS)):
@@ -107,7 +111,9 @@ class TrainConfig:
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix"):
+        if self.epochs > _MOST_EPOCHS:
+            raise ValueError(f"epochs must be at most {_MOST_EPOCHS}, got {self.epochs}")
+        for name in _NON_NEGATIVE:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a non-negative number, got {value}")
@@ -118,6 +124,9 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         Schedule.of(self, 1), self.objective()  # their checks
+        for name in (*_NON_NEGATIVE, "lambda_1", "lambda_2"):
+            if (getattr(self, name) or 0) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {getattr(self, name)}")
 
     def objective(self) -> Objective:
         """The loss that the settings describe."""

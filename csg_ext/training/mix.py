@@ -13,7 +13,7 @@ class Mix:
     """Mixes every batch with a permutation of itself: (x, labels) to (x, float labels (N, C)).
 
     With both alphas positive, each batch takes mixup or cutmix with equal chance; 0 leaves one out. x: (N, channels,
-    H, W), (for mixup any shape); labels: int64 (N,) or float (N, C). Draws from torch's global CPU generator.
+    H, W), (for mixup any shape); labels: integers (N,) or float (N, C). Draws from torch's global CPU generator.
     torchvision.transforms.v2.MixUp and CutMix have the same interface and can take its place.
     Sources: Zhang et al., mixup, ICLR 2018; Yun et al., CutMix, ICCV 2019.
     """
@@ -21,12 +21,22 @@ class Mix:
     def __init__(self, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         if not mixup >= 0 or not cutmix >= 0 or mixup + cutmix == 0:
             raise ValueError(f"Mix: mixup and cutmix must be >= 0 and not both 0, got {mixup} and {cutmix}")
+        if math.isinf(mixup) or math.isinf(cutmix):
+            raise ValueError(f"Mix: mixup and cutmix must be finite, got {mixup} and {cutmix}")
         self.num_classes, self.mixup, self.cutmix = num_classes, mixup, cutmix
 
     def __call__(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mixed batch."""
-        if not labels.is_floating_point():
-            labels = F.one_hot(labels, self.num_classes).float()
+        whole = not labels.is_floating_point()
+        if whole and (labels.dim() != 1 or labels.dtype == torch.bool):
+            raise ValueError(
+                "Mix: labels must be class indices (N,), integers, or float rows (N, C), got "
+                f"{labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if self.cutmix > 0 and x.dim() != 4:
+            raise ValueError(f"Mix: cutmix expects x of shape (N, channels, H, W), got {tuple(x.shape)}")
+        if whole:
+            labels = F.one_hot(labels.long(), self.num_classes).float()
         other = torch.randperm(len(x)).to(x.device)
         cut = self.cutmix > 0 and (self.mixup == 0 or torch.rand(()).item() < 0.5)
         alpha = self.cutmix if cut else self.mixup

@@ -65,6 +65,8 @@ class AlternateTraining(pl.LightningModule):
             raise ValueError(f"AlternateTraining: arm must be 'std' or 'csg', got {arm!r}")
         self.model, self.batches, self.config, self.arm = model, batches, config, arm
         self.schedule = Schedule.of(config, len(batches))
+        if arm == CSG:
+            self.schedule.check_takes_csg()
         self.objective = config.objective()
         mixes = config.mixup > 0 or config.cutmix > 0
         self.mix = Mix(model.csg.num_classes, config.mixup, config.cutmix) if mixes else None

@@ -98,6 +98,18 @@ class Schedule:
             return CSG if position in self.csg_at else STD
         return CSG if position >= round(self.period * (1 - self.csg_share)) else STD
 
+    def check_takes_csg(self) -> None:
+        """Raises ValueError if all steps of the run take the STD path: its gate would never be trained."""
+        first = int(self.warmup * self.total_steps)
+        length = self.period * (self.steps_per_epoch if self.kind == "epochs" else 1)  # then the paths repeat
+        if all(self.path(step) == STD for step in range(first, min(self.total_steps, first + length + 1))):
+            at = f", csg_at {list(self.csg_at)}" if self.csg_at is not None else f", csg_share {self.csg_share:.4g}"
+            raise ValueError(
+                f"the schedule never takes the CSG path in {self.total_steps} steps, {self.steps_per_epoch} an epoch, "
+                f"got kind {self.kind!r}, period {self.period}{at}, warmup {self.warmup:.4g} and "
+                f"final_std {self.final_std:.4g}"
+            )
+
     def lr_factor(self, step: int) -> float:
         """Factor of the weights' learning rate: 1/25 up to 1 along a cosine over lr_warmup, then down with lr_decay."""
         t = step / self.total_steps
