@@ -272,16 +272,13 @@ def test_plain_example_takes_the_same_steps():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            dict(kind="steps", period=60),
-            "never takes the CSG path in 12 steps, got period 60 of kind 'steps', csg_at=None",
-        ),
-        (dict(kind="epochs", period=3), "never takes the CSG path in 12 steps, got period 3 of kind 'epochs'"),
-        (dict(warmup=0.6, final_std=0.6), "never takes the CSG path in 12 steps, .* warmup=0.6, final_std=0.6"),
+        (dict(kind="steps", period=60), "never takes the CSG path in 12 steps, .* got kind 'steps', period 60"),
+        (dict(kind="epochs", period=3), "never takes the CSG path in 12 steps, .* got kind 'epochs', period 3"),
+        (dict(warmup=0.6, final_std=0.6), "never takes the CSG path in 12 steps, .* warmup 0.6 and final_std 0.6"),
     ],
 )
 def test_a_schedule_without_a_csg_step_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"ClassSpecificGateCallback: the schedule {message}"):
         trainer().fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
     trainer(fast_dev_run=True).fit(GatedTraining(tiny(), Schedule(**options)), loader(batches()))
 

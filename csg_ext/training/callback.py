@@ -205,12 +205,11 @@ class ClassSpecificGateCallback(Callback):
             steps_per_epoch = total
         self.schedule = self.schedule.for_run(total, steps_per_epoch)
         tries = getattr(trainer, "fast_dev_run", False)  # a few steps that try the code, not the schedule
-        if total and not tries and all(self.schedule.path(step) == STD for step in range(total)):
-            s = self.schedule
-            raise ValueError(
-                f"ClassSpecificGateCallback: the schedule never takes the CSG path in {total} steps, got period "
-                f"{s.period} of kind {s.kind!r}, csg_at={s.csg_at}, warmup={s.warmup}, final_std={s.final_std}"
-            )
+        if total and not tries:
+            try:
+                self.schedule.check_takes_csg()
+            except ValueError as error:
+                raise ValueError(f"ClassSpecificGateCallback: {error}") from None
         self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
         if self.make_csg_optimizer is not None:
             weights = [p for p in self.gated.weights() if p.requires_grad]
