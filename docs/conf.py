@@ -14,7 +14,7 @@ nitpicky = True
 _FOREIGN = "torch|nn|numpy|np|pl|lightning|torchmetrics|matplotlib|PIL|pathlib|collections"
 _SHORT = "Tensor|Module|NDArray|ArrayLike|Axes|Figure|PARAM_LIST"
 # Types of arguments that are made by the package itself, never by its users.
-_INNER = r"Images|ImageIndex|ArrayList|csg_ext\.report\.collect\.Arm"
+_INNER = r"Images|(csg_ext\.data\.index\.)?ImageIndex|ArrayList|csg_ext\.report\.collect\.Arm"
 nitpick_ignore_regex = [("py:.*", rf"({_FOREIGN})(\..*)?|{_SHORT}|{_INNER}")]
 
 # Headings become anchors under the names that GitHub gives them.
