@@ -4,14 +4,15 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `scenes` and `crowded` are measured on the test
-part with settings fixed before; every other study varies one setting and is measured on images held out of the train
-part: the test part chooses nothing.
+is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `scenes`, `crowded` and the
+three named `shared` are measured on the test part with settings fixed before; every other study varies one setting and
+is measured on images held out of the train part: the test part chooses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -45,7 +46,8 @@ class Study:
     arms: tuple[str, ...] = ("csg",)
     seeds: range = ABLATION_SEEDS
     hold_out: int | None = HOLD_OUT
-    data: str = "fashion"  # the embedded subset; "scenes": its items on photographs, in colour; "crowded": 80 classes
+    data: str = "fashion"  # the embedded subset; "scenes": its items on photographs, in colour; "crowded": 80 classes;
+    # "shared-S": ten classes of two items each, every item in S of them
     classes: int = 10  # of the data
     std: str = ""  # the study whose STD arm is compared, where it has none of its own
 
@@ -65,6 +67,9 @@ STUDIES = [
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
     Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), MAIN_SEEDS, None, data="crowded", classes=80),
+    Study("shared-1", "two items a class, each in one", {}, ("std", "csg"), range(3), None, data="shared-1"),
+    Study("shared-2", "two items a class, each in two", {}, ("std", "csg"), range(3), None, data="shared-2"),
+    Study("shared-4", "two items a class, each in four", {}, ("std", "csg"), range(3), None, data="shared-4"),
     _ablation("default", "base", arms=("std", "csg")),
     _ablation("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     _ablation("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
@@ -212,6 +217,44 @@ def crowded(data: ImageData) -> ImageData:
     return ImageData("crowded", train_images, train_labels, test_images, test_labels, names)
 
 
+def shared(data: ImageData, sharing: int) -> ImageData:
+    """Ten classes of scenes of two items, 40 x 40; every item is in `sharing` of the classes.
+
+    With 1 a class is two images of one item, with 2 the classes are a ring of all ten items, with 4 all pairs of the
+    first five. The items, 20 x 20, lie in two of the four quadrants. Which images and where is drawn at random, always
+    the same; classes take turns.
+    """
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from csg_ext.data import ImageData
+
+    pairs = {
+        1: [(item, item) for item in range(10)],
+        2: [(item, (item + 1) % 10) for item in range(10)],
+        4: list(itertools.combinations(range(5), 2)),
+    }[sharing]
+    rng = np.random.default_rng(0)
+
+    def composed(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        small = F.interpolate(torch.from_numpy(images).float(), size=20, mode="bilinear", antialias=True)
+        items = small.round().clamp(0, 255).to(torch.uint8).numpy()
+        members = [np.flatnonzero(labels == item) for item in range(10)]
+        classes = np.arange(len(labels)) % len(pairs)
+        out = np.zeros((len(labels), 1, 40, 40), np.uint8)
+        for scene, c in zip(out, classes, strict=True):
+            for item, quadrant in zip(pairs[c], rng.permutation(4), strict=False):
+                top, left = 20 * (quadrant // 2), 20 * (quadrant % 2)
+                scene[:, top : top + 20, left : left + 20] = items[rng.choice(members[item])]
+        return out, classes
+
+    train_images, train_labels = composed(data.train_images, data.train_labels)
+    test_images, test_labels = composed(data.test_images, data.test_labels)
+    names = [f"{data.classes[a]} + {data.classes[b]}" for a, b in pairs]
+    return ImageData(f"shared-{sharing}", train_images, train_labels, test_images, test_labels, names)
+
+
 def run(only: list[str], count: int) -> None:
     """Trains the jobs that have no result, `count` at a time."""
     unknown = set(only) - {study.name for study in STUDIES}
@@ -228,6 +271,7 @@ def run(only: list[str], count: int) -> None:
         files[name, hold_out] = scratch / f"{name}-{hold_out or 'test'}.npz"
         data = load_images(scenes(scratch) if name == "scenes" else None)
         data = crowded(data) if name == "crowded" else data
+        data = shared(data, int(name[-1])) if name.startswith("shared") else data
         (data.hold_out(hold_out) if hold_out else data).save(files[name, hold_out])
     running: list[tuple[Job, subprocess.Popen[str], Path]] = []
     while waiting or running:
