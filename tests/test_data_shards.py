@@ -83,6 +83,8 @@ def test_one_shard_and_braces_are_split_alike_however_the_samples_are_sharded(tm
     a, b, c = (load_images(p) for p in (one, f"{tmp_path}/many/x-{{0..2}}.tar", tmp_path / "many"))
     assert a.fingerprint() == b.fingerprint() == c.fingerprint() and a.channels == 1
     assert np.bincount(a.test_labels).tolist() == [3, 3]
+    with pytest.raises(ValueError, match=r"a brace for every other one in the names of shards, got '.*x-\{0..2.tar'"):
+        load_images(f"{tmp_path}/many/x-{{0..2.tar")
     part = load_images(f"{tmp_path}/many/x-{{0..1}}.tar")
     assert len(part.train_labels) + len(part.test_labels) == 20
 
@@ -99,7 +101,8 @@ def test_one_shard_and_braces_are_split_alike_however_the_samples_are_sharded(tm
         ([("cls", b"\xef\xbb\xbf1"), ("cls", b"0")], None, ["0", "1"]),
     ],
 )
-def test_labels_and_class_names(tmp_path, labels, listed, classes):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_labels_and_class_names(tmp_path, labels, listed, classes, encoding):
     """The first sample is of the later class in every case."""
     for part in ("train", "val"):
         _tar(
@@ -107,7 +110,7 @@ def test_labels_and_class_names(tmp_path, labels, listed, classes):
             [m for i, x in enumerate(labels) for m in ((f"{i}.png", _png()), (f"{i}.{x[0]}", x[1]))],
         )
     if listed is not None:
-        (tmp_path / "classes.json").write_text(json.dumps(listed))
+        (tmp_path / "classes.json").write_text(json.dumps(listed), encoding=encoding)
     data = load_images(tmp_path)
     assert data.classes == classes and data.train_labels.tolist() == [1, 0]
 

@@ -66,6 +66,14 @@ def test_batches_that_do_not_fit():
         csg_ext.metrics.Nothing  # noqa: B018
 
 
+def test_another_dtype_of_the_features_leaves_the_labels():
+    x, y = sample()
+    metric = MutualInformationScore()
+    metric.update(x, y)
+    assert metric.set_dtype(torch.float64) is metric and metric.features[0].dtype == torch.float64
+    assert metric.compute().item() == csg_ext.mutual_information_score(csg_ext.class_mutual_info(x.double(), y))
+
+
 FILTERS = [7, 1]  # one of two processes has none of a single filter
 
 
@@ -81,6 +89,16 @@ def _process(rank: int, world: int, folder: str) -> None:
             for batch_x, batch_y in zip(x[half].split(30), y[half].split(30), strict=True):
                 metric.update(batch_x, batch_y)
             results.append((metric.compute(), metric.mi))
+    x, y = sample()
+    metric = MutualInformationScore()
+    if rank == 1:  # the other one has no batch
+        metric.update(x, y)
+    results.append((metric.compute(), metric.mi))
+    metric.update(x[:30], y[:30])
+    results.append((metric.compute(), metric.mi))
+    metric.update(x[half], y[half]) if rank == 1 else metric.update(x[half].double(), y[half])
+    with pytest.raises(ValueError, match="one dtype and number of filters, got torch.float32 with 7 and torch.float64"):
+        metric.compute()
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -95,3 +113,8 @@ def test_two_processes_give_the_value_of_one(tmp_path):
                 score, mi = next(results)
                 want = csg_ext.class_mutual_info(x, y, **options)
                 assert torch.equal(mi, want) and score.item() == csg_ext.mutual_information_score(want)
+        x, y = sample()
+        later = torch.cat((x[:30], x, x[:30])), torch.cat((y[:30], y, y[:30]))
+        for (score, mi), samples in zip(results, ((x, y), later), strict=True):
+            want = csg_ext.class_mutual_info(*samples)
+            assert torch.equal(mi, want) and score.item() == csg_ext.mutual_information_score(want)

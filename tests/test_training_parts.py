@@ -112,6 +112,8 @@ def test_mix_takes_any_integers_as_classes(dtype):
     "shape, labels, message",
     [
         ((2, 1, 4, 4), torch.tensor([True, False]), r"labels must be .* got torch.bool of shape \(2,\)"),
+        ((2, 1, 4, 4), torch.tensor([1, 2]), r"labels must be in \[0, 2\), got 1 to 2"),
+        ((2, 1, 4, 4), torch.tensor([-1, 0]), r"labels must be in \[0, 2\), got -1 to 0"),
         ((2, 1, 4, 4), torch.tensor([[1, 0], [0, 1]]), r"labels must be .* got torch.int64 of shape \(2, 2\)"),
         (
             (2, 1, 4, 4, 4),

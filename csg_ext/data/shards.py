@@ -122,7 +122,7 @@ def _class_names(folders: set[Path]) -> list[str] | None:
     if path is None:
         return None
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON, got: {error}") from None
     if isinstance(names, dict):

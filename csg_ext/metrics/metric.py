@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class MutualInformationScore(Metric):
     ``compute()`` returns the MIS, a float64 scalar; ``mi`` is then the matrix (K, C) that it was made of. Across
     processes, the batches of all are gathered, each process works on its share of the filters, and the shares are
     gathered: every process has the value that one process gives to the same samples in the order of the ranks. (With
-    ties="noise" the order of samples matters as much as random_state does; with "exact" it does not.)
+    ties="noise" the order of samples matters as much as random_state does; with "exact" it does not.) A process may
+    have no batch; features of other types or numbers of filters than in another process are a ValueError in all.
 
     Call ``update``, not ``forward``: the MI of a single batch means little. Memory: the features.
     Arguments and errors: as csg_ext.class_mutual_info, and those of torchmetrics.Metric.
@@ -95,6 +97,41 @@ class MutualInformationScore(Metric):
             dist.all_gather(shares, padded, group)
             self._mi = torch.cat(shares)[:filters]
         return torch.tensor(mutual_information_score(self._mi), dtype=torch.float64, device=features.device)
+
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> None:
+        """Gathers the batches of all processes, as torchmetrics.Metric.sync, also where one has none."""
+        available = distributed_available or self.distributed_available_fn
+        if should_sync and not self._is_synced and callable(available) and available():
+            self._agree(process_group or self.process_group)
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+
+    def _agree(self, group: Any) -> None:
+        """Batches are gathered as bytes: a process without any gets an empty one of the others' type and width."""
+        mine = {(batch.shape[1], batch.dtype) for batch in self.features}
+        ranks: list[set[tuple[int, torch.dtype]]] = [set()] * dist.get_world_size(group)
+        dist.all_gather_object(ranks, mine, group)
+        kinds = set.union(*ranks)
+        if len(kinds) > 1:
+            raise ValueError(
+                "MutualInformationScore: features of all batches and processes must have one dtype and number of "
+                f"filters, got {' and '.join(sorted(f'{dtype} with {width}' for width, dtype in kinds))}"
+            )
+        for width, dtype in kinds - mine:
+            self.features.append(torch.empty((0, width), dtype=dtype, device=self.device))
+            self.labels.append(torch.empty(0, dtype=torch.int64, device=self.device))
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> MutualInformationScore:
+        """Converts the kept features, as torchmetrics.Metric.set_dtype; labels stay integers."""
+        kept = list(self.labels)
+        super().set_dtype(dst_type)
+        self.labels = kept
+        return self
 
     def _rows(self, features: Tensor, labels: Tensor, begin: int, end: int) -> Tensor:
         mi = _class_mutual_info(features, labels, begin, end, **self.options)

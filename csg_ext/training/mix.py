@@ -36,6 +36,11 @@ class Mix:
         if self.cutmix > 0 and x.dim() != 4:
             raise ValueError(f"Mix: cutmix expects x of shape (N, channels, H, W), got {tuple(x.shape)}")
         if whole:
+            # On a GPU a look at the values would wait for it.
+            if labels.device.type == "cpu" and ((labels < 0) | (labels >= self.num_classes)).any():
+                raise ValueError(
+                    f"Mix: labels must be in [0, {self.num_classes}), got {int(labels.min())} to {int(labels.max())}"
+                )
             labels = F.one_hot(labels.long(), self.num_classes).float()
         other = torch.randperm(len(x)).to(x.device)
         cut = self.cutmix > 0 and (self.mixup == 0 or torch.rand(()).item() < 0.5)
