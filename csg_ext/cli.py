@@ -13,7 +13,7 @@ from pathlib import Path
 from csg_ext.training.files import RUN, sentence
 
 _HELP = {
-    "model": "resnet20, resnet32, resnet44 or resnet56",
+    "model": "resnet20, resnet32, resnet44 or resnet56, or timm/NAME, a convolutional network of the package timm",
     "seed": "seed of the weights, the batches and the augmentation; both arms share it",
     "epochs": "passes over the train images",
     "batch_size": "images per step",
@@ -48,6 +48,8 @@ _HELP = {
     "cutmix": "alpha of cutmix, 0 for none",
     "clip_norm": "largest norm of the weights' gradient; any when not given",
     "gate_clip_norm": "largest norm of the gate's gradient; any when not given",
+    "weights": "first weights of the backbone, such as pretrained ones: a state dict of the network in .safetensors or "
+    "a torch file, or what csg-ext train wrote",
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
 _LOCALIZE_OUTPUT, _DETECT_OUTPUT = "runs/localize", "runs/detect"
@@ -162,12 +164,13 @@ def _parser() -> argparse.ArgumentParser:
             )
         else:
             several = field.name == "csg_at"
-            kind = int if several or field.name == "period" else float if field.default is None else type(field.default)
+            known = {"int": int, "float": float, "str": str, "tuple[int, ...]": int}
+            kind = known[str(field.type).removesuffix(" | None")]
             settings.add_argument(
                 name,
                 type=kind,
                 nargs="+" if several else None,
-                metavar=kind.__name__.upper(),
+                metavar="FILE" if field.name == "weights" else kind.__name__.upper(),
                 default=argparse.SUPPRESS,
                 help=text,
             )

@@ -32,10 +32,10 @@ class Evaluation:
     """One network measured on N test samples.
 
     numbers: every measure by its name, NaN where it has no value. hits: whether each sample is right, (N,) bool, for
-    every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters,
-    filter_classes (K,): by the gate where one was trained, else by mutual information; -1 for dead filters.
-    dead (K,): those with one and the same feature on all test samples. remarks: what is said of them and of classes
-    without a filter.
+    every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters'
+    kernels, None where no convolution makes the last map. filter_classes (K,): by the gate where one was trained, else
+    by mutual information; -1 for dead filters. dead (K,): those with one and the same feature on all test samples.
+    remarks: what is said of them and of classes without a filter.
     """
 
     numbers: dict[str, float]
@@ -43,7 +43,7 @@ class Evaluation:
     features: NDArray[np.float32]
     logits: NDArray[np.float32]
     confusion: NDArray[np.int64]
-    similarity: NDArray[np.float64]
+    similarity: NDArray[np.float64] | None
     filter_classes: NDArray[np.int64]
     dead: NDArray[np.bool_]
     remarks: list[str]
@@ -82,8 +82,7 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
-    kernels = metrics.last_convolution(model, gate.shape[1]).weight
-    similarity = metrics.filter_similarity(kernels.detach().cpu().numpy())
+    similarity = metrics.kernel_similarity(model, gate.shape[1])
     for key, owner in owners.items():
         for name, kept, complement in (
             ("predicted_class_accuracy", logits.argmax(1), False),
@@ -93,8 +92,9 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
             found = metrics.cluster_predictions(features, weight, bias, owner, kept, complement=complement)
             hits[f"{name}_{key}"] = found == labels
         live = owner >= 0
-        block = metrics.block_score(similarity[live][:, live], owner[live], permutations=PERMUTATIONS, seed=seed)
-        numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
+        if similarity is not None:
+            block = metrics.block_score(similarity[live][:, live], owner[live], permutations=PERMUTATIONS, seed=seed)
+            numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
         numbers[f"classes_without_filter_{key}"] = classes - len(np.unique(owner[live]))
     numbers |= {name: float(hit.mean()) for name, hit in hits.items()}
     confusion = multiclass_confusion_matrix(scores.argmax(1), targets, classes).numpy()
@@ -302,15 +302,16 @@ def _finite(value: Any) -> Any:
 def _write(folder: Path, report: dict[str, Any], measured: dict[str, Evaluation], classes: list[str]) -> list[str]:
     from csg_ext import plots
 
-    top = max(float((m.similarity - np.eye(len(m.similarity))).max()) for m in measured.values())
+    found = [m.similarity for m in measured.values() if m.similarity is not None]
+    top = max((float(np.max(s - np.eye(len(s)))) for s in found), default=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / NUMBERS, json.dumps(_finite(report), indent=1) + "\n")
     written = [NUMBERS]
     for name, m in measured.items():
-        for stem, (figure, _) in {
-            "confusion": plots.plot_confusion(m.confusion, classes),
-            "filter_similarity": plots.plot_filter_similarity(m.similarity, m.filter_classes, classes, top),
-        }.items():
+        drawn = {"confusion": plots.plot_confusion(m.confusion, classes)}
+        if m.similarity is not None:
+            drawn["filter_similarity"] = plots.plot_filter_similarity(m.similarity, m.filter_classes, classes, top)
+        for stem, (figure, _) in drawn.items():
             written.append(f"{stem}_{name}.png" if len(measured) > 1 else f"{stem}.png")
             with atomic_file(folder / written[-1]) as file:
                 figure.savefig(file, format="png")

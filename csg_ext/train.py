@@ -50,6 +50,8 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
         raise ValueError(f"threads must be at most {_MOST_THREADS}, got {threads}")
     if "data" in arguments and "://" not in arguments["data"] and not arguments["data"].startswith("pipe:"):
         arguments["data"] = str(Path(arguments["data"]).absolute())
+    if "weights" in arguments:
+        arguments["weights"] = str(Path(arguments["weights"]).absolute())
 
     from csg_ext.runs import SOURCE, check_source, load_source, read_run, stored_config
     from csg_ext.training.config import TrainConfig
@@ -144,6 +146,7 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
 
 def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> None:
     """Raises ValueError for settings that do not fit the train images; a default that is too large is not `given`."""
+    from csg_ext.training.network import check_network
     from csg_ext.training.schedule import Schedule
 
     images, side = len(data.train_labels), max(data.train_images.shape[2:])
@@ -152,6 +155,7 @@ def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> 
     if "shift" in given and config.shift > side:
         raise ValueError(f"shift must be at most {side}, the side of the train images, got {config.shift}")
     Schedule.of(config, images // min(config.batch_size, images)).check_takes_csg()
+    check_network(config, data)
 
 
 def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:

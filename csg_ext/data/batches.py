@@ -17,6 +17,11 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
+def scaled_width(height: int, width: int, size: int) -> int:
+    """The width of images (height, width) that are scaled to a height of `size`: in proportion, at least 4 pixels."""
+    return max(min(4, width, size), round(width * size / height))
+
+
 class Batches:
     """Training batches: shuffled, shifted by up to `shift` pixels, flipped left-right, normalised.
 
@@ -72,7 +77,7 @@ class Batches:
             size = self.sizes[min(epoch, len(self.sizes) - 1)]
             height, width = x.shape[2:]
             if size != height:
-                x = F.interpolate(x, size=(size, max(min(4, width, size), round(width * size / height))), mode="area")
+                x = F.interpolate(x, size=(size, scaled_width(height, width, size)), mode="area")
         return x.contiguous(memory_format=torch.channels_last), self.labels[index]
 
     def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -308,12 +308,14 @@ def _named_shards(path: str) -> list[Path]:
         raise ValueError(f"data: expected shards in the file system, got {path!r}")
     names = [path]
     if "{" in path:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             names = list(braceexpand(path))
-        except UnbalancedBracesError:
-            raise ValueError(f"data: expected a brace for every other one in the names of shards, got {path!r}") from None
+        except ValueError:
+            raise ValueError(
+                f"data: expected a brace for every other one in the names of shards, got {path!r}"
+            ) from None
     for name in names:
         if not Path(name).is_file():
             raise FileNotFoundError(f"data: expected the shard {name}, which does not exist")

@@ -40,6 +40,15 @@ def filter_similarity(kernels: ArrayLike) -> NDArray[np.float64]:
     return np.minimum(np.abs(rows @ rows.T), 1)
 
 
+def kernel_similarity(model: nn.Module, num_filters: int) -> NDArray[np.float64] | None:
+    """filter_similarity of the kernels of last_convolution; None where the model has no such convolution."""
+    try:
+        kernels = last_convolution(model, num_filters).weight
+    except ValueError:  # a DenseNet's last map is concatenated
+        return None
+    return filter_similarity(kernels.detach().cpu().numpy())
+
+
 class BlockScore(NamedTuple):
     """Mean similarity of filters of one class less that of filters of two, both means, and a permutation p-value."""
 

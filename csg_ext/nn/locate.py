@@ -439,8 +439,8 @@ def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tupl
     )
     names = [name for name in maps if name.count(".") == min(n.count(".") for n in maps)]
     raise ValueError(
-        "attach: layer must be given for a model without global pooling of a feature map before its classifier, or where "
-        "several modules read what is pooled"
+        "attach: layer must be given for models without global pooling of a feature map before its classifier, or "
+        "where several modules read what is pooled"
         + (f", one of its modules such as {', '.join(names[-3:])}" if names else ", got a model without feature maps")
     )
 

@@ -56,10 +56,3 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The last convolutional layer's feature map."""
         return self.stages(F.relu(self.bn(self.conv(x))))
-
-
-def build_backbone(name: str, in_channels: int = 3) -> CifarResNet:
-    """The backbone called `name`, one of resnet20, resnet32, resnet44 and resnet56."""
-    if name not in DEPTHS:
-        raise ValueError(f"build_backbone: name must be one of {', '.join(DEPTHS)}, got {name!r}")
-    return CifarResNet(DEPTHS[name], in_channels)

@@ -37,7 +37,7 @@ from csg_ext.training.files import (
 from csg_ext.training.logs import write_epoch
 from csg_ext.training.module import ROW, AlternateTraining
 from csg_ext.training.monitor import DivergedError
-from csg_ext.training.network import build_model
+from csg_ext.training.network import build_model, initial_model
 from csg_ext.training.schedule import CSG
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[dict[str, Any]], None]
 _REPORT_SECONDS = 0.2
+_PREDICT_PIXELS = 2**20  # of a batch that is measured: large images take much memory in a large network
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -139,7 +140,7 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def predict(
-    model: GatedModel, images: NDArray[np.uint8], statistics: tuple[list[float], list[float]], batch_size: int = 250
+    model: GatedModel, images: NDArray[np.uint8], statistics: tuple[list[float], list[float]]
 ) -> tuple[Any, Any]:
     """Pooled features (N, K) and logits (N, C) of the STD path as numpy arrays, in fp32 on the model's device.
 
@@ -147,6 +148,8 @@ def predict(
     """
     device = model.gate.device
     mean, std = statistics
+    height, width = images.shape[2:]
+    batch_size = max(1, min(250, _PREDICT_PIXELS // (height * width)))
     model.eval()
     features, logits = [], []
     with torch.inference_mode():
@@ -225,7 +228,9 @@ def fit_arm(
         sizes=config.sizes(data.train_images.shape[2]),
         device=place,
     )
-    module = AlternateTraining(build_model(config, data), batches, config, arm)
+    checkpoint = out / CHECKPOINT
+    goes_on = resume and checkpoint.exists()
+    module = AlternateTraining((build_model if goes_on else initial_model)(config, data), batches, config, arm)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with Interruption() as interruption, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
@@ -242,9 +247,8 @@ def fit_arm(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        checkpoint = out / CHECKPOINT
         try:
-            trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+            trainer.fit(module, ckpt_path=checkpoint if goes_on else None, weights_only=True)
         except SystemExit:  # what Lightning makes of a second Ctrl-C
             raise KeyboardInterrupt from None
         except (OSError, DivergedError, TrainingInterrupted, torch.OutOfMemoryError):
