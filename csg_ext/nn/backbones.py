@@ -46,7 +46,7 @@ class TimmBackbone(nn.Module):
         """
         facts = self.net.pretrained_cfg
         last, first = (_names(facts.get(key)) for key in ("classifier", "first_conv"))
-        kept = {k: v for k, v in state.items() if not k.startswith(tuple(f"{name}." for name in last))}
+        kept = {k: v for k, v in state.items() if not str(k).startswith(tuple(f"{name}." for name in last))}
         for name in (f"{name}.weight" for name in first):
             weight = kept.get(name)
             if self.in_channels == 1 and isinstance(weight, Tensor) and weight.dim() > 1 and weight.shape[1] == 3:
