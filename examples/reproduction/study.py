@@ -5,7 +5,7 @@
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
 is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `scenes`, `crowded` and the
-three named `shared` are measured on the test part with settings fixed before; every other study varies one setting and
+six named `shared` are measured on the test part with settings fixed before; every other study varies one setting and
 is measured on images held out of the train part: the test part chooses nothing.
 """
 
@@ -67,9 +67,19 @@ STUDIES = [
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
     Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), MAIN_SEEDS, None, data="crowded", classes=80),
-    Study("shared-1", "two items a class, each in one", {}, ("std", "csg"), range(3), None, data="shared-1"),
-    Study("shared-2", "two items a class, each in two", {}, ("std", "csg"), range(3), None, data="shared-2"),
-    Study("shared-4", "two items a class, each in four", {}, ("std", "csg"), range(3), None, data="shared-4"),
+    *(
+        Study(
+            f"shared-{sharing}{suffix}",
+            f"{epochs} epochs, two items a class, each in {word}",
+            {"epochs": epochs},
+            ("std", "csg"),
+            range(2),
+            hold_out=None,
+            data=f"shared-{sharing}",
+        )
+        for epochs, suffix in ((12, ""), (24, "-long"))
+        for sharing, word in ((1, "one"), (2, "two"), (4, "four"))
+    ),
     _ablation("default", "base", arms=("std", "csg")),
     _ablation("steps60", "schedule: by steps, period 60, 1/3 CSG", {"schedule": "steps"}),
     _ablation("steps60-half", "schedule: by steps, period 60, 1/2 CSG", {"schedule": "steps", "csg_share": 0.5}),
