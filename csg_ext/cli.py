@@ -8,6 +8,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from csg_ext.training.files import RUN, sentence
@@ -368,45 +369,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
-    if command == "mis":
-        from csg_ext import mis
+    output = arguments.get("output")
 
-        return _guarded("mis", lambda: mis.main(arguments), lambda: "; nothing is written")
+    def run() -> int:  # the import may lack a package, too
+        status: int = import_module(f"csg_ext.{command}").main(arguments)
+        return status
 
-    if command == "evaluate":
-        from csg_ext import evaluate
-
-        return _guarded("evaluate", lambda: evaluate.main(arguments), lambda: "; nothing is written")
-
-    if command == "localize":
-        from csg_ext import localize
-
-        return _guarded("localize", lambda: localize.main(arguments), lambda: "; nothing is written")
-
-    if command == "detect":
-        from csg_ext import detect
-
-        return _guarded("detect", lambda: detect.main(arguments), lambda: "; nothing is written", "train,analysis")
-
-    if command == "report":
-        from csg_ext import report
-
-        return _guarded("report", lambda: report.main(arguments), lambda: "; nothing is written")
-
-    from csg_ext import train
-
-    output = arguments["output"]
-
-    def saved() -> str:
+    def interrupted() -> str:
+        if command != "train":
+            return "; nothing is written"
         if not (Path(output) / RUN).exists():
             return " before the run began"
         return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
 
-    return _guarded("train", lambda: train.main(arguments), saved)
+    return _guarded(command, run, interrupted, "train,analysis" if command == "detect" else "train")
 
 
-def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str = "train") -> int:
-    """The exit status of a command whose errors are printed as one sentence."""
+def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str) -> int:
+    """The exit status of a command whose errors are printed as one sentence; `extra` brings the packages it needs."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
