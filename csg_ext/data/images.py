@@ -309,11 +309,11 @@ def _named_shards(path: str) -> list[Path]:
         raise ValueError(f"data: expected shards in the file system, got {path!r}")
     names = [path]
     if "{" in path:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             names = list(braceexpand(path))
-        except UnbalancedBracesError:
+        except ValueError:
             raise ValueError(
                 f"data: expected a brace for every other one in the names of shards, got {path!r}"
             ) from None
