@@ -393,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
-    output = arguments.get("output")
+    output = arguments.get("output") or ""
 
     def run() -> int:  # the import may lack a package, too
         status: int = import_module(f"csg_ext.{command}").main(arguments)
