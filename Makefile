@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
-	@echo "make test          run all tests, Python and C++"
+	@echo "make test          run all tests: make pytest those of Python, make ctest those of C++"
 	@echo "make op            build what changed, test and time one operator: OP=gated_pool (or gate_step, mutual_info)"
 	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
 	@echo "                   for each of 27 targets, one after the other; needs clang (CLANG=clang++-14)"

@@ -8,6 +8,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from csg_ext.training.files import RUN, sentence
@@ -20,27 +21,27 @@ _HELP = {
     "lr": "peak learning rate of the weights",
     "momentum": "momentum of the weights' SGD",
     "weight_decay": "weight decay of the weights",
-    "lr_warmup": "share of the run over which the learning rate rises",
+    "lr_warmup": "share of the run over which the weights' learning rate rises",
     "gate_lr": "learning rate of the gate",
     "lambda_1": "weight of the CSG path's loss",
     "lambda_2": "weight of the gate's sparsity penalty",
-    "budget": "the gate's L1 norm beyond which the penalty acts; K when not given",
+    "budget": "the gate's L1 norm beyond which the penalty acts; K, the number of filters, when not given",
     "penalty": "l1, l2 or smooth_l1",
     "projection": "scale (divide by the column's largest entry and clip) or euclidean (the nearest feasible gate)",
-    "schedule": "steps (alternate by steps), epochs (the paper's) or joint",
-    "period": "length of one alternation (default 60 steps, or 3 epochs with --schedule epochs)",
-    "csg_share": "share of a period that takes the CSG path",
+    "schedule": "joint (both paths in every step), steps or epochs (the paths by turns; by epochs in the paper)",
+    "period": "length of one alternation: default 60 steps with --schedule steps, 3 epochs with --schedule epochs",
+    "csg_share": "share of a period, at its end, that takes the CSG path; for --schedule steps or epochs",
     "warmup": "first share of the run that takes the STD path alone",
     "final_std": "last share of the run that takes the STD path alone",
     "shift": "random shift of train images, pixels",
-    "flip": "mirror train images at random",
+    "flip": "mirror train images at random (default: do)",
     "low_scale": "scale of the images during the first epochs, which saves time",
     "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
-    "csg_at": "positions in a period that take the CSG path, such as 1 or 0 2, instead of its last csg_share",
+    "csg_at": "positions in a period, from 0 on, that take the CSG path, such as 1 or 0 2, instead of --csg-share",
     "gate_warmup": "share of the run, after --warmup, that trains the gate alone",
-    "lambda_1_ramp": "share of the run over which lambda_1 rises",
-    "lambda_2_ramp": "share of the run over which lambda_2 rises",
+    "lambda_1_ramp": "share of the run, after --warmup, over which lambda_1 rises",
+    "lambda_2_ramp": "share of the run, after --warmup, over which lambda_2 rises",
     "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
     "csg_lr": "peak learning rate of the weights on CSG steps, for --schedule steps or epochs; lr when not given",
     "label_smoothing": "label smoothing of both paths",
@@ -178,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
         "mis",
         help="mutual information of stored features with their classes",
         description="Measures the mutual information of every feature with every class (nats, k-nearest-neighbour "
-        "estimate), prints the score and which classes the features speak for, and writes the matrix and its picture.",
+        "estimate), prints the score and which classes the features speak for, and writes mutual_information.npz, "
+        "mutual_information.png and mis.json into --output.",
     )
     mis.add_argument(
         "file",
@@ -186,7 +188,11 @@ def _parser() -> argparse.ArgumentParser:
         help=".npz or .safetensors with features (N, K) and labels (N,), .npy with features, or a folder or checkpoint "
         "that csg-ext train wrote",
     )
-    mis.add_argument("--labels", metavar="FILE.npy", help="labels, integers from 0 on; needed with an .npy of features")
+    mis.add_argument(
+        "--labels",
+        metavar="FILE.npy",
+        help="labels, integers from 0 on, in place of the file's; needed with an .npy of features",
+    )
     mis.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the largest label + 1)")
     mis.add_argument("--n-neighbors", type=int, metavar="N", default=3, help="neighbours of the estimate (default 3)")
     mis.add_argument(
@@ -202,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
         help="each class against all other samples, or against as many (default one-vs-rest)",
     )
     mis.add_argument("--seed", type=int, metavar="N", default=0, help="seed of the noise and the draws (default 0)")
-    mis.add_argument("--normalize", action="store_true", help="write the matrix divided by each class's entropy")
+    mis.add_argument(
+        "--normalize", action="store_true", help="write and draw the matrix divided by each class's entropy"
+    )
     mis.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
     )
@@ -213,7 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         help="measure one checkpoint, or two side by side",
         description="Measures the accuracy, the class specificity and the calibration of a trained network on its "
-        "test images, or of two networks with the difference (second - first) and its 95 % confidence interval.",
+        "test images, or of two networks with the difference (second - first) and its 95 % confidence interval. Prints "
+        "a table; writes evaluation.json and pictures into --output.",
     )
     evaluate.add_argument(
         "checkpoints",
@@ -225,7 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--data", metavar="PATH", help="images as for csg-ext train, its test part is measured (default: the run's own)"
     )
-    evaluate.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    evaluate.add_argument(
+        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
+    )
     evaluate.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
     evaluate.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
@@ -237,7 +248,8 @@ def _parser() -> argparse.ArgumentParser:
         "localize",
         help="where a network's filters see each class, scored against masks",
         description="Scores maps that need no detector (CAM, GradMap, the gate's own map, every filter alone) against "
-        "masks of the objects, and which of two objects in view a map picks.",
+        "masks of the objects, and which of two objects in view a map picks. Prints a table; writes localization.json "
+        "into --output.",
     )
     localize.add_argument(
         "checkpoints",
@@ -248,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     localize.add_argument(
         "--data", metavar="PATH", help="images as for csg-ext train, its test part is scored (default: the run's own)"
     )
-    localize.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    localize.add_argument(
+        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
+    )
     localize.add_argument(
         "--masks",
         metavar="FILE",
@@ -266,7 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         default=0.3,
-        help="a filter's pixels above all but this share of its activations are the object (default 0.3)",
+        help="the share of a filter's activations, the largest ones, that are the object (default 0.3)",
     )
     localize.add_argument(
         "--success", type=float, metavar="IOU", default=0.3, help="IoU above which an object is found (default 0.3)"
@@ -289,7 +303,8 @@ def _parser() -> argparse.ArgumentParser:
         "detect",
         help="how well attacked images are found by what a network's filters do",
         description="Attacks a trained network (FGSM, PGD, DeepFool, and PGD that knows the score) and measures how "
-        "well detectors on its pooled features and its gate find the attacked images.",
+        "well detectors on its pooled features and its gate find the attacked images. Prints a table; writes "
+        "detection.json and the fitted detectors into --output.",
     )
     detect.add_argument(
         "checkpoints",
@@ -300,7 +315,9 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument(
         "--data", metavar="PATH", help="images as for csg-ext train, its test part is attacked (default: the run's own)"
     )
-    detect.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    detect.add_argument(
+        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
+    )
     detect.add_argument(
         "--images",
         type=int,
@@ -335,9 +352,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="W",
         default=[1, 10, 100],
-        help="of the score in the adaptive attack (default 1 10 100; none: no such attack)",
+        help="weights of the score in the adaptive attack (default 1 10 100; none: no such attack)",
     )
-    detect.add_argument("--steps", type=int, metavar="N", default=10, help="steps of PGD and DeepFool (default 10)")
+    detect.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        default=10,
+        help="steps of PGD, at most of DeepFool; the adaptive attack takes twice as many (default 10)",
+    )
     detect.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
     detect.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
@@ -353,7 +376,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run that csg-ext train finished")
     report.add_argument("--output", metavar="DIR", help="folder of the page (default: that of a single run)")
-    info = commands.add_parser("info", help="what was built and what runs here")
+    info = commands.add_parser(
+        "info", help="what was built and what runs here", description="Prints what was built and what runs here."
+    )
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
     return parser
 
@@ -371,45 +396,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
-    if command == "mis":
-        from csg_ext import mis
+    output = arguments.get("output") or ""
 
-        return _guarded("mis", lambda: mis.main(arguments), lambda: "; nothing is written")
+    def run() -> int:  # the import may lack a package, too
+        status: int = import_module(f"csg_ext.{command}").main(arguments)
+        return status
 
-    if command == "evaluate":
-        from csg_ext import evaluate
-
-        return _guarded("evaluate", lambda: evaluate.main(arguments), lambda: "; nothing is written")
-
-    if command == "localize":
-        from csg_ext import localize
-
-        return _guarded("localize", lambda: localize.main(arguments), lambda: "; nothing is written")
-
-    if command == "detect":
-        from csg_ext import detect
-
-        return _guarded("detect", lambda: detect.main(arguments), lambda: "; nothing is written", "train,analysis")
-
-    if command == "report":
-        from csg_ext import report
-
-        return _guarded("report", lambda: report.main(arguments), lambda: "; nothing is written")
-
-    from csg_ext import train
-
-    output = arguments["output"]
-
-    def saved() -> str:
+    def interrupted() -> str:
+        if command != "train":
+            return "; nothing is written"
         if not (Path(output) / RUN).exists():
             return " before the run began"
         return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
 
-    return _guarded("train", lambda: train.main(arguments), saved)
+    return _guarded(command, run, interrupted, "train,analysis" if command == "detect" else "train")
 
 
-def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str = "train") -> int:
-    """The exit status of a command whose errors are printed as one sentence."""
+def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str) -> int:
+    """The exit status of a command whose errors are printed as one sentence; `extra` brings the packages it needs."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

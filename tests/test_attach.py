@@ -511,7 +511,7 @@ class Flat(nn.Module):
 def test_a_model_without_pooling():
     model = Flat().double()
     example = EXAMPLE.double()
-    with pytest.raises(ValueError, match="layer must be given for models without global pooling .* such as conv, act"):
+    with pytest.raises(ValueError, match="layer must be given for a model without global pooling .* such as conv, act"):
         csg_ext.attach(model, example=example)
     assert hook_count(model) == 0
     g = csg_ext.attach(model, "conv", example=example)

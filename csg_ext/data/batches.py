@@ -29,9 +29,11 @@ class Batches:
     len(batches) steps; every epoch draws a new permutation and leaves its incomplete last batch out, so all batches
     weigh the same.
 
-    images: uint8 (N, channels, H, W). sizes: the height in pixels that epoch e's images are scaled to, sizes[e] (the
+    images: uint8 (N, channels, H, W), labels: integers (N,), both moved to `device`. seed: of the order and the
+    augmentation. flip: mirror at random. sizes: the height in pixels that epoch e's images are scaled to, sizes[e] (the
     last entry serves all later epochs), and the width in proportion, but to no less than 4 pixels; None keeps the
     native size. mean, std: per channel, in units of [0, 1].
+    Raises ValueError for a batch_size outside [1, N].
     """
 
     def __init__(
@@ -105,7 +107,11 @@ class Batches:
 def normalise(
     images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects."""
+    """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects.
+
+    mean, std: per channel, in units of [0, 1], those of the images that the model was trained on (ImageData.statistics,
+    or csg_ext.runs.training_statistics of a run). device: where the tensor is to be.
+    """
     x = torch.as_tensor(images, device=device).float()
     x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(
         255

@@ -22,7 +22,8 @@ EMBEDDED = Path(__file__).with_name("fashion_mnist_14k.npz")
 class ImageData:
     """Train and test images, uint8 (N, channels, H, W), with int64 labels (N,) in 0..C-1.
 
-    `skipped` names the files and folders that were left out, each with its reason.
+    name: what messages call the set. classes: the C names, which differ. skipped: the files and folders that were left
+    out, each with its reason. Raises ValueError where these do not fit together or a class has no image in a part.
     """
 
     name: str

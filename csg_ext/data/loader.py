@@ -334,6 +334,7 @@ def image_loader(
     overlap and without rest: a global batch has world_size x batch_size of them.
     num_workers (default: one per CPU, at most 4), prefetch_factor (batches per worker), pin_memory (default: where
     there is a GPU): see torch.utils.data.DataLoader. They change no result.
+    progress: wraps the list of shards while their headers are read, e.g. tqdm.
 
     An image that does not decode makes its batch smaller, is warned of once and is listed in loader.skipped.
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path or the argument.

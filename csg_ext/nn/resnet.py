@@ -34,7 +34,11 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The ResNet for small images: (N, in_channels, H, W) to the feature map (N, 64, ceil(H / 4), ceil(W / 4))."""
+    """The ResNet for small images: (N, in_channels, H, W) to the feature map (N, 64, ceil(H / 4), ceil(W / 4)).
+
+    blocks: residual blocks in each of the three stages; a classifier counted, the network has 6 blocks + 2 layers.
+    Source: He et al., CVPR 2016, section 4.2 (shortcut option A).
+    """
 
     num_filters = 64
 

@@ -16,7 +16,10 @@ from csg_ext.training.files import atomic_file
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """torch.save, atomically: raises OSError with one sentence and keeps the old file when the writing fails."""
+    """torch.save of a checkpoint to `path`, atomically: when the writing fails, the old file stays.
+
+    Raises OSError with one sentence.
+    """
     with atomic_file(path) as file:
         try:
             torch.save(checkpoint, file)
@@ -28,7 +31,11 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu", what: str = "a checkpoint of csg-ext") -> Any:
-    """torch.load with weights_only=True: raises ValueError with one sentence when the file is damaged or hostile."""
+    """torch.load with weights_only=True: what the file holds, its tensors on map_location, without running code in it.
+
+    what: how the errors name it. Raises FileNotFoundError, and ValueError with one sentence when the file is damaged or
+    hostile.
+    """
     expected = f"{path}: expected {what}"
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
