@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from csg_ext._text import aligned
 from csg_ext.analysis import adversarial as adv
 from csg_ext.analysis.detectors import DETECTORS
 from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
@@ -51,11 +52,7 @@ def table(report: dict[str, Any]) -> str:
     rows.append([f"false positives among benign test images (aim: {adv.FALSE_POSITIVES:.2f})"])
     for detector in DETECTORS:
         rows.append([f"  {detector}", *(_show(a["attacks"][0]["detectors"][detector]["fpr"]) for a in arms)])
-    widths = [max(len(r[i]) for r in rows if i < len(r) and len(r) > 1) for i in range(len(head))]
-    lines = [
-        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=False))]) for r in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(aligned(rows, len(head))) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
+from csg_ext._text import aligned
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
@@ -218,12 +219,8 @@ def table(report: dict[str, Any]) -> str:
         if change and key in change:
             cells.append(_show_difference(change[key], kind))
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(checkpoints) + 1)]
-    text = ""
-    for line in lines:
-        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
-        text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
-    return text + "".join(f"{c['name']}: {said}\n" for c in checkpoints for said in c["remarks"])
+    remarks = [f"{c['name']}: {said}" for c in checkpoints for said in c["remarks"]]
+    return "\n".join([*aligned(lines, len(checkpoints) + 1), *remarks]) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:
