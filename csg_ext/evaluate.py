@@ -18,7 +18,7 @@ from csg_ext._text import aligned
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
+from csg_ext.runs import StoredModel, chosen_files, read_checkpoint, restore, source_images, training_statistics
 from csg_ext.training.files import ARMS, atomic_file, write_text
 
 NUMBERS = "evaluation.json"
@@ -225,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext evaluate` with the parsed arguments; returns the exit status."""
-    from csg_ext.training.compare import pick_device, versions
+    from csg_ext.training.compare import pick_device
 
     device, seed = pick_device(arguments["device"]), arguments["seed"]
     if seed < 0:
@@ -247,6 +247,24 @@ def main(arguments: dict[str, Any]) -> int:
     measured = []
     for s, model in zip(stored, models, strict=True):
         measured.append(evaluate_model(model, data, training_statistics(s, data), seed))
+    report = _report(files, stored, measured, data, seed, device)
+    print("\n" + table(report))
+    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
+    print(f"Written to {arguments['output']}: {', '.join(written)}")
+    return 0
+
+
+def _report(
+    files: dict[str, Path],
+    stored: list[StoredModel],
+    measured: list[Evaluation],
+    data: ImageData,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    from csg_ext.training.compare import versions
+
     report = {
         "checkpoints": [
             {
@@ -281,10 +299,7 @@ def main(arguments: dict[str, Any]) -> int:
     if len(measured) == 2:
         first, second = measured
         report["difference"] = differences(first, second, data.test_labels, seed)
-    print("\n" + table(report))
-    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
-    print(f"Written to {arguments['output']}: {', '.join(written)}")
-    return 0
+    return report
 
 
 def _finite(value: Any) -> Any:
