@@ -17,6 +17,11 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
+def _levels(values: Sequence[float], device: torch.device | str) -> Tensor:
+    """One value per channel, in units of [0, 1], as levels of 0 to 255 that broadcast over images."""
+    return torch.tensor(values, device=device).mul(255).view(-1, 1, 1)
+
+
 class Batches:
     """Training batches: shuffled, shifted by up to `shift` pixels, flipped left-right, normalised.
 
@@ -50,8 +55,7 @@ class Batches:
         self.images = torch.as_tensor(images, device=device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.batch_size, self.seed, self.shift, self.flip, self.sizes = batch_size, seed, shift, flip, sizes
-        self.mean = torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).mul(255).view(-1, 1, 1)
+        self.mean, self.std = _levels(mean, device), _levels(std, device)
         self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -101,8 +105,5 @@ def normalise(
     images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Tensor:
     """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects."""
-    x = torch.as_tensor(images, device=device).float()
-    x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(
-        255
-    ).view(-1, 1, 1)
+    x = (torch.as_tensor(images, device=device).float() - _levels(mean, device)) / _levels(std, device)
     return x.contiguous(memory_format=torch.channels_last)
