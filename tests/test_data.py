@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
 import struct
 from pathlib import Path
 
+import make_fashion_subset as tool
 import numpy as np
 import pytest
 
@@ -44,17 +44,8 @@ def test_embedded_images_match_their_labels():
     assert np.mean(nearest == data.test_labels) > 0.6
 
 
-def _tool():
-    path = Path(__file__).resolve().parent.parent / "tools" / "make_fashion_subset.py"
-    spec = importlib.util.spec_from_file_location("make_fashion_subset", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_subset_tool_writes_the_same_bytes_again():
     """The tool's packing of the embedded arrays gives the embedded file, byte for byte (zlib's version permitting)."""
-    tool = _tool()
     with np.load(EMBEDDED) as archive:
         arrays = {key: archive[key] for key in archive.files}
     once, twice = tool.npz_bytes(arrays), tool.npz_bytes(arrays)
@@ -64,7 +55,6 @@ def test_subset_tool_writes_the_same_bytes_again():
 
 
 def test_subset_tool_is_balanced_and_refuses_other_files(tmp_path, monkeypatch):
-    tool = _tool()
     labels = RNG.integers(0, 10, 2000)
     chosen = tool.balanced(labels, 20, np.random.default_rng(0))
     assert len(set(chosen)) == 200

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import math
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from example_scripts import load_script
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import CLASSES, OBJECTIVE, SIZE, STEPS, Own, assert_same, batches, loader, tiny, trainer
@@ -192,12 +191,8 @@ def test_soft_labels_in_validation(size):
     assert numbers["val_loss"] == pytest.approx(F.cross_entropy(model(x), y).item())
 
 
-def test_plain_example_takes_the_same_steps():
-    spec = importlib.util.spec_from_file_location(
-        "plain", Path(__file__).parents[1] / "examples" / "train_plain_pytorch.py"
-    )
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+def test_plain_example_takes_the_same_steps(monkeypatch):
+    example = load_script("train_plain_pytorch", monkeypatch)
     model, data = tiny(norm=True, dtype=torch.float32), batches(torch.float32)
     expected = copy.deepcopy(model)
     example.train(expected, data * 2, 2 * STEPS)
