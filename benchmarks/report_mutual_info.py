@@ -46,7 +46,7 @@ def seconds(f: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(candidates: Candidates, turns: int = TURNS) -> dict[str, float]:
+def medians(candidates: Candidates) -> dict[str, float]:
     """Seconds per call of every candidate, by turns after a first call; short ones several calls a turn."""
     waiting = {name: measure.synchronized(f) for name, f in candidates.items()}
     calls = {}
@@ -54,7 +54,7 @@ def medians(candidates: Candidates, turns: int = TURNS) -> dict[str, float]:
         f()
         calls[name] = max(1, min(50, int(0.05 / seconds(f))))
     times: dict[str, list[float]] = {name: [] for name in waiting}
-    for _ in range(turns):
+    for _ in range(TURNS):
         for name, f in waiting.items():
             times[name].append(seconds(lambda f=f, count=calls[name]: [f() for _ in range(count)]) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
