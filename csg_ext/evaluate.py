@@ -18,8 +18,16 @@ from csg_ext._text import aligned
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import StoredModel, chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, atomic_file, write_text
+from csg_ext.runs import (
+    StoredModel,
+    chosen_files,
+    heading,
+    read_checkpoint,
+    restore,
+    source_images,
+    training_statistics,
+)
+from csg_ext.training.files import atomic_file, write_text
 
 NUMBERS = "evaluation.json"
 CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
@@ -207,7 +215,7 @@ def _show_difference(d: dict[str, Any], kind: str) -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: a line for each measure that a checkpoint has."""
     checkpoints, change = report["checkpoints"], report.get("difference")
-    names = [c["name"].upper() if c["name"] in ARMS else c["name"] for c in checkpoints]
+    names = [heading(c["name"]) for c in checkpoints]
     lines = [["", *names]]
     if change:
         lines[0].append(f"{names[1]} - {names[0]} [{CONFIDENCE:.0%} interval]")

@@ -21,8 +21,8 @@ from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, write_text
+from csg_ext.runs import chosen_files, heading, read_checkpoint, restore, source_images, training_statistics
+from csg_ext.training.files import write_text
 
 NUMBERS = "localization.json"
 SWEEP = tuple(i / 20 for i in range(1, 20))  # shares of a map's maximum
@@ -411,7 +411,7 @@ def _show(value: Any, kind: str = ".3f") -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text."""
     arms, success = report["checkpoints"], report["settings"]["success"]
-    rows: list[list[str]] = [["", *(a["name"].upper() if a["name"] in ARMS else a["name"] for a in arms)]]
+    rows: list[list[str]] = [["", *(heading(a["name"]) for a in arms)]]
 
     def row(text: str, values: list[Any], kind: str = ".3f") -> None:
         rows.append([text, *(_show(value, kind) for value in values)])
