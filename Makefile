@@ -60,7 +60,8 @@ ctest: $(VENV)/.package-dev
 OP ?= gated_pool
 op: $(VENV)/.requirements-dev
 	$(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pytest -q --disable-warnings tests/test_$(OP).py -k 'not compile and not opcheck and not baseline'
+	$(BIN)/python -m pytest -q --disable-warnings $(wildcard tests/test_$(OP).py tests/test_$(OP)_transforms.py) \
+	  -k 'not compile and not opcheck and not baseline'
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest -q --disable-warnings benchmarks/bench_$(OP).py \
 	  -k 'not compiled and not autotuned and not masked and not both and not scikit' \
 	  --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import TypeAlias
 
 from csg_ext.training.files import RUN, sentence
 
@@ -54,6 +55,8 @@ _HELP = {
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
 _LOCALIZE_OUTPUT, _DETECT_OUTPUT = "runs/localize", "runs/detect"
+_AS_FOR_EVALUATE = "as for csg-ext evaluate: the folder of a run is both its arms"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _names(text: str) -> list[str]:
@@ -62,10 +65,42 @@ def _names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from csg_ext.training.config import TrainConfig
-
     parser = argparse.ArgumentParser(prog="csg-ext", description="Class-specific gates for convolutional networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_mis, _add_evaluate, _add_localize, _add_detect, _add_report, _add_info):
+        add(commands)
+    return parser
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser, default: str, what: str = "results") -> None:
+    command.add_argument("--output", metavar="DIR", default=default, help=f"folder of the {what} (default {default})")
+
+
+def _add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
+
+
+def _add_images(command: argparse.ArgumentParser, done: str) -> None:
+    """The images of a command that measures checkpoints; done: what happens to the test part."""
+    command.add_argument(
+        "--data", metavar="PATH", help=f"images as for csg-ext train, its test part is {done} (default: the run's own)"
+    )
+    command.add_argument(
+        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
+    )
+
+
+def _add_checkpoints(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=text)
+
+
+def _add_train(commands: _Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train STD and CSG under one budget and compare them",
@@ -75,16 +110,20 @@ def _parser() -> argparse.ArgumentParser:
         "class, similarity of kernels, training, a filter's top images, an image's filters, confusions) as PNG, and "
         "report.html with all of it. Ctrl-C saves the state.",
     )
-    train.add_argument("--output", metavar="DIR", default=_OUTPUT, help=f"folder of the results (default {_OUTPUT})")
+    _add_output(train, _OUTPUT)
     train.add_argument("--resume", action="store_true", help="continue the run in --output")
     train.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    train.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
+    _add_device(train)
     train.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads per arm (default: half of the CPUs, at most 4)"
     )
     train.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard, the gate as an image")
+    _add_data(train)
+    _add_settings(train)
+
+
+def _add_data(train: argparse.ArgumentParser) -> None:
+    """The keys of csg_ext.runs.SOURCE; what is not given is left out."""
     data = train.add_argument_group("data (default: a 12k/2k subset of Fashion-MNIST inside the package)")
     data.add_argument(
         "--data",
@@ -151,30 +190,34 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="measure on N images of the train part instead of the test part, to choose settings",
     )
+
+
+def _add_settings(train: argparse.ArgumentParser) -> None:
+    """The fields of TrainConfig; what is not given is left out."""
+    from csg_ext.training.config import TrainConfig
+
     settings = train.add_argument_group("settings of the run")
     for field in dataclasses.fields(TrainConfig):
-        name = "--" + field.name.replace("_", "-")
-        text = (
-            f"{_HELP[field.name]} (default {field.default:.4g})"
-            if isinstance(field.default, float)
-            else (f"{_HELP[field.name]} (default {field.default})" if field.default is not None else _HELP[field.name])
-        )
+        name, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
         if isinstance(field.default, bool):
-            settings.add_argument(
-                name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_HELP[field.name]
-            )
-        else:
-            several = field.name == "csg_at"
-            known = {"int": int, "float": float, "str": str, "tuple[int, ...]": int}
-            kind = known[str(field.type).removesuffix(" | None")]
-            settings.add_argument(
-                name,
-                type=kind,
-                nargs="+" if several else None,
-                metavar="FILE" if field.name == "weights" else kind.__name__.upper(),
-                default=argparse.SUPPRESS,
-                help=text,
-            )
+            settings.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        if field.default is not None:
+            text += f" (default {field.default:{'.4g' if isinstance(field.default, float) else ''}})"
+        several = field.name == "csg_at"
+        known = {"int": int, "float": float, "str": str, "tuple[int, ...]": int}
+        kind = known[str(field.type).removesuffix(" | None")]
+        settings.add_argument(
+            name,
+            type=kind,
+            nargs="+" if several else None,
+            metavar="FILE" if field.name == "weights" else kind.__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def _add_mis(commands: _Commands) -> None:
     mis = commands.add_parser(
         "mis",
         help="mutual information of stored features with their classes",
@@ -211,12 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     mis.add_argument(
         "--normalize", action="store_true", help="write and draw the matrix divided by each class's entropy"
     )
-    mis.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    mis.add_argument(
-        "--output", metavar="DIR", default=_MIS_OUTPUT, help=f"folder of the results (default {_MIS_OUTPUT})"
-    )
+    _add_device(mis)
+    _add_output(mis, _MIS_OUTPUT)
+
+
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure one checkpoint, or two side by side",
@@ -224,26 +266,18 @@ def _parser() -> argparse.ArgumentParser:
         "test images, or of two networks with the difference (second - first) and its 95 % confidence interval. Prints "
         "a table; writes evaluation.json and pictures into --output.",
     )
-    evaluate.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="one or two of: a checkpoint file, the folder of an arm, or the folder of a run that csg-ext train wrote; "
+    _add_checkpoints(
+        evaluate,
+        "one or two of: a checkpoint file, the folder of an arm, or the folder of a run that csg-ext train wrote; "
         "a run given alone is both its arms, beside another its CSG arm",
     )
-    evaluate.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is measured (default: the run's own)"
-    )
-    evaluate.add_argument(
-        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
-    )
-    evaluate.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
-    evaluate.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    evaluate.add_argument(
-        "--output", metavar="DIR", default=_EVALUATE_OUTPUT, help=f"folder of the results (default {_EVALUATE_OUTPUT})"
-    )
+    _add_images(evaluate, "measured")
+    _add_seed(evaluate)
+    _add_device(evaluate)
+    _add_output(evaluate, _EVALUATE_OUTPUT)
+
+
+def _add_localize(commands: _Commands) -> None:
     localize = commands.add_parser(
         "localize",
         help="where a network's filters see each class, scored against masks",
@@ -251,18 +285,8 @@ def _parser() -> argparse.ArgumentParser:
         "masks of the objects, and which of two objects in view a map picks. Prints a table; writes localization.json "
         "into --output.",
     )
-    localize.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="as for csg-ext evaluate: the folder of a run is both its arms",
-    )
-    localize.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is scored (default: the run's own)"
-    )
-    localize.add_argument(
-        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
-    )
+    _add_checkpoints(localize, _AS_FOR_EVALUATE)
+    _add_images(localize, "scored")
     localize.add_argument(
         "--masks",
         metavar="FILE",
@@ -293,12 +317,11 @@ def _parser() -> argparse.ArgumentParser:
         default=2**18,
         help="values worked on at once, which bounds the memory (default 262144)",
     )
-    localize.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    localize.add_argument(
-        "--output", metavar="DIR", default=_LOCALIZE_OUTPUT, help=f"folder of the result (default {_LOCALIZE_OUTPUT})"
-    )
+    _add_device(localize)
+    _add_output(localize, _LOCALIZE_OUTPUT, "result")
+
+
+def _add_detect(commands: _Commands) -> None:
     detect = commands.add_parser(
         "detect",
         help="how well attacked images are found by what a network's filters do",
@@ -306,18 +329,8 @@ def _parser() -> argparse.ArgumentParser:
         "well detectors on its pooled features and its gate find the attacked images. Prints a table; writes "
         "detection.json and the fitted detectors into --output.",
     )
-    detect.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="as for csg-ext evaluate: the folder of a run is both its arms",
-    )
-    detect.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is attacked (default: the run's own)"
-    )
-    detect.add_argument(
-        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
-    )
+    _add_checkpoints(detect, _AS_FOR_EVALUATE)
+    _add_images(detect, "attacked")
     detect.add_argument(
         "--images",
         type=int,
@@ -361,13 +374,12 @@ def _parser() -> argparse.ArgumentParser:
         default=10,
         help="steps of PGD, at most of DeepFool; the adaptive attack takes twice as many (default 10)",
     )
-    detect.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
-    detect.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    detect.add_argument(
-        "--output", metavar="DIR", default=_DETECT_OUTPUT, help=f"folder of the results (default {_DETECT_OUTPUT})"
-    )
+    _add_seed(detect)
+    _add_device(detect)
+    _add_output(detect, _DETECT_OUTPUT)
+
+
+def _add_report(commands: _Commands) -> None:
     report = commands.add_parser(
         "report",
         help="one HTML page about finished runs",
@@ -376,11 +388,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run that csg-ext train finished")
     report.add_argument("--output", metavar="DIR", help="folder of the page (default: that of a single run)")
+
+
+def _add_info(commands: _Commands) -> None:
     info = commands.add_parser(
         "info", help="what was built and what runs here", description="Prints what was built and what runs here."
     )
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,20 +410,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
-    output = arguments.get("output") or ""
+    output = arguments.get("output") or ""  # train.main takes it out
 
     def run() -> int:  # the import may lack a package, too
         status: int = import_module(f"csg_ext.{command}").main(arguments)
         return status
 
-    def interrupted() -> str:
+    def saved() -> str:
         if command != "train":
             return "; nothing is written"
         if not (Path(output) / RUN).exists():
             return " before the run began"
         return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
 
-    return _guarded(command, run, interrupted, "train,analysis" if command == "detect" else "train")
+    return _guarded(command, run, saved, "train,analysis" if command == "detect" else "train")
 
 
 def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str) -> int:

@@ -14,11 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
+from csg_ext._text import aligned
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, atomic_file, write_text
+from csg_ext.runs import (
+    StoredModel,
+    chosen_files,
+    heading,
+    read_checkpoint,
+    restore,
+    source_images,
+    training_statistics,
+)
+from csg_ext.training.files import atomic_file, write_text
 
 NUMBERS = "evaluation.json"
 CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
@@ -206,7 +215,7 @@ def _show_difference(d: dict[str, Any], kind: str) -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: a line for each measure that a checkpoint has."""
     checkpoints, change = report["checkpoints"], report.get("difference")
-    names = [c["name"].upper() if c["name"] in ARMS else c["name"] for c in checkpoints]
+    names = [heading(c["name"]) for c in checkpoints]
     lines = [["", *names]]
     if change:
         lines[0].append(f"{names[1]} - {names[0]} [{CONFIDENCE:.0%} interval]")
@@ -218,17 +227,13 @@ def table(report: dict[str, Any]) -> str:
         if change and key in change:
             cells.append(_show_difference(change[key], kind))
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(checkpoints) + 1)]
-    text = ""
-    for line in lines:
-        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
-        text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
-    return text + "".join(f"{c['name']}: {said}\n" for c in checkpoints for said in c["remarks"])
+    remarks = [f"{c['name']}: {said}" for c in checkpoints for said in c["remarks"]]
+    return "\n".join([*aligned(lines, len(checkpoints) + 1), *remarks]) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext evaluate` with the parsed arguments; returns the exit status."""
-    from csg_ext.training.compare import pick_device, versions
+    from csg_ext.training.compare import pick_device
 
     device, seed = pick_device(arguments["device"]), arguments["seed"]
     if seed < 0:
@@ -250,6 +255,24 @@ def main(arguments: dict[str, Any]) -> int:
     measured = []
     for s, model in zip(stored, models, strict=True):
         measured.append(evaluate_model(model, data, training_statistics(s, data), seed))
+    report = _report(files, stored, measured, data, seed, device)
+    print("\n" + table(report))
+    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
+    print(f"Written to {arguments['output']}: {', '.join(written)}")
+    return 0
+
+
+def _report(
+    files: dict[str, Path],
+    stored: list[StoredModel],
+    measured: list[Evaluation],
+    data: ImageData,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    from csg_ext.training.compare import versions
+
     report = {
         "checkpoints": [
             {
@@ -284,10 +307,7 @@ def main(arguments: dict[str, Any]) -> int:
     if len(measured) == 2:
         first, second = measured
         report["difference"] = differences(first, second, data.test_labels, seed)
-    print("\n" + table(report))
-    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
-    print(f"Written to {arguments['output']}: {', '.join(written)}")
-    return 0
+    return report
 
 
 def _finite(value: Any) -> Any:

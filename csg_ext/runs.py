@@ -117,6 +117,11 @@ def chosen_files(paths: list[str]) -> dict[str, Path]:
     return {file.parent.name if file.parent.name in ARMS else file.name: file}
 
 
+def heading(name: str) -> str:
+    """What a table calls the network of a name that chosen_files gave."""
+    return name.upper() if name in ARMS else name
+
+
 def read_checkpoint(file: Path) -> StoredModel:
     """The weights in a file that csg-ext train wrote: .safetensors, or any name of a torch file.
 

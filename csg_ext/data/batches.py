@@ -22,6 +22,11 @@ def scaled_width(height: int, width: int, size: int) -> int:
     return max(min(4, width, size), round(width * size / height))
 
 
+def _levels(values: Sequence[float], device: torch.device | str) -> Tensor:
+    """One value per channel, in units of [0, 1], as levels of 0 to 255 that broadcast over images."""
+    return torch.tensor(values, device=device).mul(255).view(-1, 1, 1)
+
+
 class Batches:
     """Training batches: shuffled, shifted by up to `shift` pixels, flipped left-right, normalised.
 
@@ -57,8 +62,7 @@ class Batches:
         self.images = torch.as_tensor(images, device=device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.batch_size, self.seed, self.shift, self.flip, self.sizes = batch_size, seed, shift, flip, sizes
-        self.mean = torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).mul(255).view(-1, 1, 1)
+        self.mean, self.std = _levels(mean, device), _levels(std, device)
         self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -112,8 +116,5 @@ def normalise(
     mean, std: per channel, in units of [0, 1], those of the images that the model was trained on (ImageData.statistics,
     or csg_ext.runs.training_statistics of a run). device: where the tensor is to be.
     """
-    x = torch.as_tensor(images, device=device).float()
-    x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(
-        255
-    ).view(-1, 1, 1)
+    x = (torch.as_tensor(images, device=device).float() - _levels(mean, device)) / _levels(std, device)
     return x.contiguous(memory_format=torch.channels_last)

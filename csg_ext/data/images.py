@@ -223,11 +223,7 @@ def load_found(
     progress: Callable[[Any], Any],
 ) -> ImageData:
     """What find_images gave, read into memory with the settings of load_images."""
-    if channels not in (None, 1, 3):
-        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
-    select.check_share("test_share", test_share)
+    check_settings(channels, image_size, test_share)
     if not memory_limit > 0:
         raise ValueError(f"data: memory_limit must be a number above 0 (GiB), got {memory_limit}")
     if isinstance(found, ImageData):
@@ -253,6 +249,15 @@ def load_found(
         progress=progress,
         memory_limit=memory_limit,
     )
+
+
+def check_settings(channels: int | None, image_size: int | None, test_share: float) -> None:
+    """Raises ValueError for settings of load_images and image_loader that fit no set."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
+    select.check_share("test_share", test_share)
 
 
 def _chosen(data: ImageData, classes: Sequence[str] | None, imbalance: float | None, seed: int) -> ImageData:

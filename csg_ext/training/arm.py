@@ -190,6 +190,37 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     return numbers, {"mi": mi, "gate": gate, "confusion": confusion, "features": features, "labels": labels}
 
 
+def _batches(config: TrainConfig, data: ImageData, device: torch.device) -> Batches:
+    mean, std = data.statistics()
+    return Batches(
+        data.train_images,
+        data.train_labels,
+        min(config.batch_size, len(data.train_labels)),
+        seed=config.seed,
+        mean=mean,
+        std=std,
+        shift=config.shift,
+        flip=config.flip,
+        sizes=config.sizes(data.train_images.shape[2]),
+        device=device,
+    )
+
+
+def _trainer(config: TrainConfig, device: torch.device, callback: Callback) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision="bf16-mixed" if uses_bf16(config, device) else "32-true",
+        callbacks=[callback],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
 def fit_arm(
     arm: str,
     config: TrainConfig,
@@ -215,38 +246,15 @@ def fit_arm(
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     place = torch.device(device)
-    mean, std = data.statistics()
-    batches = Batches(
-        data.train_images,
-        data.train_labels,
-        min(config.batch_size, len(data.train_labels)),
-        seed=config.seed,
-        mean=mean,
-        std=std,
-        shift=config.shift,
-        flip=config.flip,
-        sizes=config.sizes(data.train_images.shape[2]),
-        device=place,
-    )
     checkpoint = out / CHECKPOINT
     goes_on = resume and checkpoint.exists()
-    module = AlternateTraining((build_model if goes_on else initial_model)(config, data), batches, config, arm)
+    model = (build_model if goes_on else initial_model)(config, data)
+    module = AlternateTraining(model, _batches(config, data, place), config, arm)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with Interruption() as interruption, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         keeper = _Keeper(out, report, interruption, stop_after, tensorboard)
-        trainer = pl.Trainer(
-            max_epochs=config.epochs,
-            accelerator="gpu" if place.type == "cuda" else "cpu",
-            devices=[place.index or 0] if place.type == "cuda" else 1,
-            precision="bf16-mixed" if uses_bf16(config, place) else "32-true",
-            callbacks=[keeper],
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = _trainer(config, place, keeper)
         try:
             trainer.fit(module, ckpt_path=checkpoint if goes_on else None, weights_only=True)
         except SystemExit:  # what Lightning makes of a second Ctrl-C

@@ -47,8 +47,8 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
 class TrainConfig:
     """Settings of one run; both arms share them. Raises ValueError for a value that is out of range.
 
-    - model: the backbone, one of csg_ext.nn.build_backbone's names; weights: a file with its first weights (None: random
-      ones). seed: of the weights, the batches and the augmentation. epochs: passes over the train images.
+    - model: the backbone, one of csg_ext.nn.build_backbone's names; weights: a file with its first weights (None:
+      random ones). seed: of the weights, the batches and the augmentation. epochs: passes over the train images.
     - Schedule (see Schedule): schedule, period (None: 3 for "epochs", else 60), csg_share, csg_at, warmup, gate_warmup,
       final_std, lambda_1_ramp, lambda_2_ramp.
     - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
