@@ -21,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 
 help:
 	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
-	@echo "make test          run all tests, Python and C++"
+	@echo "make test          run all tests: make pytest those of Python, make ctest those of C++"
 	@echo "make op            build what changed, test and time one operator: OP=gated_pool (or gate_step, mutual_info)"
 	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
 	@echo "                   for each of 27 targets, one after the other; needs clang (CLANG=clang++-14)"
@@ -60,7 +60,8 @@ ctest: $(VENV)/.package-dev
 OP ?= gated_pool
 op: $(VENV)/.requirements-dev
 	$(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pytest -q --disable-warnings tests/test_$(OP).py -k 'not compile and not opcheck and not baseline'
+	$(BIN)/python -m pytest -q --disable-warnings $(wildcard tests/test_$(OP).py tests/test_$(OP)_transforms.py) \
+	  -k 'not compile and not opcheck and not baseline'
 	CSG_BENCH_QUICK=1 $(BIN)/python -m pytest -q --disable-warnings benchmarks/bench_$(OP).py \
 	  -k 'not compiled and not autotuned and not masked and not both and not scikit' \
 	  --benchmark-only --benchmark-max-time=0.1 --benchmark-columns=median,iqr,rounds

@@ -9,7 +9,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from build_support import native  # noqa: E402
+from build_support import native, toolchain  # noqa: E402
 
 
 class BuildLibraries(build_ext):
@@ -19,7 +19,7 @@ class BuildLibraries(build_ext):
         build_dir = Path("build") / f"native-{sys.implementation.cache_tag}"
         try:
             self.built = native.build(ROOT, build_dir, self.distribution.get_version())
-        except native.BuildError as error:
+        except toolchain.BuildError as error:
             raise SystemExit(f"csg-ext: {error}") from None
         in_place = self.inplace or self.editable_mode
         native.install(self.built, ROOT / "csg_ext" if in_place else Path(self.build_lib) / "csg_ext")

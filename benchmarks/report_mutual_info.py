@@ -27,6 +27,7 @@ import measure
 import mutual_info_cases as mi
 import numpy as np
 import torch
+from page import table
 from sklearn.feature_selection import mutual_info_classif
 
 import csg_ext
@@ -45,7 +46,7 @@ def seconds(f: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(candidates: Candidates, turns: int = TURNS) -> dict[str, float]:
+def medians(candidates: Candidates) -> dict[str, float]:
     """Seconds per call of every candidate, by turns after a first call; short ones several calls a turn."""
     waiting = {name: measure.synchronized(f) for name, f in candidates.items()}
     calls = {}
@@ -53,7 +54,7 @@ def medians(candidates: Candidates, turns: int = TURNS) -> dict[str, float]:
         f()
         calls[name] = max(1, min(50, int(0.05 / seconds(f))))
     times: dict[str, list[float]] = {name: [] for name in waiting}
-    for _ in range(turns):
+    for _ in range(TURNS):
         for name, f in waiting.items():
             times[name].append(seconds(lambda f=f, count=calls[name]: [f() for _ in range(count)]) / calls[name])
     return {name: statistics.median(values) for name, values in times.items()}
@@ -166,14 +167,21 @@ def duration(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+HEAD = """\
+# Performance of class_mutual_info
+
+Written by `python benchmarks/report_mutual_info.py`; do not edit. Candidates of a row took turns; medians.
+Features are fp32, k = 3. noise, exact: `csg_ext.class_mutual_info` with these ties, all included (checks,
+noise, chunks); kernel: the operator alone, noise drawn beforehand. approximate:
+`metrics.approximate_class_mutual_info`, 64 bins, all included. scikit-learn: a call of
+`mutual_info_classif` for every class, one process unless it says more; at sizes that would take hours, the
+median of 5 calls with 4 features each, times the number of features and classes. Its values were compared
+with ours (1e-9) before the timing.
+"""
 
 
-def matrix_rows(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Rows of the first table."""
+def matrix_section(found: list[dict[str, Any]]) -> list[str]:
+    """class_mutual_info: a row per size."""
     rows = []
     for row in found:
         t, theirs = row["seconds"], row["scikit-learn"]
@@ -188,100 +196,86 @@ def matrix_rows(found: list[dict[str, Any]]) -> list[list[str]]:
                 f"{theirs / t['exact']:,.0f}x",
             ]
         )
-    return rows
+    ours = ["noise", "kernel", "exact", "kernel", "approximate"]
+    head = ["N x K x C", *ours, "scikit-learn", "over noise", "over exact"]
+    return ["## Every feature with every class, (N, K, C)", "", *table(head, rows)]
 
 
-def text(found: dict[str, Any]) -> str:
-    """The report."""
+def multiclass_section(found: list[dict[str, Any]]) -> list[str]:
+    """mutual_info_classif: a row per size."""
+    rows = [
+        [
+            row["case"],
+            duration(row["ours"]),
+            f"{duration(row['scikit-learn'])} = K x {duration(row['scikit-learn per feature'])}",
+            f"{row['scikit-learn'] / row['ours']:,.0f}x",
+        ]
+        for row in found
+    ]
+    head = ["N x K x C", "csg_ext", "scikit-learn = K x per feature", "over csg_ext"]
+    return ["## The multi-class value, mutual_info_classif", "", *table(head, rows)]
+
+
+def classes_section(found: list[dict[str, Any]]) -> list[str]:
+    """The kernel for more and more classes, and how little they matter."""
 
     def spread(ties: str, fewest: int) -> str:
-        times = [row[ties] for row in found["classes"] if row["classes"] >= fewest]
+        times = [row[ties] for row in found if row["classes"] >= fewest]
         return f"{max(times) / min(times):.2f} ({ties})"
 
-    sorts = [key for key in ("numpy.sort, keys alone", "torch.sort") if key in found["samples"][0]]
-    one = found["classes"][0]
-    lines = [
-        "# Performance of class_mutual_info",
+    rows = [[f"{row['classes']:,}", duration(row["exact"]), duration(row["noise"])] for row in found]
+    return [
+        f"## More classes: the kernel at N = {found[0]['n']:,}, K = {found[0]['k']}",
         "",
-        "Written by `python benchmarks/report_mutual_info.py`; do not edit. Candidates of a row took turns; medians.",
-        "Features are fp32, k = 3. noise, exact: `csg_ext.class_mutual_info` with these ties, all included (checks,",
-        "noise, chunks); kernel: the operator alone, noise drawn beforehand. approximate:",
-        "`metrics.approximate_class_mutual_info`, 64 bins, all included. scikit-learn: a call of",
-        "`mutual_info_classif` for every class, one process unless it says more; at sizes that would take hours, the",
-        "median of 5 calls with 4 features each, times the number of features and classes. Its values were compared",
-        "with ours (1e-9) before the timing.",
-        "",
-        *[f"- {key}: {value}" for key, value in found["machine"].items()],
-        "",
-        "## Every feature with every class, (N, K, C)",
-        "",
-        *table(
-            [
-                "N x K x C",
-                "noise",
-                "kernel",
-                "exact",
-                "kernel",
-                "approximate",
-                "scikit-learn",
-                "over noise",
-                "over exact",
-            ],
-            matrix_rows(found["matrix"]),
-        ),
-        "## The multi-class value, mutual_info_classif",
-        "",
-        *table(
-            ["N x K x C", "csg_ext", "scikit-learn = K x per feature", "over csg_ext"],
-            [
-                [
-                    row["case"],
-                    duration(row["ours"]),
-                    f"{duration(row['scikit-learn'])} = K x {duration(row['scikit-learn per feature'])}",
-                    f"{row['scikit-learn'] / row['ours']:,.0f}x",
-                ]
-                for row in found["multiclass"]
-            ],
-        ),
-        f"## More classes: the kernel at N = {one['n']:,}, K = {one['k']}",
-        "",
-        *table(
-            ["C", "exact", "noise"],
-            [[f"{row['classes']:,}", duration(row["exact"]), duration(row["noise"])] for row in found["classes"]],
-        ),
+        *table(["C", "exact", "noise"], rows),
         f"Largest over smallest: {spread('exact', 2)}, {spread('noise', 2)}; from three classes on: "
         f"{spread('exact', 3)}, {spread('noise', 3)}.",
         "",
+    ]
+
+
+def samples_section(found: list[dict[str, Any]]) -> list[str]:
+    """The kernel for more and more samples, beside the sorts that were measured."""
+    timed = ["exact", "noise", "approximate"]
+    timed += [key for key in ("numpy.sort, keys alone", "torch.sort") if key in found[0]]
+    rows = [
+        [f"{row['n']:,}", str(row["k"]), str(row["classes"]), *(f"{row[key] * 1e9:.1f}" for key in timed)]
+        for row in found
+    ]
+    return [
         "## More samples: nanoseconds per value of the features, all threads",
         "",
         "The sorts order the same columns, contiguous, and do nothing else.",
         "",
-        *table(
-            ["N", "K", "C", "exact", "noise", "approximate", *sorts],
-            [
-                [f"{row['n']:,}", str(row["k"]), str(row["classes"])]
-                + [f"{row[key] * 1e9:.1f}" for key in ("exact", "noise", "approximate", *sorts)]
-                for row in found["samples"]
-            ],
-        ),
+        *table(["N", "K", "C", *timed], rows),
     ]
-    if found["memory"]:
-        lines += [
-            f"## Memory: peak beyond the arguments at N = {found['memory'][0]['n']:,}, bytes per sample",
-            "",
-            *table(
-                ["ties", "threads", "bytes per sample", "per sample and thread"],
-                [
-                    [
-                        row["ties"],
-                        str(row["threads"]),
-                        f"{row['bytes per sample']:.1f}",
-                        f"{row['bytes per sample'] / row['threads']:.1f}",
-                    ]
-                    for row in found["memory"]
-                ],
-            ),
+
+
+def memory_section(found: list[dict[str, Any]]) -> list[str]:
+    """Memory by ties and threads; nothing where it was not measured."""
+    if not found:
+        return []
+    rows = [
+        [
+            row["ties"],
+            str(row["threads"]),
+            f"{row['bytes per sample']:.1f}",
+            f"{row['bytes per sample'] / row['threads']:.1f}",
         ]
+        for row in found
+    ]
+    return [
+        f"## Memory: peak beyond the arguments at N = {found[0]['n']:,}, bytes per sample",
+        "",
+        *table(["ties", "threads", "bytes per sample", "per sample and thread"], rows),
+    ]
+
+
+def text(found: dict[str, Any]) -> str:
+    """The report."""
+    lines = [HEAD, *[f"- {key}: {value}" for key, value in found["machine"].items()], ""]
+    lines += matrix_section(found["matrix"]) + multiclass_section(found["multiclass"])
+    lines += classes_section(found["classes"]) + samples_section(found["samples"]) + memory_section(found["memory"])
     return "\n".join(lines)
 
 

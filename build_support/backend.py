@@ -1,7 +1,7 @@
 """The in-tree PEP 517 backend: setuptools' own, plus a check that torch can be found before anything is downloaded.
 
 torch is no build requirement: an isolated build would fetch a second torch, often another version than the one that
-the environment runs. The sources need torch's headers and libraries only, which build_support.native finds on disk.
+the environment runs. The sources need torch's headers and libraries only, which build_support.toolchain finds on disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import build_sdist, get_requires_for_build_sdist
 
-from build_support import native
+from build_support import toolchain
 
 __all__ = [
     "build_editable",
@@ -30,8 +30,8 @@ __all__ = [
 
 def _require_torch() -> None:
     try:
-        native.find_torch()
-    except native.BuildError as error:
+        toolchain.find_torch()
+    except toolchain.BuildError as error:
         raise SystemExit(f"csg-ext: {error}") from None
 
 

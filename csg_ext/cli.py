@@ -8,39 +8,41 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import TypeAlias
 
 from csg_ext.training.files import RUN, sentence
 
 _HELP = {
-    "model": "resnet20, resnet32, resnet44 or resnet56",
+    "model": "resnet20, resnet32, resnet44 or resnet56, or timm/NAME, a convolutional network of the package timm",
     "seed": "seed of the weights, the batches and the augmentation; both arms share it",
     "epochs": "passes over the train images",
     "batch_size": "images per step",
     "lr": "peak learning rate of the weights",
     "momentum": "momentum of the weights' SGD",
     "weight_decay": "weight decay of the weights",
-    "lr_warmup": "share of the run over which the learning rate rises",
+    "lr_warmup": "share of the run over which the weights' learning rate rises",
     "gate_lr": "learning rate of the gate",
     "lambda_1": "weight of the CSG path's loss",
     "lambda_2": "weight of the gate's sparsity penalty",
-    "budget": "the gate's L1 norm beyond which the penalty acts; K when not given",
+    "budget": "the gate's L1 norm beyond which the penalty acts; K, the number of filters, when not given",
     "penalty": "l1, l2 or smooth_l1",
     "projection": "scale (divide by the column's largest entry and clip) or euclidean (the nearest feasible gate)",
-    "schedule": "steps (alternate by steps), epochs (the paper's) or joint",
-    "period": "length of one alternation (default 60 steps, or 3 epochs with --schedule epochs)",
-    "csg_share": "share of a period that takes the CSG path",
+    "schedule": "joint (both paths in every step), steps or epochs (the paths by turns; by epochs in the paper)",
+    "period": "length of one alternation: default 60 steps with --schedule steps, 3 epochs with --schedule epochs",
+    "csg_share": "share of a period, at its end, that takes the CSG path; for --schedule steps or epochs",
     "warmup": "first share of the run that takes the STD path alone",
     "final_std": "last share of the run that takes the STD path alone",
     "shift": "random shift of train images, pixels",
-    "flip": "mirror train images at random",
+    "flip": "mirror train images at random (default: do)",
     "low_scale": "scale of the images during the first epochs, which saves time",
     "low_share": "share of the epochs at that scale",
     "precision": "auto, bf16 or fp32",
-    "csg_at": "positions in a period that take the CSG path, such as 1 or 0 2, instead of its last csg_share",
+    "csg_at": "positions in a period, from 0 on, that take the CSG path, such as 1 or 0 2, instead of --csg-share",
     "gate_warmup": "share of the run, after --warmup, that trains the gate alone",
-    "lambda_1_ramp": "share of the run over which lambda_1 rises",
-    "lambda_2_ramp": "share of the run over which lambda_2 rises",
+    "lambda_1_ramp": "share of the run, after --warmup, over which lambda_1 rises",
+    "lambda_2_ramp": "share of the run, after --warmup, over which lambda_2 rises",
     "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
     "csg_lr": "peak learning rate of the weights on CSG steps, for --schedule steps or epochs; lr when not given",
     "label_smoothing": "label smoothing of both paths",
@@ -48,9 +50,13 @@ _HELP = {
     "cutmix": "alpha of cutmix, 0 for none",
     "clip_norm": "largest norm of the weights' gradient; any when not given",
     "gate_clip_norm": "largest norm of the gate's gradient; any when not given",
+    "weights": "first weights of the backbone, such as pretrained ones: a state dict of the network in .safetensors or "
+    "a torch file, or what csg-ext train wrote",
 }
 _OUTPUT, _MIS_OUTPUT, _EVALUATE_OUTPUT = "runs/train", "runs/mis", "runs/evaluate"
 _LOCALIZE_OUTPUT, _DETECT_OUTPUT = "runs/localize", "runs/detect"
+_AS_FOR_EVALUATE = "as for csg-ext evaluate: the folder of a run is both its arms"
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _names(text: str) -> list[str]:
@@ -59,10 +65,42 @@ def _names(text: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from csg_ext.training.config import TrainConfig
-
     parser = argparse.ArgumentParser(prog="csg-ext", description="Class-specific gates for convolutional networks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_mis, _add_evaluate, _add_localize, _add_detect, _add_report, _add_info):
+        add(commands)
+    return parser
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+    )
+
+
+def _add_output(command: argparse.ArgumentParser, default: str, what: str = "results") -> None:
+    command.add_argument("--output", metavar="DIR", default=default, help=f"folder of the {what} (default {default})")
+
+
+def _add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
+
+
+def _add_images(command: argparse.ArgumentParser, done: str) -> None:
+    """The images of a command that measures checkpoints; done: what happens to the test part."""
+    command.add_argument(
+        "--data", metavar="PATH", help=f"images as for csg-ext train, its test part is {done} (default: the run's own)"
+    )
+    command.add_argument(
+        "--image-size", type=int, metavar="N", help="side that images of folders or shards in --data get"
+    )
+
+
+def _add_checkpoints(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=text)
+
+
+def _add_train(commands: _Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train STD and CSG under one budget and compare them",
@@ -72,16 +110,20 @@ def _parser() -> argparse.ArgumentParser:
         "class, similarity of kernels, training, a filter's top images, an image's filters, confusions) as PNG, and "
         "report.html with all of it. Ctrl-C saves the state.",
     )
-    train.add_argument("--output", metavar="DIR", default=_OUTPUT, help=f"folder of the results (default {_OUTPUT})")
+    _add_output(train, _OUTPUT)
     train.add_argument("--resume", action="store_true", help="continue the run in --output")
     train.add_argument("--overwrite", action="store_true", help="replace the run in --output")
-    train.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
+    _add_device(train)
     train.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads per arm (default: half of the CPUs, at most 4)"
     )
     train.add_argument("--tensorboard", action="store_true", help="write logs for TensorBoard, the gate as an image")
+    _add_data(train)
+    _add_settings(train)
+
+
+def _add_data(train: argparse.ArgumentParser) -> None:
+    """The keys of csg_ext.runs.SOURCE; what is not given is left out."""
     data = train.add_argument_group("data (default: a 12k/2k subset of Fashion-MNIST inside the package)")
     data.add_argument(
         "--data",
@@ -148,34 +190,40 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="measure on N images of the train part instead of the test part, to choose settings",
     )
+
+
+def _add_settings(train: argparse.ArgumentParser) -> None:
+    """The fields of TrainConfig; what is not given is left out."""
+    from csg_ext.training.config import TrainConfig
+
     settings = train.add_argument_group("settings of the run")
     for field in dataclasses.fields(TrainConfig):
-        name = "--" + field.name.replace("_", "-")
-        text = (
-            f"{_HELP[field.name]} (default {field.default:.4g})"
-            if isinstance(field.default, float)
-            else (f"{_HELP[field.name]} (default {field.default})" if field.default is not None else _HELP[field.name])
-        )
+        name, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
         if isinstance(field.default, bool):
-            settings.add_argument(
-                name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_HELP[field.name]
-            )
-        else:
-            several = field.name == "csg_at"
-            kind = int if several or field.name == "period" else float if field.default is None else type(field.default)
-            settings.add_argument(
-                name,
-                type=kind,
-                nargs="+" if several else None,
-                metavar=kind.__name__.upper(),
-                default=argparse.SUPPRESS,
-                help=text,
-            )
+            settings.add_argument(name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+            continue
+        if field.default is not None:
+            text += f" (default {field.default:{'.4g' if isinstance(field.default, float) else ''}})"
+        several = field.name == "csg_at"
+        known = {"int": int, "float": float, "str": str, "tuple[int, ...]": int}
+        kind = known[str(field.type).removesuffix(" | None")]
+        settings.add_argument(
+            name,
+            type=kind,
+            nargs="+" if several else None,
+            metavar="FILE" if field.name == "weights" else kind.__name__.upper(),
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+
+
+def _add_mis(commands: _Commands) -> None:
     mis = commands.add_parser(
         "mis",
         help="mutual information of stored features with their classes",
         description="Measures the mutual information of every feature with every class (nats, k-nearest-neighbour "
-        "estimate), prints the score and which classes the features speak for, and writes the matrix and its picture.",
+        "estimate), prints the score and which classes the features speak for, and writes mutual_information.npz, "
+        "mutual_information.png and mis.json into --output.",
     )
     mis.add_argument(
         "file",
@@ -183,7 +231,11 @@ def _parser() -> argparse.ArgumentParser:
         help=".npz or .safetensors with features (N, K) and labels (N,), .npy with features, or a folder or checkpoint "
         "that csg-ext train wrote",
     )
-    mis.add_argument("--labels", metavar="FILE.npy", help="labels, integers from 0 on; needed with an .npy of features")
+    mis.add_argument(
+        "--labels",
+        metavar="FILE.npy",
+        help="labels, integers from 0 on, in place of the file's; needed with an .npy of features",
+    )
     mis.add_argument("--num-classes", type=int, metavar="N", help="number of classes (default: the largest label + 1)")
     mis.add_argument("--n-neighbors", type=int, metavar="N", default=3, help="neighbours of the estimate (default 3)")
     mis.add_argument(
@@ -199,53 +251,42 @@ def _parser() -> argparse.ArgumentParser:
         help="each class against all other samples, or against as many (default one-vs-rest)",
     )
     mis.add_argument("--seed", type=int, metavar="N", default=0, help="seed of the noise and the draws (default 0)")
-    mis.add_argument("--normalize", action="store_true", help="write the matrix divided by each class's entropy")
     mis.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+        "--normalize", action="store_true", help="write and draw the matrix divided by each class's entropy"
     )
-    mis.add_argument(
-        "--output", metavar="DIR", default=_MIS_OUTPUT, help=f"folder of the results (default {_MIS_OUTPUT})"
-    )
+    _add_device(mis)
+    _add_output(mis, _MIS_OUTPUT)
+
+
+def _add_evaluate(commands: _Commands) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="measure one checkpoint, or two side by side",
         description="Measures the accuracy, the class specificity and the calibration of a trained network on its "
-        "test images, or of two networks with the difference (second - first) and its 95 % confidence interval.",
+        "test images, or of two networks with the difference (second - first) and its 95 % confidence interval. Prints "
+        "a table; writes evaluation.json and pictures into --output.",
     )
-    evaluate.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="one or two of: a checkpoint file, the folder of an arm, or the folder of a run that csg-ext train wrote; "
+    _add_checkpoints(
+        evaluate,
+        "one or two of: a checkpoint file, the folder of an arm, or the folder of a run that csg-ext train wrote; "
         "a run given alone is both its arms, beside another its CSG arm",
     )
-    evaluate.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is measured (default: the run's own)"
-    )
-    evaluate.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
-    evaluate.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
-    evaluate.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    evaluate.add_argument(
-        "--output", metavar="DIR", default=_EVALUATE_OUTPUT, help=f"folder of the results (default {_EVALUATE_OUTPUT})"
-    )
+    _add_images(evaluate, "measured")
+    _add_seed(evaluate)
+    _add_device(evaluate)
+    _add_output(evaluate, _EVALUATE_OUTPUT)
+
+
+def _add_localize(commands: _Commands) -> None:
     localize = commands.add_parser(
         "localize",
         help="where a network's filters see each class, scored against masks",
         description="Scores maps that need no detector (CAM, GradMap, the gate's own map, every filter alone) against "
-        "masks of the objects, and which of two objects in view a map picks.",
+        "masks of the objects, and which of two objects in view a map picks. Prints a table; writes localization.json "
+        "into --output.",
     )
-    localize.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="as for csg-ext evaluate: the folder of a run is both its arms",
-    )
-    localize.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is scored (default: the run's own)"
-    )
-    localize.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    _add_checkpoints(localize, _AS_FOR_EVALUATE)
+    _add_images(localize, "scored")
     localize.add_argument(
         "--masks",
         metavar="FILE",
@@ -263,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         default=0.3,
-        help="a filter's pixels above all but this share of its activations are the object (default 0.3)",
+        help="the share of a filter's activations, the largest ones, that are the object (default 0.3)",
     )
     localize.add_argument(
         "--success", type=float, metavar="IOU", default=0.3, help="IoU above which an object is found (default 0.3)"
@@ -276,28 +317,20 @@ def _parser() -> argparse.ArgumentParser:
         default=2**18,
         help="values worked on at once, which bounds the memory (default 262144)",
     )
-    localize.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
-    )
-    localize.add_argument(
-        "--output", metavar="DIR", default=_LOCALIZE_OUTPUT, help=f"folder of the result (default {_LOCALIZE_OUTPUT})"
-    )
+    _add_device(localize)
+    _add_output(localize, _LOCALIZE_OUTPUT, "result")
+
+
+def _add_detect(commands: _Commands) -> None:
     detect = commands.add_parser(
         "detect",
         help="how well attacked images are found by what a network's filters do",
         description="Attacks a trained network (FGSM, PGD, DeepFool, and PGD that knows the score) and measures how "
-        "well detectors on its pooled features and its gate find the attacked images.",
+        "well detectors on its pooled features and its gate find the attacked images. Prints a table; writes "
+        "detection.json and the fitted detectors into --output.",
     )
-    detect.add_argument(
-        "checkpoints",
-        metavar="CHECKPOINT",
-        nargs="+",
-        help="as for csg-ext evaluate: the folder of a run is both its arms",
-    )
-    detect.add_argument(
-        "--data", metavar="PATH", help="images as for csg-ext train, its test part is attacked (default: the run's own)"
-    )
-    detect.add_argument("--image-size", type=int, metavar="N", help="side that images of a folder in --data get")
+    _add_checkpoints(detect, _AS_FOR_EVALUATE)
+    _add_images(detect, "attacked")
     detect.add_argument(
         "--images",
         type=int,
@@ -332,16 +365,21 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="W",
         default=[1, 10, 100],
-        help="of the score in the adaptive attack (default 1 10 100; none: no such attack)",
-    )
-    detect.add_argument("--steps", type=int, metavar="N", default=10, help="steps of PGD and DeepFool (default 10)")
-    detect.add_argument("--seed", type=int, metavar="N", default=0, help="seed of all that is drawn (default 0)")
-    detect.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (a GPU where there is one), cpu, cuda or cuda:INDEX"
+        help="weights of the score in the adaptive attack (default 1 10 100; none: no such attack)",
     )
     detect.add_argument(
-        "--output", metavar="DIR", default=_DETECT_OUTPUT, help=f"folder of the results (default {_DETECT_OUTPUT})"
+        "--steps",
+        type=int,
+        metavar="N",
+        default=10,
+        help="steps of PGD, at most of DeepFool; the adaptive attack takes twice as many (default 10)",
     )
+    _add_seed(detect)
+    _add_device(detect)
+    _add_output(detect, _DETECT_OUTPUT)
+
+
+def _add_report(commands: _Commands) -> None:
     report = commands.add_parser(
         "report",
         help="one HTML page about finished runs",
@@ -350,9 +388,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", metavar="RUN", nargs="+", help="the folder of a run that csg-ext train finished")
     report.add_argument("--output", metavar="DIR", help="folder of the page (default: that of a single run)")
-    info = commands.add_parser("info", help="what was built and what runs here")
+
+
+def _add_info(commands: _Commands) -> None:
+    info = commands.add_parser(
+        "info", help="what was built and what runs here", description="Prints what was built and what runs here."
+    )
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -368,45 +410,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return info.main(["--json"] if arguments["json"] else [])
 
-    if command == "mis":
-        from csg_ext import mis
+    output = arguments.get("output") or ""  # train.main takes it out
 
-        return _guarded("mis", lambda: mis.main(arguments), lambda: "; nothing is written")
-
-    if command == "evaluate":
-        from csg_ext import evaluate
-
-        return _guarded("evaluate", lambda: evaluate.main(arguments), lambda: "; nothing is written")
-
-    if command == "localize":
-        from csg_ext import localize
-
-        return _guarded("localize", lambda: localize.main(arguments), lambda: "; nothing is written")
-
-    if command == "detect":
-        from csg_ext import detect
-
-        return _guarded("detect", lambda: detect.main(arguments), lambda: "; nothing is written", "train,analysis")
-
-    if command == "report":
-        from csg_ext import report
-
-        return _guarded("report", lambda: report.main(arguments), lambda: "; nothing is written")
-
-    from csg_ext import train
-
-    output = arguments["output"]
+    def run() -> int:  # the import may lack a package, too
+        status: int = import_module(f"csg_ext.{command}").main(arguments)
+        return status
 
     def saved() -> str:
+        if command != "train":
+            return "; nothing is written"
         if not (Path(output) / RUN).exists():
             return " before the run began"
         return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
 
-    return _guarded("train", lambda: train.main(arguments), saved)
+    return _guarded(command, run, saved, "train,analysis" if command == "detect" else "train")
 
 
-def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str = "train") -> int:
-    """The exit status of a command whose errors are printed as one sentence."""
+def _guarded(command: str, run: Callable[[], int], interrupted: Callable[[], str], extra: str) -> int:
+    """The exit status of a command whose errors are printed as one sentence; `extra` brings the packages it needs."""
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from csg_ext._text import aligned
 from csg_ext.analysis import adversarial as adv
 from csg_ext.analysis.detectors import DETECTORS
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, write_text
+from csg_ext.runs import chosen_files, heading, read_checkpoint, restore, source_images, training_statistics
+from csg_ext.training.files import write_text
 
 NUMBERS = "detection.json"
 Estimates = dict[str, dict[str, dict[str, adv.Estimate]]]
@@ -34,7 +35,7 @@ def _show(interval: dict[str, float | None]) -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: for every attack and detector AUROC and, at the threshold, TPR, FPR and evaded."""
     arms, change = report["checkpoints"], report.get("difference")
-    names = [a["name"].upper() if a["name"] in ARMS else a["name"] for a in arms]
+    names = [heading(a["name"]) for a in arms]
     head = ["", *names] + ([f"{names[1]} - {names[0]}"] if change else [])
     rows: list[list[str]] = [head]
     for i, attack in enumerate(arms[0]["attacks"]):
@@ -51,11 +52,7 @@ def table(report: dict[str, Any]) -> str:
     rows.append([f"false positives among benign test images (aim: {adv.FALSE_POSITIVES:.2f})"])
     for detector in DETECTORS:
         rows.append([f"  {detector}", *(_show(a["attacks"][0]["detectors"][detector]["fpr"]) for a in arms)])
-    widths = [max(len(r[i]) for r in rows if i < len(r) and len(r) > 1) for i in range(len(head))]
-    lines = [
-        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=False))]) for r in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(aligned(rows, len(head))) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:

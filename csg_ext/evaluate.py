@@ -14,11 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from csg_ext import metrics
+from csg_ext._text import aligned
 from csg_ext.data import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, atomic_file, write_text
+from csg_ext.runs import (
+    StoredModel,
+    chosen_files,
+    heading,
+    read_checkpoint,
+    restore,
+    source_images,
+    training_statistics,
+)
+from csg_ext.training.files import atomic_file, write_text
 
 NUMBERS = "evaluation.json"
 CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
@@ -32,10 +41,10 @@ class Evaluation:
     """One network measured on N test samples.
 
     numbers: every measure by its name, NaN where it has no value. hits: whether each sample is right, (N,) bool, for
-    every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters,
-    filter_classes (K,): by the gate where one was trained, else by mutual information; -1 for dead filters.
-    dead (K,): those with one and the same feature on all test samples. remarks: what is said of them and of classes
-    without a filter.
+    every measure that is an accuracy. confusion (C, C): counts, true classes down. similarity (K, K) of the filters'
+    kernels, None where no convolution makes the last map. filter_classes (K,): by the gate where one was trained, else
+    by mutual information; -1 for dead filters. dead (K,): those with one and the same feature on all test samples.
+    remarks: what is said of them and of classes without a filter.
     """
 
     numbers: dict[str, float]
@@ -43,7 +52,7 @@ class Evaluation:
     features: NDArray[np.float32]
     logits: NDArray[np.float32]
     confusion: NDArray[np.int64]
-    similarity: NDArray[np.float64]
+    similarity: NDArray[np.float64] | None
     filter_classes: NDArray[np.int64]
     dead: NDArray[np.bool_]
     remarks: list[str]
@@ -82,8 +91,7 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
-    kernels = metrics.last_convolution(model, gate.shape[1]).weight
-    similarity = metrics.filter_similarity(kernels.detach().cpu().numpy())
+    similarity = metrics.kernel_similarity(model, gate.shape[1])
     for key, owner in owners.items():
         for name, kept, complement in (
             ("predicted_class_accuracy", logits.argmax(1), False),
@@ -93,8 +101,9 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
             found = metrics.cluster_predictions(features, weight, bias, owner, kept, complement=complement)
             hits[f"{name}_{key}"] = found == labels
         live = owner >= 0
-        block = metrics.block_score(similarity[live][:, live], owner[live], permutations=PERMUTATIONS, seed=seed)
-        numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
+        if similarity is not None:
+            block = metrics.block_score(similarity[live][:, live], owner[live], permutations=PERMUTATIONS, seed=seed)
+            numbers[f"block_score_{key}"], numbers[f"block_score_p_value_{key}"] = block.score, block.p_value
         numbers[f"classes_without_filter_{key}"] = classes - len(np.unique(owner[live]))
     numbers |= {name: float(hit.mean()) for name, hit in hits.items()}
     confusion = multiclass_confusion_matrix(scores.argmax(1), targets, classes).numpy()
@@ -206,7 +215,7 @@ def _show_difference(d: dict[str, Any], kind: str) -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text: a line for each measure that a checkpoint has."""
     checkpoints, change = report["checkpoints"], report.get("difference")
-    names = [c["name"].upper() if c["name"] in ARMS else c["name"] for c in checkpoints]
+    names = [heading(c["name"]) for c in checkpoints]
     lines = [["", *names]]
     if change:
         lines[0].append(f"{names[1]} - {names[0]} [{CONFIDENCE:.0%} interval]")
@@ -218,17 +227,13 @@ def table(report: dict[str, Any]) -> str:
         if change and key in change:
             cells.append(_show_difference(change[key], kind))
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(len(checkpoints) + 1)]
-    text = ""
-    for line in lines:
-        cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=False)]
-        text += "  ".join(cells + line[len(widths) :]).rstrip() + "\n"
-    return text + "".join(f"{c['name']}: {said}\n" for c in checkpoints for said in c["remarks"])
+    remarks = [f"{c['name']}: {said}" for c in checkpoints for said in c["remarks"]]
+    return "\n".join([*aligned(lines, len(checkpoints) + 1), *remarks]) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext evaluate` with the parsed arguments; returns the exit status."""
-    from csg_ext.training.compare import pick_device, versions
+    from csg_ext.training.compare import pick_device
 
     device, seed = pick_device(arguments["device"]), arguments["seed"]
     if seed < 0:
@@ -250,6 +255,24 @@ def main(arguments: dict[str, Any]) -> int:
     measured = []
     for s, model in zip(stored, models, strict=True):
         measured.append(evaluate_model(model, data, training_statistics(s, data), seed))
+    report = _report(files, stored, measured, data, seed, device)
+    print("\n" + table(report))
+    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
+    print(f"Written to {arguments['output']}: {', '.join(written)}")
+    return 0
+
+
+def _report(
+    files: dict[str, Path],
+    stored: list[StoredModel],
+    measured: list[Evaluation],
+    data: ImageData,
+    seed: int,
+    device: str,
+) -> dict[str, Any]:
+    """What evaluation.json holds."""
+    from csg_ext.training.compare import versions
+
     report = {
         "checkpoints": [
             {
@@ -284,10 +307,7 @@ def main(arguments: dict[str, Any]) -> int:
     if len(measured) == 2:
         first, second = measured
         report["difference"] = differences(first, second, data.test_labels, seed)
-    print("\n" + table(report))
-    written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
-    print(f"Written to {arguments['output']}: {', '.join(written)}")
-    return 0
+    return report
 
 
 def _finite(value: Any) -> Any:
@@ -302,15 +322,16 @@ def _finite(value: Any) -> Any:
 def _write(folder: Path, report: dict[str, Any], measured: dict[str, Evaluation], classes: list[str]) -> list[str]:
     from csg_ext import plots
 
-    top = max(float((m.similarity - np.eye(len(m.similarity))).max()) for m in measured.values())
+    found = [m.similarity for m in measured.values() if m.similarity is not None]
+    top = max((float(np.max(s - np.eye(len(s)))) for s in found), default=0.0)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / NUMBERS, json.dumps(_finite(report), indent=1) + "\n")
     written = [NUMBERS]
     for name, m in measured.items():
-        for stem, (figure, _) in {
-            "confusion": plots.plot_confusion(m.confusion, classes),
-            "filter_similarity": plots.plot_filter_similarity(m.similarity, m.filter_classes, classes, top),
-        }.items():
+        drawn = {"confusion": plots.plot_confusion(m.confusion, classes)}
+        if m.similarity is not None:
+            drawn["filter_similarity"] = plots.plot_filter_similarity(m.similarity, m.filter_classes, classes, top)
+        for stem, (figure, _) in drawn.items():
             written.append(f"{stem}_{name}.png" if len(measured) > 1 else f"{stem}.png")
             with atomic_file(folder / written[-1]) as file:
                 figure.savefig(file, format="png")

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from csg_ext._text import name_list
+from csg_ext._text import aligned, name_list
 from csg_ext.analysis import localization as loc
 from csg_ext.data import ImageData
 from csg_ext.data.batches import normalise
 from csg_ext.data.formats import load_numpy
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import chosen_files, read_checkpoint, restore, source_images, training_statistics
-from csg_ext.training.files import ARMS, write_text
+from csg_ext.runs import chosen_files, heading, read_checkpoint, restore, source_images, training_statistics
+from csg_ext.training.files import write_text
 
 NUMBERS = "localization.json"
 SWEEP = tuple(i / 20 for i in range(1, 20))  # shares of a map's maximum
@@ -411,7 +411,7 @@ def _show(value: Any, kind: str = ".3f") -> str:
 def table(report: dict[str, Any]) -> str:
     """The report as aligned text."""
     arms, success = report["checkpoints"], report["settings"]["success"]
-    rows: list[list[str]] = [["", *(a["name"].upper() if a["name"] in ARMS else a["name"] for a in arms)]]
+    rows: list[list[str]] = [["", *(heading(a["name"]) for a in arms)]]
 
     def row(text: str, values: list[Any], kind: str = ".3f") -> None:
         rows.append([text, *(_show(value, kind) for value in values)])
@@ -445,18 +445,13 @@ def table(report: dict[str, Any]) -> str:
         )
         for method in _METHODS:
             row(f"  {_METHODS[method].split(':')[0]}", [a["query"][method].get("energy") for a in arms])
-    widths = [max(len(r[i]) for r in rows if i < len(r) and len(r) > 1) for i in range(len(arms) + 1)]
-    lines = [
-        "  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:], strict=False))]).rstrip()
-        for r in rows
-    ]
     notes = {
         f"{a['name']}: no map of the gate, as {a['methods']['gate']['unavailable']}"
         for a in arms
         if "unavailable" in a["methods"]["gate"]
     }
     remarks = [f"{a['name']}: {said}" for a in arms for said in a["remarks"]]
-    return "\n".join([*lines, *sorted(notes), *remarks]) + "\n"
+    return "\n".join([*aligned(rows, len(arms) + 1), *sorted(notes), *remarks]) + "\n"
 
 
 def main(arguments: dict[str, Any]) -> int:

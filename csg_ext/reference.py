@@ -56,7 +56,10 @@ def gated_pool(
     project: bool = False,
     channel_dim: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """row * pool(x): the class-specific gate applied to a globally pooled feature map (the CSG path)."""
+    """row * pool(x), (N, K): the class-specific gate applied to a globally pooled feature map (the CSG path).
+
+    The arguments are those of :func:`csg_ext.gated_pool`; with return_pooled also pool(x), (N, K).
+    """
     x = x.movedim(channel_dim, 1).flatten(2) if x.dim() > 2 else x.unsqueeze(2)
     x = x.to(torch.promote_types(x.dtype, gate.dtype))
     pooled = x.mean(2) if pool == "avg" else x.max(2).values
@@ -77,7 +80,10 @@ def gate_step(
     first_step: bool = False,
     method: str = "scale",
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of torch.optim.SGD on the gate, then its projection; returns (gate, momentum_buffer)."""
+    """One step of torch.optim.SGD on the gate, then its projection; returns (gate, momentum_buffer).
+
+    gate, grad, momentum_buffer: (C, K); the options are those of :func:`csg_ext.gate_step_`.
+    """
     d = grad + weight_decay * gate if weight_decay else grad
     if momentum_buffer is not None:
         momentum_buffer = d if first_step else momentum * momentum_buffer + (1 - dampening) * d
@@ -109,7 +115,7 @@ def mutual_info(x: Tensor, groups: Tensor, n_neighbors: int = 3) -> Tensor:
 
 
 def class_mutual_info(features: Tensor, labels: Tensor, num_classes: int, n_neighbors: int = 3) -> Tensor:
-    """M (K, C) in nats: mutual_info of every feature (N, K) with every class against the rest."""
+    """M (K, C) in nats: mutual_info of each feature with every class against the rest; features (N, K), labels (N,)."""
     return torch.stack(
         [
             torch.stack([mutual_info(x, (labels == c).long(), n_neighbors) for c in range(num_classes)])

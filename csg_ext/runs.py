@@ -11,18 +11,20 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from csg_ext._text import name_list, reason
 from csg_ext.data.images import ImageData, find_images, load_found
-from csg_ext.data.index import ImageIndex
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, read_json
 from csg_ext.training.network import build_model
 from csg_ext.training.weights import check_finite, check_state, load_checkpoint
+
+if TYPE_CHECKING:
+    from csg_ext.data.index import ImageIndex  # needs Pillow
 
 # Where a run's images come from: the options of csg-ext train under its heading "data", and their defaults.
 SOURCE: dict[str, Any] = {
@@ -113,6 +115,11 @@ def chosen_files(paths: list[str]) -> dict[str, Path]:
         return dict(zip(ARMS, found[0], strict=True))
     file = found[0][0]
     return {file.parent.name if file.parent.name in ARMS else file.name: file}
+
+
+def heading(name: str) -> str:
+    """What a table calls the network of a name that chosen_files gave."""
+    return name.upper() if name in ARMS else name
 
 
 def read_checkpoint(file: Path) -> StoredModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -31,16 +30,13 @@ if TYPE_CHECKING:
     from csg_ext.data.images import ImageData
     from csg_ext.training.config import TrainConfig
 
+_ALTERNATING = ("period", "csg_share", "csg_at", "csg_lr")  # settings of the schedules that alternate
 _MOST_THREADS = 1024  # many more, and the system refuses them in words of its own
+_SKIPPED = "skipped.txt"
 
 
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext train` with the parsed arguments; returns the exit status."""
-    with contextlib.ExitStack() as held:
-        return _train(arguments, held)
-
-
-def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
     folder = Path(arguments.pop("output"))
     resume, overwrite = arguments.pop("resume"), arguments.pop("overwrite")
     device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
@@ -50,100 +46,123 @@ def _train(arguments: dict[str, Any], held: contextlib.ExitStack) -> int:
         raise ValueError(f"threads must be at most {_MOST_THREADS}, got {threads}")
     if "data" in arguments and "://" not in arguments["data"] and not arguments["data"].startswith("pipe:"):
         arguments["data"] = str(Path(arguments["data"]).absolute())
-
-    from csg_ext.runs import SOURCE, check_source, load_source, read_run, stored_config
-    from csg_ext.training.config import TrainConfig
-
-    source = dict(SOURCE)
-    run_file = folder / RUN
+    if "weights" in arguments:
+        arguments["weights"] = str(Path(arguments["weights"]).absolute())
     if resume:
-        if not run_file.is_file():
-            raise FileNotFoundError(f"--resume expects a run in {folder}, which has no {RUN}")
-        stored = read_run(run_file)
-        config = stored_config(run_file, stored["config"])
-        stored["config"] = config.as_dict()  # an older run knew fewer settings
-        stored = _same_request(stored, arguments)
-        source, fingerprint = stored["source"], stored["sha256"]
+        config, source, fingerprint = _stored_request(folder, arguments)
     else:
-        source |= {key: arguments.pop(key) for key in list(arguments) if key in source}
-        check_source(source)
-        config, fingerprint = TrainConfig(**arguments), None
-        if config.csg_lr is not None and config.schedule == "joint":  # not in TrainConfig: an earlier run may have both
-            raise ValueError(
-                f"csg_lr must be left out with the joint schedule, whose steps all take lr, got {config.csg_lr}"
-            )
+        (config, source), fingerprint = _new_request(arguments), None
         _check_free(folder, overwrite)
 
     from tqdm import tqdm
 
-    from csg_ext.report import draw, write_report
-    from csg_ext.report import read_run as read_finished
+    from csg_ext.report import draw, read_run, write_report
+    from csg_ext.runs import load_source
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
     device = compare.pick_device(device)
     begun = time.monotonic()
     data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
-    if data.skipped:
-        print(f"{len(data.skipped)} images, shards or folders are left out:", file=sys.stderr)
-        for line in data.skipped[:10]:
-            print(f"  {line}", file=sys.stderr)
-        if len(data.skipped) > 10:
-            print(f"  ... all of them are in {folder / 'skipped.txt'}", file=sys.stderr)
+    _tell_skipped(data.skipped, folder)
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(
             f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
         )
-
     if not resume:  # before anything is written or trained
         _check_fits(config, data, arguments)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = held.enter_context(run_lock(folder))
-    if not resume:
-        _check_free(folder, overwrite)  # again: another run may have begun meanwhile
-        _clear(folder)
-        write_text(
-            run_file,
-            json.dumps(
-                {
-                    "config": config.as_dict(),
-                    "source": source,
-                    "sha256": data.fingerprint(),
-                    "statistics": data.statistics(),
-                    "images": {"classes": data.classes, "shape": list(data.train_images.shape[1:])},
-                },
-                indent=1,
-            )
-            + "\n",
+    with run_lock(folder) as lock:
+        if not resume:
+            _check_free(folder, overwrite)  # again: another run may have begun meanwhile
+            _begin(folder, config, source, data)
+        height, width = data.train_images.shape[2:]
+        print(
+            f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
+            f"seed {config.seed}, {device}) on {data.name}: {len(data.train_labels)} train and "
+            f"{len(data.test_labels)} test images, {height}x{width}, {len(data.classes)} classes.",
+            flush=True,
         )
-        if data.skipped:
-            write_text(folder / "skipped.txt", "\n".join(data.skipped) + "\n")
-    height, width = data.train_images.shape[2:]
-    print(
-        f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
-        f"seed {config.seed}, {device}) on {data.name}: {len(data.train_labels)} train and "
-        f"{len(data.test_labels)} test images, {height}x{width}, {len(data.classes)} classes.",
-        flush=True,
-    )
-    with Progress(compare.ARMS) as display:
-        options = {"resume": resume, "device": device, "threads": threads, "tensorboard": tensorboard}
-        results = compare.run_arms(config, data, folder, display=display, inherited=(lock,), **options)
-    summary = compare.summarise(results, config, data, time.monotonic() - begun)
-    compare.save_summary(folder, summary)
-    print("\n" + compare.table(summary), flush=True)
-    run = read_finished(folder, data)
-    pictures = draw(run)
-    for picture in pictures:
-        with atomic_file(folder / f"{picture.name}.png") as file:
-            file.write(picture.png)
-    report = write_report([run], folder, [pictures])
-    print(f"Everything is in {folder}: {', '.join([SUMMARY, TABLE, *(f'{picture.name}.png' for picture in pictures)])}")
+        with Progress(compare.ARMS) as display:
+            options = {"resume": resume, "device": device, "threads": threads, "tensorboard": tensorboard}
+            results = compare.run_arms(config, data, folder, display=display, inherited=(lock,), **options)
+        summary = compare.summarise(results, config, data, time.monotonic() - begun)
+        compare.save_summary(folder, summary)
+        print("\n" + compare.table(summary), flush=True)
+        run = read_run(folder, data)
+        pictures = draw(run)
+        for picture in pictures:
+            with atomic_file(folder / f"{picture.name}.png") as file:
+                file.write(picture.png)
+        report = write_report([run], folder, [pictures])
+    names = [SUMMARY, TABLE, *(f"{picture.name}.png" for picture in pictures)]
+    print(f"Everything is in {folder}: {', '.join(names)}")
     print(f"The report, to open in a browser: {report}")
     return 0
 
 
+def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any], str]:
+    """(settings, source, fingerprint of the images) of the run in `folder`, which `request` must not contradict."""
+    from csg_ext.runs import read_run, stored_config
+
+    run_file = folder / RUN
+    if not run_file.is_file():
+        raise FileNotFoundError(f"--resume expects a run in {folder}, which has no {RUN}")
+    stored = read_run(run_file)
+    config = stored_config(run_file, stored["config"])
+    known = config.as_dict() | stored["source"]  # an older run knew fewer settings
+    for name, value in request.items():
+        if known[name] != value:
+            raise ValueError(
+                f"--resume continues with the run's own settings: {name} was {known[name]!r}, got {value!r}"
+            )
+    return config, stored["source"], stored["sha256"]
+
+
+def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
+    """(settings, source) of a new run; takes the source's keys out of `request`."""
+    from csg_ext.runs import SOURCE, check_source
+    from csg_ext.training.config import TrainConfig
+
+    source = SOURCE | {key: request.pop(key) for key in list(request) if key in SOURCE}
+    check_source(source)
+    config = TrainConfig(**request)
+    for name in _ALTERNATING:  # not in TrainConfig: an earlier run may have them
+        if name in request and config.schedule == "joint":
+            raise ValueError(
+                f"{name} must be left out with the joint schedule, which takes both paths in every step, got "
+                f"{request[name]}"
+            )
+    return config, source
+
+
+def _tell_skipped(skipped: list[str], folder: Path) -> None:
+    if skipped:
+        print(f"{len(skipped)} images, shards or folders are left out:", file=sys.stderr)
+        for line in skipped[:10]:
+            print(f"  {line}", file=sys.stderr)
+        if len(skipped) > 10:
+            print(f"  ... all of them are in {folder / _SKIPPED}", file=sys.stderr)
+
+
+def _begin(folder: Path, config: TrainConfig, source: dict[str, Any], data: ImageData) -> None:
+    """Clears the folder and writes what a run is: its settings, its images and what was left out of them."""
+    _clear(folder)
+    run = {
+        "config": config.as_dict(),
+        "source": source,
+        "sha256": data.fingerprint(),
+        "statistics": data.statistics(),
+        "images": {"classes": data.classes, "shape": list(data.train_images.shape[1:])},
+    }
+    write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
+    if data.skipped:
+        write_text(folder / _SKIPPED, "\n".join(data.skipped) + "\n")
+
+
 def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> None:
     """Raises ValueError for settings that do not fit the train images; a default that is too large is not `given`."""
+    from csg_ext.training.network import check_network
     from csg_ext.training.schedule import Schedule
 
     images, side = len(data.train_labels), max(data.train_images.shape[2:])
@@ -152,17 +171,7 @@ def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> 
     if "shift" in given and config.shift > side:
         raise ValueError(f"shift must be at most {side}, the side of the train images, got {config.shift}")
     Schedule.of(config, images // min(config.batch_size, images)).check_takes_csg()
-
-
-def _same_request(stored: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-    """The stored request, after a check that the options given now do not ask for anything else."""
-    known = stored["config"] | stored["source"]
-    for name, value in request.items():
-        if known[name] != value:
-            raise ValueError(
-                f"--resume continues with the run's own settings: {name} was {known[name]!r}, got {value!r}"
-            )
-    return stored
+    check_network(config, data)
 
 
 def _check_free(folder: Path, overwrite: bool) -> None:
@@ -177,16 +186,9 @@ def _clear(folder: Path) -> None:
 
     (folder / RUN).unlink(missing_ok=True)  # first: what is half removed is no run to resume
     for arm in ARMS:
-        for name in (
-            CHECKPOINT,
-            RESULT,
-            ARRAYS,
-            WEIGHTS,
-            METRICS_CSV,
-            METRICS_JSON,
-        ):
+        for name in (CHECKPOINT, RESULT, ARRAYS, WEIGHTS, METRICS_CSV, METRICS_JSON):
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, REPORT, "skipped.txt", *(f"{name}.png" for name in NAMES)):
+    for name in (SUMMARY, TABLE, REPORT, _SKIPPED, *(f"{name}.png" for name in NAMES)):
         (folder / name).unlink(missing_ok=True)

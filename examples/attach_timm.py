@@ -38,7 +38,7 @@ for step in range(steps):
     loss_std, loss_csg = F.cross_entropy(std_logits, labels), F.cross_entropy(csg_logits, labels)
     weights_optimizer.zero_grad()
     gate_optimizer.zero_grad()
-    (loss_std + loss_csg + 0.01 * g.csg.penalty()).backward()
+    (loss_std + loss_csg + 0.1 * g.csg.penalty()).backward()
     weights_optimizer.step()
     gate_optimizer.step()
     if step % 20 == 0 or step == steps - 1:

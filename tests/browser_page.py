@@ -44,7 +44,7 @@ class BrowserPage:
 
         ActionChains(self.driver).send_keys(*(getattr(Keys, key) for key in keys)).perform()
 
-    def point(self, row: int, column: int, click: bool = False) -> None:
+    def point(self, row: int, column: int) -> None:
         """The mouse onto a cell of the heat map, after a detour that makes its arrival an event."""
         from selenium.webdriver import ActionChains
 
@@ -59,8 +59,6 @@ class BrowserPage:
         actions = ActionChains(self.driver, duration=0)
         actions.w3c_actions.pointer_action.move_to_location(1, 1).pause(0.12)  # Plotly skips events that come faster
         actions.w3c_actions.pointer_action.move_to_location(round(x), round(y)).pause(0.12)
-        if click:
-            actions.w3c_actions.pointer_action.click()
         actions.perform()
 
     def errors(self) -> list[str]:

@@ -36,6 +36,15 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(sum(request.node.name.encode()))
 
 
+@pytest.fixture
+def one_thread():
+    """One thread: a second one only costs on networks and images this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

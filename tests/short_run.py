@@ -8,8 +8,6 @@ SHORT = [
     "fp32",
     "--epochs",
     "6",
-    "--period",
-    "3",
     "--threads",
     "1",
     "--device",

@@ -28,11 +28,10 @@ class _Backbone(nn.Module):
         return F.relu(self.conv(x))
 
 
-def _model(gate=True):
+def _model():
     model = csg_nn.GatedModel(_Backbone(), CLASSES)
-    if gate:
-        with torch.no_grad():
-            model.gate.copy_(torch.eye(CLASSES).repeat_interleave(FILTERS // CLASSES, 1) * 0.9 + 0.1)
+    with torch.no_grad():
+        model.gate.copy_(torch.eye(CLASSES).repeat_interleave(FILTERS // CLASSES, 1) * 0.9 + 0.1)
     return model
 
 

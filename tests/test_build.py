@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from build_support import backend, native  # noqa: E402
+from build_support import backend, native, toolchain  # noqa: E402
 
 NVCC = """#!/bin/sh
 case "$*" in
@@ -62,24 +62,24 @@ def run_python(python, code, **environ):
 
 
 def test_an_isolated_build_finds_the_environments_torch():
-    done = run_python(sys.executable, "from build_support.native import *; print(find_torch().root)")
+    done = run_python(sys.executable, "from build_support.toolchain import *; print(find_torch().root)")
     assert done.stdout.strip() == str(Path(torch.__file__).parent), done.stderr
-    assert native.find_torch().version == torch.__version__
-    assert native.find_torch().cuda == torch.version.cuda
+    assert toolchain.find_torch().version == torch.__version__
+    assert toolchain.find_torch().cuda == torch.version.cuda
 
 
 def test_an_activated_environment_is_searched(tmp_path):
     site = tmp_path / f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
-    assert site / "torch" in native.torch_folders({"VIRTUAL_ENV": str(tmp_path)})
-    assert site / "torch" in native.torch_folders({"CONDA_PREFIX": str(tmp_path)})
-    assert site / "torch" not in native.torch_folders({})
+    assert site / "torch" in toolchain.torch_folders({"VIRTUAL_ENV": str(tmp_path)})
+    assert site / "torch" in toolchain.torch_folders({"CONDA_PREFIX": str(tmp_path)})
+    assert site / "torch" not in toolchain.torch_folders({})
 
 
 def test_without_torch_the_build_stops_with_one_sentence(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     done = run_python(
         tmp_path / "bare" / "bin" / "python",
-        "from build_support import native\ntry: native.find_torch()\nexcept native.BuildError as e: print(e)",
+        "from build_support import toolchain\ntry: toolchain.find_torch()\nexcept toolchain.BuildError as e: print(e)",
         HOME=str(tmp_path),
         PYTHONUSERBASE=str(tmp_path),
     )
@@ -88,7 +88,7 @@ def test_without_torch_the_build_stops_with_one_sentence(tmp_path):
 
 
 def test_backend_reports_a_missing_torch(monkeypatch):
-    monkeypatch.setattr(native, "torch_folders", lambda: iter(()))
+    monkeypatch.setattr(toolchain, "torch_folders", lambda: iter(()))
     for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
         with pytest.raises(SystemExit, match="^csg-ext: no torch was found"):
             hook()
@@ -102,11 +102,11 @@ def test_backend_reports_an_old_setuptools(monkeypatch, tmp_path):
 
 
 def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
-    with pytest.raises(native.BuildError, match=r"torch >= 2\.10 is needed, got torch 2\.9\.1"):
-        native.find_torch([fake_torch("2.9.1")])
+    with pytest.raises(toolchain.BuildError, match=r"torch >= 2\.10 is needed, got torch 2\.9\.1"):
+        toolchain.find_torch([fake_torch("2.9.1")])
     (tmp_path / "torch" / "include").rmdir()
-    with pytest.raises(native.BuildError, match="no torch was found"):
-        native.find_torch([tmp_path / "torch"])
+    with pytest.raises(toolchain.BuildError, match="no torch was found"):
+        toolchain.find_torch([tmp_path / "torch"])
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,22 @@ def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
     ],
 )
 def test_architecture_list(wanted, expected):
-    assert native.cuda_architectures(wanted, ["7.5", "8.0", "9.0"]) == expected
+    assert toolchain.cuda_architectures(wanted, ["7.5", "8.0", "9.0"]) == expected
 
 
 @pytest.mark.parametrize("wanted", ["80", "sm_80", "8.0+ptx", "8.0;Pascals", "9.0b"])
 def test_architecture_list_that_makes_no_sense(wanted):
-    with pytest.raises(native.BuildError, match="TORCH_CUDA_ARCH_LIST must hold entries such as"):
-        native.cuda_architectures(wanted, ["8.0"])
+    with pytest.raises(toolchain.BuildError, match="TORCH_CUDA_ARCH_LIST must hold entries such as"):
+        toolchain.cuda_architectures(wanted, ["8.0"])
 
 
 def test_default_architectures_unknown_to_nvcc():
-    with pytest.raises(native.BuildError, match="nvcc compiles for none of 8.0"):
-        native.cuda_architectures(None, ["5.0"])
+    with pytest.raises(toolchain.BuildError, match="nvcc compiles for none of 8.0"):
+        toolchain.cuda_architectures(None, ["5.0"])
 
 
 def test_gencode_flags():
-    assert native.gencode_flags(["8.0", "9.0a", "12.0+PTX"]) == [
+    assert toolchain.gencode_flags(["8.0", "9.0a", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_120,code=sm_120",
@@ -145,19 +145,19 @@ def test_gencode_flags():
 
 def test_a_wrapper_on_path_leads_to_the_toolkit(fake_nvcc):
     home, environ = fake_nvcc()
-    expected = native.CudaToolkit(home, "13.0", ("7.5", "8.0", "9.0"))
-    assert native.find_cuda(environ) == expected
-    assert native.find_cuda({**environ, "CUDA_HOME": str(home)}) == expected
-    with pytest.raises(native.BuildError, match="CUDA_HOME must be a folder that holds bin/nvcc, got /nowhere"):
-        native.find_cuda({**environ, "CUDA_HOME": "/nowhere"})
+    expected = toolchain.CudaToolkit(home, "13.0", ("7.5", "8.0", "9.0"))
+    assert toolchain.find_cuda(environ) == expected
+    assert toolchain.find_cuda({**environ, "CUDA_HOME": str(home)}) == expected
+    with pytest.raises(toolchain.BuildError, match="CUDA_HOME must be a folder that holds bin/nvcc, got /nowhere"):
+        toolchain.find_cuda({**environ, "CUDA_HOME": "/nowhere"})
 
 
 def test_when_cuda_kernels_are_built(fake_torch, fake_nvcc, monkeypatch):
     _, environ = fake_nvcc("12.8")
-    cpu, cuda12, cuda13 = (native.Torch(Path("torch"), "2.13.0", cuda) for cuda in (None, "12.6", "13.0"))
+    cpu, cuda12, cuda13 = (toolchain.Torch(Path("torch"), "2.13.0", cuda) for cuda in (None, "12.6", "13.0"))
 
     def choice(torch, **more):
-        toolkit, reason = native.choose_cuda(torch, {**environ, **more})
+        toolkit, reason = toolchain.choose_cuda(torch, {**environ, **more})
         assert (toolkit is None) == bool(reason)
         return reason
 
@@ -166,20 +166,20 @@ def test_when_cuda_kernels_are_built(fake_torch, fake_nvcc, monkeypatch):
     assert "has no CUDA" in choice(cpu)
     assert choice(cpu, CSG_EXT_CUDA="1") == "" and choice(cuda13, CSG_EXT_CUDA="1") == ""
     assert choice(cuda12, CSG_EXT_CUDA="0") == "CSG_EXT_CUDA=0"
-    with pytest.raises(native.BuildError, match="CSG_EXT_CUDA must be 0, 1 or unset, got 'yes'"):
+    with pytest.raises(toolchain.BuildError, match="CSG_EXT_CUDA must be 0, 1 or unset, got 'yes'"):
         choice(cuda12, CSG_EXT_CUDA="yes")
-    monkeypatch.setattr(native, "find_cuda", lambda environ: None)
+    monkeypatch.setattr(toolchain, "find_cuda", lambda environ: None)
     assert "no nvcc was found" in choice(cuda12)
-    with pytest.raises(native.BuildError, match="CSG_EXT_CUDA=1 needs nvcc"):
+    with pytest.raises(toolchain.BuildError, match="CSG_EXT_CUDA=1 needs nvcc"):
         choice(cpu, CSG_EXT_CUDA="1")
 
 
 def test_jobs():
-    assert native.max_jobs({"MAX_JOBS": "3"}) == 3
-    assert 1 <= native.max_jobs({}) <= (os.cpu_count() or 1)
+    assert toolchain.max_jobs({"MAX_JOBS": "3"}) == 3
+    assert 1 <= toolchain.max_jobs({}) <= (os.cpu_count() or 1)
     for wrong in ("0", "-1", "many"):
-        with pytest.raises(native.BuildError, match="MAX_JOBS must be a positive integer"):
-            native.max_jobs({"MAX_JOBS": wrong})
+        with pytest.raises(toolchain.BuildError, match="MAX_JOBS must be a positive integer"):
+            toolchain.max_jobs({"MAX_JOBS": wrong})
 
 
 def test_every_source_is_built():
@@ -192,16 +192,16 @@ def test_every_source_is_built():
 
 
 def test_no_compiler():
-    with pytest.raises(native.BuildError, match="a C\\+\\+20 compiler is needed and none was found"):
-        native.find_compiler({"PATH": "/nowhere"})
-    assert native.find_compiler({"CXX": "ccache g++"}) == ["ccache", "g++"]
+    with pytest.raises(toolchain.BuildError, match="a C\\+\\+20 compiler is needed and none was found"):
+        toolchain.find_compiler({"PATH": "/nowhere"})
+    assert toolchain.find_compiler({"CXX": "ccache g++"}) == ["ccache", "g++"]
 
 
 def test_only_what_changed_is_compiled_again(tmp_path):
     source, header = tmp_path / "a.cpp", tmp_path / "with space.inl"
     source.write_text('#include "with space.inl"\nint f() { return value; }\n')
     header.write_text("constexpr int value = 1;\n")
-    command = (*native.find_compiler(), "-std=c++20")
+    command = (*toolchain.find_compiler(), "-std=c++20")
     item = native.Object(source, tmp_path / "out" / "a.o", command)
     assert item.compile(os.environ)
     assert not item.compile(os.environ)
@@ -211,7 +211,7 @@ def test_only_what_changed_is_compiled_again(tmp_path):
     other = native.Object(source, item.output, (*command, "-O1"))
     assert other.compile(os.environ)
     header.write_text("constexpr int value = ;\n")
-    with pytest.raises(native.BuildError, match="compiling .*a.cpp failed with exit status 1"):
+    with pytest.raises(toolchain.BuildError, match="compiling .*a.cpp failed with exit status 1"):
         other.compile(os.environ)
     header.write_text("constexpr int value = 2;\n")
     assert other.compile(os.environ)  # what failed is never taken for done

@@ -121,7 +121,9 @@ def test_ctrl_c_and_resume_end_where_an_uninterrupted_run_ends(run, digits, tmp_
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:INDEX, got 'tpu'"),
         (["--resume"], "--resume expects a run in"),
         (["--schedule", "epochs", "--period", "60"], "the schedule never takes the CSG path in 2244 steps"),
-        (["--csg-lr", "0.05"], "csg_lr must be left out with the joint schedule, whose steps all take lr, got 0.05"),
+        (["--csg-lr", "0.05"], "csg_lr must be left out with the joint schedule, which takes both paths in every step"),
+        (["--csg-at", "1"], "csg_at must be left out with the joint schedule, which takes both paths in every step"),
+        (["--schedule", "joint", "--period", "3"], "takes both paths in every step, got 3"),
         (["--batch-size", "12001"], "batch_size must be at most 12000, the number of train images, got 12001"),
         (["--shift", "29"], "shift must be at most 28, the side of the train images, got 29"),
         (["--threads", "100000"], "threads must be at most 1024, got 100000"),
@@ -370,6 +372,44 @@ def test_mis_shows_a_bar_on_a_terminal(monkeypatch):
     assert bar.bar.n == bar.bar.total == 20
     bar.close()
     assert "f.npz" in stream.getvalue()
+
+
+# Runs csg-ext where none of the extras' packages is installed.
+BARE = """
+import sys
+names = "PIL art braceexpand jinja2 lightning matplotlib plotly safetensors sklearn tensorboard torchmetrics tqdm"
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in names.split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.partition(".")[0])
+sys.meta_path.insert(0, Missing())
+from csg_ext import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        (["mis", "f.npz"], 0, "no picture: it needs matplotlib, which is missing: pip install 'csg-ext[train]'"),
+        (["mis", "f.safetensors"], 1, "error: it needs safetensors, which is missing: pip install 'csg-ext[train]'"),
+        (["train"], 1, "csg-ext train: error: it needs tqdm, which is missing: pip install 'csg-ext[train]'"),
+        (["evaluate", "f.npz"], 2, "csg-ext evaluate: error: "),
+        (["detect", "f.npz"], 1, "error: it needs art, which is missing: pip install 'csg-ext[train,analysis]'"),
+        (["info"], 0, ""),
+    ],
+)
+def test_without_the_extras_a_command_names_what_it_lacks(features, words, status, said):
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *words],
+        capture_output=True,
+        text=True,
+        cwd=features,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert "MIS: mutual information" in done.stdout or words != ["mis", "f.npz"]
 
 
 def test_info_and_help(capsys):

@@ -26,11 +26,11 @@ def _png(mode: str = "RGB") -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, count: int, first: int = 0, classes: int = 3, mode: str = "RGB") -> None:
+def _write(path: Path, count: int, first: int = 0, classes: int = 3) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path)) as writer:
         for number in range(first, first + count):
-            writer.write({"__key__": f"a/{number:05d}", "png": _png(mode), "cls": number % classes})
+            writer.write({"__key__": f"a/{number:05d}", "png": _png(), "cls": number % classes})
 
 
 def _tar(path: Path, members: list[tuple[str, bytes]]) -> Path:

@@ -1,14 +1,12 @@
 """The script that scores adversarial-sample detection over seeds: from a finished run to the tables in the page."""
 
 import copy
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from example_scripts import load_study
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "reproduction" / "detect.py"
 SETTINGS = {
     "--images": ["60"],
     "--epsilons": ["60"],
@@ -20,12 +18,7 @@ SETTINGS = {
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("detection_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
-    return module
+    return load_study("detect", tmp_path, monkeypatch)
 
 
 def row(text, *start):

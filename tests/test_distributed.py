@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import distributed_worker as worker
@@ -18,16 +17,8 @@ import torch
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = WORKER.parents[1]
 
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Runs too short to become sparse; one thread, as in the ranks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
+# One thread, as in the ranks; the runs are too short to become sparse, which is warned of.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
 def torchrun(mode: str, folder: Path) -> subprocess.CompletedProcess[str]:

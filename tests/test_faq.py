@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import csg_ext
-from build_support import backend, native
+from build_support import backend, native, toolchain
 from csg_ext import _extension, cli, info
 from csg_ext.ops._errors import explained
 
@@ -64,14 +64,19 @@ def said(tmp_path, monkeypatch, capsys) -> list[str]:
         patch.setattr(torch.version, "cuda", None)
         texts.append(_extension._load_cuda())
         patch.setattr(torch.version, "cuda", "13.0")
-        cuda13 = native.Torch(Path("torch"), "2.13.0", "13.0")
-        toolkit = native.CudaToolkit(Path("/cuda"), "12.4", ("9.0",))
+        cuda13 = toolchain.Torch(Path("torch"), "2.13.0", "13.0")
+        toolkit = toolchain.CudaToolkit(Path("/cuda"), "12.4", ("9.0",))
         for found, environ in ((None, {}), (toolkit, {}), (None, {"CSG_EXT_CUDA": "0"})):
-            patch.setattr(native, "find_cuda", lambda environ, found=found: found)
-            reason = native.choose_cuda(cuda13, environ)[1]
+            patch.setattr(toolchain, "find_cuda", lambda environ, found=found: found)
+            reason = toolchain.choose_cuda(cuda13, environ)[1]
             patch.setattr(_extension, "BUILD", {**_extension.BUILD, "cuda": "", "cuda_left_out": reason})
             texts.append(_extension._load_cuda())
-        error(native.BuildError, native.choose_cuda, native.Torch(Path("torch"), "2.13.0", None), {"CSG_EXT_CUDA": "1"})
+        error(
+            toolchain.BuildError,
+            toolchain.choose_cuda,
+            toolchain.Torch(Path("torch"), "2.13.0", None),
+            {"CSG_EXT_CUDA": "1"},
+        )
         for version in ("12.8", "13.0"):
             patch.setattr(_extension, "BUILD", {**_extension.BUILD, "cuda": version})
             texts.append(_extension._load_cuda())
@@ -93,15 +98,15 @@ def said(tmp_path, monkeypatch, capsys) -> list[str]:
         texts.append(str(explained(failure, "gated_pool", CUDA)))
 
     # the build
-    error(native.BuildError, native.find_torch, [])
+    error(toolchain.BuildError, toolchain.find_torch, [])
     (tmp_path / "torch" / "include").mkdir(parents=True)
     (tmp_path / "torch" / "version.py").write_text("__version__ = '2.9.1'\n")
-    error(native.BuildError, native.find_torch, [tmp_path / "torch"])
-    error(native.BuildError, native.find_compiler, {"PATH": "/nowhere"})
+    error(toolchain.BuildError, toolchain.find_torch, [tmp_path / "torch"])
+    error(toolchain.BuildError, toolchain.find_compiler, {"PATH": "/nowhere"})
     monkeypatch.undo()
-    error(native.BuildError, native.find_cuda, {"CUDA_HOME": "/nowhere"})
-    error(native.BuildError, native.cuda_architectures, "Hopper++", ())
-    error(native.BuildError, native.run, ["false"], {}, "compiling csrc/ext.cpp")
+    error(toolchain.BuildError, toolchain.find_cuda, {"CUDA_HOME": "/nowhere"})
+    error(toolchain.BuildError, toolchain.cuda_architectures, "Hopper++", ())
+    error(toolchain.BuildError, native.run, ["false"], {}, "compiling csrc/ext.cpp")
     monkeypatch.setattr(backend.setuptools, "__version__", "65.5.0")
     error(SystemExit, backend._require_setuptools)
 

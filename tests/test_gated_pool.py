@@ -1,4 +1,4 @@
-"""gated_pool against its definition: values, gradients of any order, layouts, dtypes, transforms, errors."""
+"""gated_pool against its definition: values, gradients of any order, layouts, dtypes, errors."""
 
 from __future__ import annotations
 
@@ -7,111 +7,12 @@ import itertools
 
 import pytest
 import torch
-from tolerances import assert_within
+from gated_pool_inputs import BF16, F16, F32, F64, LAYOUTS, SHAPES, TYPE_IDS, TYPES, compare, inputs
 from torch import Tensor
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.autograd import gradcheck, gradgradcheck
 
 import csg_ext
 from csg_ext import reference
-
-F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
-TYPES = [(F32, F32), (F64, F64), (F16, F16), (BF16, BF16), (F16, F32), (BF16, F32)]
-TYPE_IDS = [f"{str(a)[6:]}-{str(b)[6:]}" for a, b in TYPES]
-
-# Odd sizes on purpose: below one vector, not a multiple of one, exactly one, several blocks of channels.
-SHAPES = [(3, 5), (1, 1, 1), (4, 7, 9), (2, 3, 1, 1), (8, 64, 4, 4), (3, 33, 7, 7), (2, 300, 13, 5), (2, 3, 67, 41)]
-SHAPES += [(2, 5, 3, 4, 5), (2, 1030, 2, 2), (1, 1, 50, 60), (5, 16, 3, 3)]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def sliced(x: Tensor) -> Tensor:
-    """The middle of a larger tensor: rows stay contiguous, channels and samples do not, the start is misaligned."""
-    n, k, *rest = x.shape
-    big = x.new_zeros(n + 2, k + 3, *rest)
-    big[1 : n + 1, 2 : k + 2] = x
-    return big[1 : n + 1, 2 : k + 2]
-
-
-def strided(x: Tensor) -> Tensor:
-    """Every second position of a larger tensor: no native layout."""
-    if x.dim() < 3:
-        return x
-    big = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-    big[..., ::2] = x
-    return big[..., ::2]
-
-
-LAYOUTS = {"rows": lambda x: x, "channels_last": channels_last, "sliced": sliced, "strided": strided}
-
-
-def inputs(shape, types, device="cpu", classes=6, soft=False, project=False):
-    x = torch.randn(*shape, device=device).to(types[0])
-    gate = torch.rand(classes, shape[1], device=device)
-    if project:
-        gate = gate * 3 - 0.7
-        gate[:, ::5] = -gate[:, ::5].abs() - 0.1  # columns without a positive entry
-    gate = gate.to(types[1])
-    if soft:
-        labels = torch.rand(shape[0], classes, device=device).to(types[1])
-    else:
-        labels = torch.randint(0, classes, (shape[0],), device=device)
-    return x, gate, labels
-
-
-def compare(x, gate, labels, **options):
-    """Forward and backward of the kernel against the fp64 definition."""
-    x, gate = x.detach().requires_grad_(), gate.detach().requires_grad_()
-    x64, gate64 = x.detach().double().requires_grad_(), gate.detach().double().requires_grad_()
-    soft = labels.is_floating_point()
-    labels64 = labels.double() if soft else labels
-    out, pooled = csg_ext.gated_pool(x, gate, labels, return_pooled=True, **options)
-    want, want_pooled = reference.gated_pool(x64, gate64, labels64, return_pooled=True, **options)
-    assert out.dtype == pooled.dtype == gate.dtype
-    row = reference.gate_rows(gate64, labels64, options.get("project", False)).detach()
-    axis = 2 if options.get("channel_dim", 1) == 1 else 1
-    magnitude = (
-        (x64.detach().abs().flatten(2).mean(2) if axis == 2 else x64.detach().abs().mean(1))
-        if x.dim() > 2
-        else x64.abs()
-    )
-    row_magnitude = row.abs() if not soft else labels64.abs() @ reference_gate(gate64, options).abs()
-    row_error = 0.0 if gate.dtype in (F32, F64) or not soft else torch.finfo(gate.dtype).eps
-    assert_within(pooled, want_pooled, magnitude, "pooled")
-    assert_within(out, want, magnitude * row_magnitude * (1 + row_error / torch.finfo(F32).eps), "out")
-
-    grad_out, grad_pooled = torch.randn_like(out), torch.randn_like(pooled)
-    got_x, got_gate = torch.autograd.grad((out, pooled), (x, gate), (grad_out, grad_pooled))
-    want_x, want_gate = torch.autograd.grad(
-        (want, want_pooled), (x64, gate64), (grad_out.double(), grad_pooled.double())
-    )
-    spread = grad_out.double().abs() * row_magnitude + grad_pooled.double().abs()
-    spatial = [1] * (x.dim() - 2)
-    magnitude_x = spread.reshape(*spread.shape, *spatial) if axis == 2 else spread[:, None]
-    soft_row = torch.finfo(gate.dtype).eps / torch.finfo(F32).eps if soft and gate.dtype in (F16, BF16) else 1.0
-    assert got_x.dtype == x.dtype and got_gate.dtype == gate.dtype
-    assert_within(got_x, want_x, magnitude_x * soft_row, "gradient of x")
-    # Each term carries the rounding of pooled (and, for weights, of the terms) to the gate's dtype.
-    terms = (
-        (grad_out.double() * want_pooled.detach()).abs().sum(0, keepdim=True) * labels64.abs().max() if soft else None
-    )
-    if terms is None:
-        product = (grad_out.double() * want_pooled.detach()).abs()
-        product = product + grad_out.double().abs() * magnitude
-        terms = torch.zeros_like(gate64).index_add(0, labels, product)
-        if options.get("project"):
-            top = gate64.detach().max(0).values
-            terms = (terms + product.sum(0)) / torch.where(top > 0, top, 1.0)
-    else:
-        terms = terms + (grad_out.double().abs() * magnitude).sum(0, keepdim=True)
-        if options.get("project"):
-            top = gate64.detach().max(0).values
-            terms = terms * (1 + len(gate)) / torch.where(top > 0, top, 1.0)
-    rounding = torch.finfo(gate.dtype).eps / torch.finfo(F32).eps if gate.dtype in (F16, BF16) else 1.0
-    assert_within(got_gate, want_gate, terms * max(1.0, rounding / 40), "gradient of gate")
 
 
 @pytest.mark.parametrize("dtype", [F64, BF16])
@@ -137,10 +38,6 @@ def test_half_gradients_of_projected_weights_are_finite():
     out = reference.gated_pool(x.double(), gate64, weights.double(), project=True)
     (want,) = torch.autograd.grad(out.sum(), gate64)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=torch.finfo(F16).eps / 0.0012)  # of terms of 1 / max
-
-
-def reference_gate(gate: Tensor, options: dict) -> Tensor:
-    return (reference.project_gate(gate) if options.get("project") else gate).detach()
 
 
 @pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
@@ -368,192 +265,6 @@ def test_offsets_beyond_32_bits():
             torch.testing.assert_close(got, reference.gated_pool(values, gate, labels, pool=pool), rtol=1e-6, atol=1e-6)
 
 
-# ---- transforms ------------------------------------------------------------------------------------------------------
-
-
-def test_opcheck(device):
-    ops = torch.ops.csg_ext
-    for shape, pool, types in itertools.product([(4, 6, 3, 3), (4, 6)], [0, 1], [(F32, F32), (BF16, F32)]):
-        x, gate, labels = inputs(shape, types, device)
-        for grad in (False, True):
-            x, gate = x.detach().requires_grad_(grad), gate.detach().requires_grad_(grad)
-            torch.library.opcheck(ops.gated_pool.default, (x, gate, labels, None, None, pool))
-        top, where = ops.column_max(gate.detach())
-        torch.library.opcheck(ops.gated_pool.default, (x, gate, labels, top, where, pool))
-        x, gate = x.detach(), gate.detach()
-        torch.library.opcheck(ops._gated_pool.default, (x, gate, labels, None, None, pool))
-        out, pooled, index = ops._gated_pool(x, gate, labels, None, None, pool)
-        for last in (False, True):
-            torch.library.opcheck(
-                ops.gated_pool_backward.default,
-                (out, None, pooled, index, gate, labels, top, where, shape[2:], last, types[0], pool, True, True),
-            )
-
-
-@pytest.mark.parametrize("pool", ["avg", "max"])
-@pytest.mark.parametrize("soft", [False, True])
-def test_compile_in_one_graph(device, pool, soft):
-    torch._dynamo.reset()
-
-    def step(x, gate, labels):
-        out, pooled = csg_ext.gated_pool(x.relu(), gate, labels, pool=pool, project=True, return_pooled=True)
-        return (out * 2 + pooled).tanh()
-
-    def alone(x, gate, labels):
-        return csg_ext.gated_pool(x, gate, labels, pool=pool, project=True)
-
-    x, gate, labels = inputs((8, 16, 7, 7), (F32, F32), device, soft=soft, project=True)
-    compiled_alone = torch.compile(alone, fullgraph=True)(x, gate, labels)
-    if soft and device == "cuda":  # a division of the composed path, which Triton approximates
-        torch.testing.assert_close(compiled_alone, alone(x, gate, labels))
-    else:
-        assert torch.equal(compiled_alone, alone(x, gate, labels))
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
-    for shape in [(8, 16, 5, 5), (5, 16, 7, 4)]:
-        x, gate, labels = inputs(shape, (F32, F32), device, soft=soft, project=True)
-        grads = []
-        for f in (step, compiled):
-            a, g = x.clone().requires_grad_(), gate.clone().requires_grad_()
-            out = f(a, g, labels)
-            grads.append((out.detach(), *torch.autograd.grad(out.sum(), (a, g))))
-        for eager, graph in zip(*grads, strict=True):
-            torch.testing.assert_close(graph, eager)
-
-
-def test_export(device):
-    class Head(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = torch.nn.Parameter(torch.rand(6, 16))
-
-        def forward(self, x, labels):
-            return csg_ext.gated_pool(x, self.gate, labels, project=True)
-
-    head = Head().to(device)
-    x, _, labels = inputs((8, 16, 5, 5), (F32, F32), device)
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(head, (x, labels), dynamic_shapes={"x": {0: batch}, "labels": {0: batch}})
-    assert any("csg_ext" in str(node.target) for node in program.graph.nodes)
-    x, _, labels = inputs((3, 16, 5, 5), (F32, F32), device)
-    torch.testing.assert_close(program.module()(x, labels), head(x, labels))
-
-
-def test_autocast(device):
-    conv = torch.nn.Conv2d(3, 8, 3).to(device)
-    gate = torch.nn.Parameter(torch.rand(4, 8, device=device))
-    image, labels = torch.randn(5, 3, 9, 9, device=device), torch.randint(0, 4, (5,), device=device)
-    for weights in (labels, torch.nn.functional.one_hot(labels, 4).float()):
-        with torch.autocast(device, dtype=BF16):
-            features = conv(image)
-            out = csg_ext.gated_pool(features, gate, weights)
-        assert features.dtype == BF16 and out.dtype == F32  # the gate's row is not rounded to bf16
-        torch.testing.assert_close(out, reference.gated_pool(features.float(), gate, weights))
-        out.sum().backward()
-        assert gate.grad.dtype == F32
-
-
-def test_vmap_is_a_larger_batch(device):
-    x = torch.randn(5, 3, 4, 2, 2, device=device)
-    gates, labels = torch.rand(5, 6, 4, device=device), torch.randint(0, 6, (5, 3), device=device)
-    for pool in ("avg", "max"):
-        for dims in [(0, 0, 0), (0, None, 0), (0, None, None), (None, 0, 0), (None, 0, None), (1, 0, 0)]:
-            args = [
-                x.movedim(0, dims[0]) if dims[0] is not None else x[0],
-                gates if dims[1] is not None else gates[0],
-                labels if dims[2] is not None else labels[0],
-            ]
-
-            def call(x, gate, labels, pool=pool):
-                return csg_ext.gated_pool(x, gate, labels, pool=pool)
-
-            got = torch.vmap(call, in_dims=dims)(*args)
-            for b in range(5):
-                parts = [a if d is None else a.select(d, b) for a, d in zip(args, dims, strict=True)]
-                assert torch.equal(got[b], call(*parts))
-
-
-@pytest.mark.parametrize("pool", ["avg", "max"])
-@pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize("soft", [False, True])
-def test_forward_mode(device, pool, project, soft):
-    x, gate, labels = inputs((4, 3, 5, 2), (F64, F64), device, soft=soft, project=project)
-
-    def ours(x, gate):
-        return csg_ext.gated_pool(x, gate, labels, pool=pool, project=project)
-
-    def wanted(x, gate):
-        return reference.gated_pool(x, gate, labels, pool=pool, project=project)
-
-    tangents = torch.randn_like(x), torch.randn_like(gate)
-    primal, tangent = torch.func.jvp(wanted, (x, gate), tangents)
-    torch.testing.assert_close(torch.func.jvp(ours, (x, gate), tangents), (primal, tangent))
-    with forward_ad.dual_level():
-        got = forward_ad.unpack_dual(ours(*map(forward_ad.make_dual, (x, gate), tangents)))
-    torch.testing.assert_close((got.primal, got.tangent), (primal, tangent))
-    both = [torch.func.jacfwd(ours, (0, 1))(x, gate), torch.func.jacrev(ours, (0, 1))(x, gate)]
-    torch.testing.assert_close(*both)
-    hessians = [torch.func.hessian(lambda x, g, f=f: f(x, g).sin().sum(), (0, 1))(x, gate) for f in (ours, wanted)]
-    torch.testing.assert_close(*hessians)
-
-
-def test_forward_mode_refuses_labels_outside():
-    x, gate, labels = inputs((4, 3, 5), (F64, F64), "cpu")
-    labels[1] = -1
-    with forward_ad.dual_level(), pytest.raises(ValueError, match=r"gated_pool: labels\[1\] = -1 is outside"):
-        csg_ext.gated_pool(forward_ad.make_dual(x, x), gate, labels)
-    with pytest.raises(ValueError, match=r"gated_pool: labels\[1\] = -1 is outside"):
-        torch.func.jvp(lambda x: csg_ext.gated_pool(x, gate, labels.clone()), (x,), (x,))
-
-
-def test_soft_labels_under_transforms_and_modes():
-    """Values that may not be looked at: of a batch, of a tracer, of no memory."""
-    x, gate, weights = torch.randn(4, 3, 2), torch.rand(5, 3), torch.rand(6, 4, 5)
-    got = torch.vmap(csg_ext.gated_pool, (None, None, 0))(x, gate, weights)
-    torch.testing.assert_close(got, torch.stack([csg_ext.gated_pool(x, gate, w) for w in weights]))
-    for mode in ("real", "fake", "symbolic"):
-        graph = make_fx(lambda *a: csg_ext.gated_pool(*a), tracing_mode=mode)(x, gate, weights[0])
-        torch.testing.assert_close(graph(x, gate, weights[1]), got[1])
-    assert csg_ext.gated_pool(*(t.to("meta") for t in (x, gate, weights[0]))).shape == (4, 3)
-
-
-def test_functional_gradients(device):
-    x, gate, labels = inputs((3, 4, 2, 2), (F64, F64), device)
-
-    def loss(gate):
-        return csg_ext.gated_pool(x, gate, labels).square().sum()
-
-    got = torch.func.grad(loss)(gate)
-    want = torch.func.grad(lambda g: reference.gated_pool(x, g, labels).square().sum())(gate)
-    torch.testing.assert_close(got, want)
-    per_sample = torch.vmap(torch.func.grad(lambda x, g, y: csg_ext.gated_pool(x[None], g, y[None]).square().sum()),
-                            in_dims=(0, None, 0))(x, gate, labels)  # fmt: skip
-    assert per_sample.shape == x.shape
-
-
-def test_tensors_kept_from_a_transform(device):
-    """What torch.func.grad has traced stays in use afterwards, behind wrappers whose level has ended."""
-    x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)
-    kept = []
-
-    def loss(x, gate):
-        kept.extend([x * 2, gate * 2])
-        return csg_ext.gated_pool(*kept, labels).sum()
-
-    torch.func.grad(loss, argnums=(0, 1))(x, gate)
-    x, gate = x.requires_grad_(), gate.requires_grad_()
-    for args, plain, wanted in [
-        ((kept[0], gate), (2 * x.detach(), gate), gate),
-        ((x, kept[1]), (x, 2 * gate.detach()), x),
-    ]:
-        for project in (False, True):
-            got = csg_ext.gated_pool(*args, labels, project=project)
-            want = reference.gated_pool(*plain, labels, project=project)
-            torch.testing.assert_close(got, want)
-            torch.testing.assert_close(
-                torch.autograd.grad(got.square().sum(), wanted), torch.autograd.grad(want.square().sum(), wanted)
-            )
-
-
 def test_deepcopy_and_repeated_backward(device):
     x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)
     gate = torch.nn.Parameter(gate)
@@ -563,9 +274,6 @@ def test_deepcopy_and_repeated_backward(device):
     out.sum().backward()
     assert torch.equal(gate.grad, 2 * first)
     assert torch.equal(copy.deepcopy(gate), gate)
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
 
 
 def case(x=(4, 8, 3, 3), gate=(5, 8), labels=(4,), x_dtype=F32, gate_dtype=F32, label_dtype=torch.int64):

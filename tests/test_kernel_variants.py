@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 import torch
+from gated_pool_inputs import BF16, F16, F32, F64, LAYOUTS, TYPE_IDS, TYPES, compare, inputs
 from test_gate_step import gates, step_and_compare
-from test_gated_pool import BF16, F16, F32, F64, LAYOUTS, TYPE_IDS, TYPES, compare, inputs
 from tolerances import assert_within
 
 import csg_ext

@@ -1,26 +1,18 @@
 """The script that scores localization over seeds: from a finished run to the tables in the page."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from example_scripts import load_study
 
 from csg_ext.data import load_images
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "reproduction" / "localize.py"
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("localization_study", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
-    return module
+    return load_study("localize", tmp_path, monkeypatch)
 
 
 def test_a_finished_run_is_scored_and_tabulated(script, run, digits, tmp_path):

@@ -1,6 +1,5 @@
 """The reproduction study's scripts: one small job from start to table, and a short fine-tuning."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,23 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_scripts import load_script
 
 from csg_ext.data import ImageData
 
 
-def load_script(name, monkeypatch):
-    path = Path(__file__).parents[1] / "examples" / "reproduction" / f"{name}.py"
-    monkeypatch.syspath_prepend(path.parent)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    module = load_script("study", monkeypatch)
+    module = load_script("reproduction/study", monkeypatch)
     monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return module
 
@@ -105,7 +95,7 @@ def test_the_aim_for_density_depends_on_the_number_of_classes(study):
 
 
 def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
-    finetune = load_script("finetune", monkeypatch)
+    finetune = load_script("reproduction/finetune", monkeypatch)
     monkeypatch.setattr(finetune, "IMAGES", 64)
     data = finetune.load_images()
     data = replace(data, test_images=data.test_images[:100], test_labels=data.test_labels[:100])
@@ -125,7 +115,7 @@ def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
 def test_scenes_of_two_objects_train_with_labels_of_both(monkeypatch):
     from sklearn.feature_selection import mutual_info_classif
 
-    objects = load_script("objects", monkeypatch)
+    objects = load_script("reproduction/objects", monkeypatch)
     train, test = objects.scenes(2, "train", 64), objects.scenes(2, "test", 80)
     assert train.labels.shape == (64, 2) and (test.masks.sum((2, 3)) <= 20 * 20).all()
     model = objects.fit("csg", 0, train, 10, replace(objects.CONFIG, epochs=1))

@@ -1,78 +1,37 @@
-"""Tests of ClassSpecificGateCallback and GatedTraining against plain loops; AMP, checkpoints, logs."""
+"""Tests of ClassSpecificGateCallback and GatedTraining against plain loops; frozen stages, logs, refusals."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import math
 import warnings
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from example_scripts import load_script
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import CLASSES, OBJECTIVE, SIZE, STEPS, Own, assert_same, batches, loader, tiny, trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import csg_ext
 from csg_ext.nn import GatedModel
-from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
+from csg_ext.optim import ProjectedSGD
 from csg_ext.training import (
-    AtomicCheckpointIO,
-    AveragedGatedModel,
     ClassSpecificGateCallback,
     DensityWarning,
-    DivergedError,
     GatedTraining,
-    GatedWeightAveraging,
     Mix,
     Objective,
     Schedule,
     freeze,
-    load_weights,
 )
 
-CLASSES, SIZE, STEPS = 3, 8, 6  # samples per batch, batches per epoch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        yield
-    torch.set_num_threads(threads)
-
-
-def tiny(norm: bool = False, dtype: torch.dtype = torch.float64) -> GatedModel:
-    layers = [nn.Conv2d(1, 8, 3), *([nn.BatchNorm2d(8)] if norm else []), nn.Tanh()]
-    return GatedModel(nn.Sequential(*layers), CLASSES, num_filters=8).to(dtype)
-
-
-def batches(dtype: torch.dtype = torch.float64, count: int = STEPS) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [(torch.randn(SIZE, 1, 6, 6, dtype=dtype), torch.randint(0, CLASSES, (SIZE,))) for _ in range(count)]
-
-
-def loader(data) -> DataLoader:
-    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
-    return DataLoader(TensorDataset(x, y), SIZE)
-
-
-def trainer(epochs: int = 2, **options) -> pl.Trainer:
-    defaults = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    return pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, **(defaults | options))
-
-
-def assert_same(model: nn.Module, other: nn.Module, **tolerance) -> None:
-    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:::lightning")]
 
 
 def by_hand(model: GatedModel, data, epochs: int, paths, *, clip=None, gate_clip=None, factors=None, csg_sgd=False):
@@ -108,7 +67,6 @@ def by_hand(model: GatedModel, data, epochs: int, paths, *, clip=None, gate_clip
                 model.gate.copy_((moved / top).clamp(0, 1))
 
 
-OBJECTIVE = Objective(lambda_1=0.7, lambda_2=0.02)
 CASES = {
     "joint": (dict(kind="joint"), ["joint"] * 10 + ["std"] * 2),
     "steps": (dict(kind="steps", period=3), ["std", "std", "csg"] * 3 + ["std"] * 3),
@@ -181,21 +139,6 @@ def test_an_optimizer_of_its_own_for_csg_steps():
     assert_same(model, expected)
 
 
-class Own(pl.LightningModule):
-    """A user's module that knows nothing of gates; its optimizer takes every parameter."""
-
-    def __init__(self, net: nn.Module, smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.net, self.smoothing = net, smoothing
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return {"loss": F.cross_entropy(self.net(x), y, label_smoothing=self.smoothing), "size": len(y)}
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_users_module_trains_as_gated_training_does(case):
     schedule = Schedule(**CASES[case][0], lr_warmup=0.0, lr_decay="constant")
@@ -248,12 +191,8 @@ def test_soft_labels_in_validation(size):
     assert numbers["val_loss"] == pytest.approx(F.cross_entropy(model(x), y).item())
 
 
-def test_plain_example_takes_the_same_steps():
-    spec = importlib.util.spec_from_file_location(
-        "plain", Path(__file__).parents[1] / "examples" / "train_plain_pytorch.py"
-    )
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+def test_plain_example_takes_the_same_steps(monkeypatch):
+    example = load_script("train_plain_pytorch", monkeypatch)
     model, data = tiny(norm=True, dtype=torch.float32), batches(torch.float32)
     expected = copy.deepcopy(model)
     example.train(expected, data * 2, 2 * STEPS)
@@ -365,253 +304,7 @@ def test_a_batch_that_the_module_skips(called):
     assert same == [True, False]
 
 
-# ---- fp16 and bf16
-
-
-class Overflows(torch.amp.GradScaler):
-    """A scaler that finds an overflow in the second step's gradients."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu", init_scale=1024.0)
-        self.steps = 0
-
-    def unscale_(self, optimizer):
-        self.steps += 1
-        if self.steps == 2:
-            optimizer.param_groups[0]["params"][0].grad.fill_(math.inf)
-        super().unscale_(optimizer)
-
-
-@pytest.mark.parametrize("gate_in_optimizer", [False, True])
-def test_fp16_skips_the_gate_when_the_scaler_skips(gate_in_optimizer):
-    """Joint steps under a GradScaler: the skipped one moves nothing, the others equal unscaled fp32 steps."""
-    schedule = Schedule(kind="joint", lr_warmup=0.0, final_std=0.0, lr_decay="constant")
-    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=3)
-    nets = [copy.deepcopy(model) for _ in range(2)]
-    gates = []
-
-    class Records(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            gates.append(nets[0].gate.detach().clone())
-
-    scaler = Overflows()
-    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    precision.forward_context = torch.enable_grad  # the scaler is tested, not the rounding of fp16
-    own = Own(nets[0])
-    if not gate_in_optimizer:
-        own.configure_optimizers = lambda: torch.optim.SGD(nets[0].weights(), 0.1, momentum=0.9, weight_decay=1e-3)
-    callbacks = [ClassSpecificGateCallback(schedule, OBJECTIVE), Records()]
-    trainer(1, plugins=[precision], callbacks=callbacks, gradient_clip_val=1.0).fit(own, loader(data))
-    assert scaler.get_scale() == 512 and torch.equal(gates[0], gates[1]) and not torch.equal(gates[1], gates[2])
-    kept = [data[0], data[2]]
-    trainer(1, callbacks=[ClassSpecificGateCallback(schedule, OBJECTIVE)], gradient_clip_val=1.0).fit(
-        Own(nets[1]), loader(kept)
-    )
-    assert_same(nets[0], nets[1])
-
-
-def test_fp16_unscales_weights_that_only_the_csg_optimizer_has():
-    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=2)
-    nets = [copy.deepcopy(model) for _ in range(2)]
-    for net, plugins in zip(nets, ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]), strict=True):
-        for plugin in plugins:
-            plugin.forward_context = torch.enable_grad
-        own = Own(net)
-        own.configure_optimizers = lambda net=net: torch.optim.SGD(net.classifier.parameters(), lr=0.1)
-        callback = ClassSpecificGateCallback(
-            Schedule(kind="steps", period=2, csg_share=0.5, final_std=0.0),
-            csg_optimizer=functools.partial(torch.optim.SGD, lr=0.01),
-        )
-        trainer(1, plugins=plugins, callbacks=[callback]).fit(own, loader(data))
-    assert_same(*nets)
-    assert not torch.equal(nets[0].backbone[0].weight, model.backbone[0].weight)
-
-
-def test_fp16_in_a_plain_loop():
-    """Weights and gate in one ProjectedOptimizer: the scaler skips both or none; STD steps leave the gate alone."""
-    model, data = tiny(dtype=torch.float32), batches(torch.float32, count=4)
-    groups = [{"params": model.weights(), "lr": 0.1}, {"params": [model.gate], "lr": 1.0}]
-    optimizer = ProjectedOptimizer(torch.optim.SGD(groups, lr=0.1), [model.gate])
-    scaler = Overflows()
-    states = [copy.deepcopy(model.state_dict())]
-    for (x, y), path in zip(data, ["std", "csg", "csg", "std"], strict=True):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
-            losses = OBJECTIVE(model, x, y, path)
-        scaler.scale(losses.total).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        states.append(copy.deepcopy(model.state_dict()))
-    changed = [{k for k in a if not torch.equal(a[k], b[k])} for a, b in zip(states, states[1:], strict=False)]
-    assert changed[1] == set() and changed[2] == set(states[0])
-    assert changed[0] == changed[3] == set(states[0]) - {"csg.gate"}
-    assert states[-1]["csg.gate"].amax(0).eq(1).all()
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_mixed_precision_trains(precision):
-    model, data = tiny(norm=True, dtype=torch.float32), batches(torch.float32)
-    plugin = MixedPrecision(precision, "cpu", *([torch.amp.GradScaler("cpu")] if precision == "16-mixed" else []))
-    trainer(plugins=[plugin]).fit(GatedTraining(model, Schedule(lr_warmup=0.0), OBJECTIVE), loader(data))
-    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
-    assert model.gate.amax(0).eq(1).all() and model.csg.density() < 1
-
-
-# ---- checkpoints
-
-
-@pytest.mark.parametrize("kind", ["joint", "steps"])
-def test_resume_is_exact(tmp_path, kind):
-    """Optimizers of the callback (momentum of the gate, the CSG optimizer) and the run's clock come back."""
-    options = dict(
-        gate_optimizer=functools.partial(ProjectedSGD, lr=1.0, momentum=0.9),
-        csg_optimizer=functools.partial(torch.optim.Adam, lr=0.01),
-    )
-    schedule = Schedule(kind=kind, period=2, csg_share=0.5, lr_warmup=0.2)
-    model, data = tiny(norm=True), batches()
-    nets = [copy.deepcopy(model) for _ in range(3)]
-    trainer(4).fit(GatedTraining(nets[0], schedule, OBJECTIVE, **options), loader(data))
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-    fit = dict(enable_checkpointing=True, callbacks=[saver], plugins=[AtomicCheckpointIO()])
-    trainer(4, **fit).fit(GatedTraining(nets[1], schedule, OBJECTIVE, **options), loader(data))
-    path = tmp_path / "epoch=1.ckpt"
-    trainer(4, plugins=[AtomicCheckpointIO()]).fit(
-        GatedTraining(nets[2], schedule, OBJECTIVE, **options), loader(data), ckpt_path=path
-    )
-    for net in nets[1:]:
-        assert_same(net, nets[0], rtol=0, atol=0)
-    other = tiny(norm=True)
-    load_weights(other, tmp_path / "epoch=3.ckpt")
-    assert_same(other, nets[0], rtol=0, atol=0)
-
-
-class SpoilsStep(GatedTraining):
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        return loss * math.nan if self.trainer.global_step == 8 else loss
-
-
-def test_nan_says_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
-    model, data = tiny(), batches()
-    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, monitor=None, filename="last")
-    module = SpoilsStep(model, Schedule(lr_warmup=0.0), OBJECTIVE)
-    with pytest.raises(DivergedError, match="the loss is not finite at step 9 of 12: try a lower learning rate"):
-        trainer(enable_checkpointing=True, callbacks=[saver]).fit(module, loader(data))
-    (path,) = tmp_path.glob("*.ckpt")
-    good = torch.load(path, weights_only=True)
-    assert good["global_step"] == 8 and all(v.isfinite().all() for v in good["state_dict"].values())
-    assert "training_step" not in module.__dict__ and not model._forward_hooks
-
-
-class SpoilsGradient(GatedTraining):
-    at = 11
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        if self.trainer.global_step == self.at:
-            loss = loss + (self.model.gate.sum() * 0).sqrt()  # adds 0, with a gradient of NaN
-        return loss
-
-
-@pytest.mark.parametrize("final_std", [0.0, 0.5])
-def test_a_gate_of_nan_that_no_loss_shows_is_said_before_a_checkpoint(tmp_path, final_std):
-    """The gate's last step spoils it: the last of the run, or STD steps follow, whose losses stay finite."""
-    schedule = Schedule(final_std=final_std, lr_warmup=0.0)
-    message = r"the loss is finite, but the parameter csg.gate is NaN or infinite after step {} of 12: try a lower"
-    for options in ({}, {"every_n_train_steps": 1}):
-        module = SpoilsGradient(tiny(), schedule, OBJECTIVE)
-        module.at = 5 if final_std else 11
-        saver = ModelCheckpoint(tmp_path / str(len(options)), save_top_k=1, filename="last", **options)
-        fit = dict(enable_checkpointing=True, callbacks=[saver]) if options else {}
-        step = 12 if not options else module.at + 1
-        with pytest.raises(DivergedError, match=message.format(step)):
-            trainer(**fit).fit(module, loader(batches()))
-    (path,) = tmp_path.glob("*/*.ckpt")
-    good = torch.load(path, weights_only=True)
-    assert good["global_step"] == module.at and all(v.isfinite().all() for v in good["state_dict"].values())
-
-
-def test_a_checkpoint_outside_of_fit_is_no_affair_of_the_callback(tmp_path):
-    tester = trainer()
-    tester.validate(GatedTraining(tiny()), loader(batches()), verbose=False)
-    tester.save_checkpoint(tmp_path / "x.ckpt")
-
-
-# ---- averages, frozen stages, soft labels
-
-
-def test_the_average_gate_stays_feasible():
-    """The EMA of the weights is torch's; that of the gate is projected, as an average need not lie in V_G."""
-    schedule = Schedule(kind="joint", lr_warmup=0.0, lr_decay="constant")
-    model, data = tiny(), batches()
-    average = AveragedGatedModel(copy.deepcopy(model), avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.8))
-    expected = {k: v.clone() for k, v in model.state_dict().items()}
-
-    class Follow(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *_):
-            average.update_parameters(module.model)
-            for name, value in module.model.state_dict().items():
-                first = trainer.global_step == 1
-                expected[name] = value.clone() if first else 0.8 * expected[name] + 0.2 * value
-
-    callbacks = [Follow(), GatedWeightAveraging(decay=0.8)]
-    trainer(callbacks=callbacks).fit(GatedTraining(model, schedule, OBJECTIVE), loader(data))
-    torch.testing.assert_close(average.raw_gate_0, expected["csg.gate"])
-    expected["csg.gate"] = expected["csg.gate"] / expected["csg.gate"].amax(0)
-    for name, value in average.module.state_dict().items():
-        torch.testing.assert_close(value, expected[name], msg=name)
-    assert average.module.gate.amax(0).eq(1).all()
-    assert_same(model, average.module)  # Lightning's callback leaves its average in the model
-
-
-def test_an_average_gate_forgets_what_the_gate_has_left():
-    """Averages of projections would keep the first class near 1. Stored and loaded, it goes on as it would have."""
-    model = tiny().double()
-    average = AveragedGatedModel(model, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.99))
-
-    def updates(gate, count):
-        model.gate.data.copy_(torch.tensor(gate, dtype=torch.float64)[:, None].expand_as(model.gate))
-        for _ in range(count):
-            average.update_parameters(model)
-
-    updates([1.0, 0.0, 0.0], 100)
-    updates([0.0, 1.0, 0.0], 50)
-    stored = copy.deepcopy(average.state_dict())
-    average = AveragedGatedModel(tiny().double(), avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.99))
-    average.load_state_dict(stored)
-    updates([0.0, 1.0, 0.0], 50)
-    left = 0.99**100
-    expected = torch.tensor([left / (1 - left), 1.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(average.module.gate[:, 0].detach(), expected)
-
-
-def test_an_average_goes_on_from_a_checkpoint(tmp_path):
-    """Lightning's callback stores the average gate as it is beside the projected one."""
-    schedule, data = Schedule(kind="joint", lr_warmup=0.0, lr_decay="constant"), loader(batches())
-    first, second = GatedWeightAveraging(decay=0.8), GatedWeightAveraging(decay=0.8)
-    fitted = trainer(callbacks=[first])
-    fitted.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data)
-    fitted.save_checkpoint(tmp_path / "x.ckpt")
-    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    raw = stored["averaging_state"]["raw_gate_0"]
-    assert not raw.amax(0).eq(1).all()
-    torch.testing.assert_close(stored["state_dict"]["model.csg.gate"], raw / raw.amax(0))
-    again = trainer(callbacks=[second])
-    again.fit(GatedTraining(tiny(), schedule, OBJECTIVE), data, ckpt_path=tmp_path / "x.ckpt")
-    assert_same(first._average_model, second._average_model)
-
-
-def test_a_second_fit_with_the_same_average_keeps_what_it_learns():
-    """A fresh Trainer counts from 0 again; Lightning's counters stay where the first fit has left them."""
-    module, data = GatedTraining(tiny(), Schedule(lr_warmup=0.0), OBJECTIVE), batches()
-    average = GatedWeightAveraging(decay=0.5)
-    trainer(callbacks=[average]).fit(module, loader(data))
-    first = copy.deepcopy(module.model)
-    trainer(callbacks=[average]).fit(module, loader(data))
-    fresh = GatedTraining(first, Schedule(lr_warmup=0.0), OBJECTIVE)
-    trainer(callbacks=[GatedWeightAveraging(decay=0.5)]).fit(fresh, loader(data))
-    assert int(average._average_model.n_averaged) == 12
-    assert_same(module.model, first)
+# ---- frozen stages, soft labels
 
 
 def test_frozen_stages_do_not_move():
@@ -757,13 +450,3 @@ class Two(Own):
 def test_modules_that_the_callback_cannot_train(cls, options, message):
     with pytest.raises(ValueError, match=message):
         trainer(callbacks=[ClassSpecificGateCallback(**options)]).fit(cls(tiny()), loader(batches()))
-
-
-def test_a_fused_optimizer_under_fp16():
-    own = Own(tiny(dtype=torch.float32))
-    own.configure_optimizers = lambda: torch.optim.Adam(own.parameters(), lr=0.1, fused=True)
-    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-    with pytest.raises(
-        ValueError, match="the optimizer must not unscale gradients by itself, got Adam with fused=True"
-    ):
-        trainer(plugins=[precision], callbacks=[ClassSpecificGateCallback()]).fit(own, loader(batches(torch.float32)))

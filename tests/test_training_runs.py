@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-from test_training_callback import OBJECTIVE, Own, assert_same, batches, loader, tiny, trainer
+from tiny_training import OBJECTIVE, Own, assert_same, batches, loader, tiny, trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from csg_ext.training import ClassSpecificGateCallback, DivergedError, GatedTraining, Schedule
 
+# The runs are too short to become sparse, which is warned of.
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
 ALTERNATE = Schedule(kind="steps", period=3)
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """Runs too short to become sparse; one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(threads)
 
 
 class Stream(IterableDataset):

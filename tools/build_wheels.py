@@ -32,7 +32,7 @@ import wheel_sbom
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from build_support import native  # noqa: E402
+from build_support import toolchain  # noqa: E402
 
 BUILD_TOOLS = ("setuptools==84.2.1", "wheel==0.47.0")  # the archive's bytes depend on them
 SCRATCH = Path(tempfile.gettempdir()) / "csg_ext_wheels"
@@ -79,8 +79,8 @@ def build(archive: Path, python: str, cuda: bool, work: Path, date: str) -> Path
     with tarfile.open(archive) as tar:
         tar.extractall(work / "source", filter="data")
     (source,) = (work / "source").iterdir()
-    torch = native.find_torch()
-    toolkit = native.find_cuda() if cuda else None
+    torch = toolchain.find_torch()
+    toolkit = toolchain.find_cuda() if cuda else None
     headers = work / "headers"  # what the build finds on its path: this Python's torch, which it never imports
     headers.mkdir()
     (headers / "torch").symlink_to(torch.root)

@@ -26,6 +26,7 @@ KEPT = ROOT / "benchmarks" / "results" / "compatibility.json"
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = (
     "test_gated_pool.py",
+    "test_gated_pool_transforms.py",
     "test_gate_step.py",
     "test_nn.py",
     "test_mutual_info.py",
@@ -33,7 +34,14 @@ TESTS = (
     "test_mutual_info_classif.py",
     "test_info.py",
 )
-HELPERS = ("conftest.py", "short_run.py", "tolerances.py", "mutual_info_inputs.py", "browser_page.py")
+HELPERS = (
+    "conftest.py",
+    "browser_page.py",
+    "gated_pool_inputs.py",
+    "mutual_info_inputs.py",
+    "short_run.py",
+    "tolerances.py",
+)
 TOOLS = ("pytest", "hypothesis", "expecttest", "scikit-learn", "numpy", "setuptools>=77")
 
 

@@ -156,7 +156,7 @@ def main() -> None:
         "",
         "- **Threads, runs, chunks**: the same bits (`tests/test_threads.py`, `tests/test_mutual_info.py`).",
         "- **Batches**: a sample's result and gradient of `gated_pool` have the same bits in any batch, the operator",
-        "  under `torch.compile` those of eager (`tests/test_gated_pool.py`). The gate's gradient is a sum",
+        "  under `torch.compile` those of eager (`tests/test_gated_pool_transforms.py`). The gate's gradient is a sum",
         "  over the batch.",
         *instruction_sets(),
         "- **Layouts**: contiguous and channels-last maps are added in different orders.",

@@ -36,10 +36,13 @@ CONFIDENCE, RESAMPLES, FALSE_POSITIVES = 0.95, 1000, 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """images: of the test part that are attacked, and of the train part that fit the detectors (as many again set the
+    """What is attacked, how, and on how many images; raises ValueError for what is out of range.
+
+    images: of the test part that are attacked, and of the train part that fit the detectors (as many again set the
     thresholds). epsilons: strengths of FGSM and PGD, train_epsilon that of train_attack, on which the detectors are
     fitted; in units of 1/255. weights: of the score in the adaptive attack, at train_epsilon. steps: of PGD, half of
-    the adaptive attack's, and the most of DeepFool. seed: of all that is drawn."""
+    the adaptive attack's, and the most of DeepFool. seed: of all that is drawn.
+    """
 
     images: int = 300
     epsilons: tuple[float, ...] = (2, 4, 8, 16)

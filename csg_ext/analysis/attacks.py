@@ -56,7 +56,7 @@ class Attack:
     for the smallest change). targeted: towards a given class (FGSM and PGD). steps: of PGD, or the most of DeepFool.
 
     Sources: FGSM: Goodfellow et al., ICLR 2015. PGD, from a random start: Madry et al., ICLR 2018. DeepFool, overshoot
-    0.02: Moosavi-Dezfooli et al., CVPR 2016.
+    0.02: Moosavi-Dezfooli et al., CVPR 2016. Raises ValueError for a method, an epsilon or steps out of range.
     """
 
     method: str
@@ -92,8 +92,8 @@ def run_attack(
 ) -> NDArray[np.float32]:
     """The attacked images (N, channels, H, W), in [0, 1].
 
-    images: float32 in [0, 1]. labels (N,): the classes to leave or, if attack.targeted, to reach. The same seed gives
-    the same images.
+    images: float32 in [0, 1]. labels int64 (N,): the classes to leave or, if attack.targeted, to reach. The same seed
+    gives the same images. Raises ValueError for images or labels that do not fit.
     """
     from art.attacks import evasion
     from art.estimators.classification import PyTorchClassifier
@@ -147,7 +147,8 @@ def adaptive_attack(
 
     score(features (N, K), logits (N, C)) -> (N,), differentiable, large for suspicious images. epsilon: the largest
     change of a pixel, in units of 1/255. Of the images on the way, the one with the lowest score whose prediction is
-    wrong is returned, where there is one, otherwise the last.
+    wrong is returned, where there is one, otherwise the last. steps: how many the attack takes, each 2.5 epsilon /
+    steps long, but epsilon at most. Raises ValueError for images or labels that do not fit.
     """
     _check(images, labels)
     eps, step = epsilon / 255, min(epsilon, _STEP * epsilon / steps) / 255
@@ -185,6 +186,6 @@ def _check(images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
 
 
 def draw_targets(labels: NDArray[np.int64], classes: int, seed: int = 0) -> NDArray[np.int64]:
-    """For every label another class, each with the same chance; (N,)."""
+    """For every label (N,) in [0, classes) another class, each with the same chance, int64 (N,); seed: of the draw."""
     shift = np.random.default_rng(seed).integers(1, classes, len(labels))
     return (labels + shift) % classes

@@ -1,8 +1,9 @@
 """Where a class is in an image, read from feature maps without a detector: the maps, and how they are scored.
 
 Maps are low-resolution tensors (N, K, h, w) or (N, h, w), float32 or float64; masks are boolean (N, H, W) and cover the
-same field of view. A map is compared with a mask at the mask's size, upsampled bilinearly (align_corners=False). No map
-is upsampled pixel by pixel, though, where there is one for every filter and image:
+same field of view. Arguments of another kind are a TypeError, of another shape or range a ValueError. A map is compared
+with a mask at the mask's size, upsampled bilinearly (align_corners=False). No map is upsampled pixel by pixel, though,
+where there is one for every filter and image:
 
 - an energy is linear in the map, so the mask is brought down to the map's size once, by the transposed upsampling;
 - between the centres of its cells an upsampled map is bilinear, so its maximum is at one of the pixels next to them;
@@ -259,9 +260,10 @@ class Peaks(NamedTuple):
 
 
 def peaks(maps: Tensor, size: Sequence[int], *, chunk: int = CHUNK) -> Peaks:
-    """The maximum of every map (N, K, h, w) upsampled to `size` (H, W); among equal values the first row, then column.
+    """The maximum of every map, maps (N, K, h, w), upsampled to `size` (H, W); of equal values the first row, column.
 
-    Where the map is constant beyond its outer centres, the pixel next to the centre speaks for the rest.
+    Where the map is constant beyond its outer centres, the pixel next to the centre speaks for the rest. chunk: as in
+    regions.
     """
     _check_maps("peaks", maps)
     n, k, h, w = maps.shape
@@ -280,7 +282,7 @@ def energy(maps: Tensor, masks: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """Share of a map's sum over the pixels that lies in the mask, (N, K); a map without any has 0.
 
     maps (N, K, h, w), of which the positive part counts; masks bool (N, H, W). A uniform map gets the mask's share of
-    the image. Source: Wang et al., Score-CAM, CVPR workshops 2020 (energy-based pointing game).
+    the image. chunk: as in regions. Source: Wang et al., Score-CAM, CVPR workshops 2020 (energy-based pointing game).
     """
     _check_maps("energy", maps)
     _check_masks("energy", masks, len(maps))
@@ -329,7 +331,7 @@ def boxes_from_maps(maps: Tensor, thresholds: Tensor, size: Sequence[int], *, ch
     """The smallest box that holds all pixels above the threshold, int64 (N, K, 4): x0, y0, x1, y1, the ends exclusive.
 
     maps (N, K, h, w); thresholds broadcastable to (N, K); size (H, W). A map that exceeds its threshold nowhere has the
-    empty box 0, 0, 0, 0.
+    empty box 0, 0, 0, 0. chunk: as in regions.
     """
     _check_maps("boxes_from_maps", maps)
     n, k = maps.shape[:2]
@@ -341,7 +343,8 @@ def boxes_from_maps(maps: Tensor, thresholds: Tensor, size: Sequence[int], *, ch
 
 
 def boxes_from_masks(masks: Tensor) -> Tensor:
-    """The box round each mask, int64 (..., 4): x0, y0, x1, y1, the ends exclusive; zeros for an empty one."""
+    """The box round each of the masks, bool (..., H, W): int64 (..., 4), x0, y0, x1, y1, the ends exclusive; zeros for
+    an empty one."""
     found = []
     for axis in (-2, -1):  # along x, then along y
         seen = masks.any(axis)
@@ -355,7 +358,8 @@ def boxes_from_masks(masks: Tensor) -> Tensor:
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of boxes (..., 4), broadcast against each other, fp64 (...); 0 where both are empty."""
+    """Intersection over union of boxes and others, (..., 4) each, broadcast against each other, fp64 (...); 0 where
+    both are empty."""
     low, high = torch.maximum(boxes[..., :2], others[..., :2]), torch.minimum(boxes[..., 2:], others[..., 2:])
     overlap = (high - low).clamp(min=0).prod(-1)
     union = sum((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, others)) - overlap
@@ -405,7 +409,7 @@ def score_filters(
     """Scores every filter's own map (ActivMap) on the images of every class.
 
     maps (N, K, h, w); thresholds (K,), as from activation_thresholds; masks bool (N, H, W), none empty; labels int64
-    (N,); success: the IoU above which an image counts as found.
+    (N,) in [0, num_classes); success: the IoU above which an image counts as found; chunk, progress: as in regions.
     """
     _check_masks("score_filters", masks, len(maps))
     _check_classes("score_filters", labels, len(maps), num_classes)

@@ -181,7 +181,8 @@ def removal_table(
 
     Returns {"classes": {name: entry}, "means": {"removed": entry, "kept": entry}}; an entry holds "samples", "before",
     "after" and, of a class, whether it was "removed". Means are over the samples of these classes; a class (or a group)
-    without samples has None. names: the C classes' names, by default their numbers.
+    without samples has None. names: the C classes' names, by default their numbers. Raises ValueError for shapes that
+    do not fit, classes out of range, or names that are the same.
     """
     (first, counts), (second, _) = accuracy_per_class(labels, before), accuracy_per_class(labels, after)
     if len(first) != len(second) or (names is not None and len(names) != len(first)):

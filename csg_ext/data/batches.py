@@ -17,6 +17,16 @@ def derive_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
+def scaled_width(height: int, width: int, size: int) -> int:
+    """The width of images (height, width) that are scaled to a height of `size`: in proportion, at least 4 pixels."""
+    return max(min(4, width, size), round(width * size / height))
+
+
+def _levels(values: Sequence[float], device: torch.device | str) -> Tensor:
+    """One value per channel, in units of [0, 1], as levels of 0 to 255 that broadcast over images."""
+    return torch.tensor(values, device=device).mul(255).view(-1, 1, 1)
+
+
 class Batches:
     """Training batches: shuffled, shifted by up to `shift` pixels, flipped left-right, normalised.
 
@@ -24,9 +34,11 @@ class Batches:
     len(batches) steps; every epoch draws a new permutation and leaves its incomplete last batch out, so all batches
     weigh the same.
 
-    images: uint8 (N, channels, H, W). sizes: the height in pixels that epoch e's images are scaled to, sizes[e] (the
+    images: uint8 (N, channels, H, W), labels: integers (N,), both moved to `device`. seed: of the order and the
+    augmentation. flip: mirror at random. sizes: the height in pixels that epoch e's images are scaled to, sizes[e] (the
     last entry serves all later epochs), and the width in proportion, but to no less than 4 pixels; None keeps the
     native size. mean, std: per channel, in units of [0, 1].
+    Raises ValueError for a batch_size outside [1, N].
     """
 
     def __init__(
@@ -50,8 +62,7 @@ class Batches:
         self.images = torch.as_tensor(images, device=device)
         self.labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         self.batch_size, self.seed, self.shift, self.flip, self.sizes = batch_size, seed, shift, flip, sizes
-        self.mean = torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).mul(255).view(-1, 1, 1)
+        self.mean, self.std = _levels(mean, device), _levels(std, device)
         self._epoch, self._order = -1, torch.empty(0)
 
     def __len__(self) -> int:
@@ -72,7 +83,7 @@ class Batches:
             size = self.sizes[min(epoch, len(self.sizes) - 1)]
             height, width = x.shape[2:]
             if size != height:
-                x = F.interpolate(x, size=(size, max(min(4, width, size), round(width * size / height))), mode="area")
+                x = F.interpolate(x, size=(size, scaled_width(height, width, size)), mode="area")
         return x.contiguous(memory_format=torch.channels_last), self.labels[index]
 
     def _augment(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,9 +111,10 @@ class Batches:
 def normalise(
     images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects."""
-    x = torch.as_tensor(images, device=device).float()
-    x = (x - torch.tensor(mean, device=device).mul(255).view(-1, 1, 1)) / torch.tensor(std, device=device).mul(
-        255
-    ).view(-1, 1, 1)
+    """uint8 images (N, channels, H, W) as the float32 channels-last tensor that a model trained on Batches expects.
+
+    mean, std: per channel, in units of [0, 1], those of the images that the model was trained on (ImageData.statistics,
+    or csg_ext.runs.training_statistics of a run). device: where the tensor is to be.
+    """
+    x = (torch.as_tensor(images, device=device).float() - _levels(mean, device)) / _levels(std, device)
     return x.contiguous(memory_format=torch.channels_last)

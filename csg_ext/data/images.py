@@ -22,7 +22,8 @@ EMBEDDED = Path(__file__).with_name("fashion_mnist_14k.npz")
 class ImageData:
     """Train and test images, uint8 (N, channels, H, W), with int64 labels (N,) in 0..C-1.
 
-    `skipped` names the files and folders that were left out, each with its reason.
+    name: what messages call the set. classes: the C names, which differ. skipped: the files and folders that were left
+    out, each with its reason. Raises ValueError where these do not fit together or a class has no image in a part.
     """
 
     name: str
@@ -222,11 +223,7 @@ def load_found(
     progress: Callable[[Any], Any],
 ) -> ImageData:
     """What find_images gave, read into memory with the settings of load_images."""
-    if channels not in (None, 1, 3):
-        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
-    select.check_share("test_share", test_share)
+    check_settings(channels, image_size, test_share)
     if not memory_limit > 0:
         raise ValueError(f"data: memory_limit must be a number above 0 (GiB), got {memory_limit}")
     if isinstance(found, ImageData):
@@ -252,6 +249,15 @@ def load_found(
         progress=progress,
         memory_limit=memory_limit,
     )
+
+
+def check_settings(channels: int | None, image_size: int | None, test_share: float) -> None:
+    """Raises ValueError for settings of load_images and image_loader that fit no set."""
+    if channels not in (None, 1, 3):
+        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"data: image_size must be at least 1, got {image_size}")
+    select.check_share("test_share", test_share)
 
 
 def _chosen(data: ImageData, classes: Sequence[str] | None, imbalance: float | None, seed: int) -> ImageData:
@@ -308,12 +314,14 @@ def _named_shards(path: str) -> list[Path]:
         raise ValueError(f"data: expected shards in the file system, got {path!r}")
     names = [path]
     if "{" in path:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        from braceexpand import braceexpand
 
         try:
             names = list(braceexpand(path))
-        except UnbalancedBracesError:
-            raise ValueError(f"data: expected a brace for every other one in the names of shards, got {path!r}") from None
+        except ValueError:
+            raise ValueError(
+                f"data: expected a brace for every other one in the names of shards, got {path!r}"
+            ) from None
     for name in names:
         if not Path(name).is_file():
             raise FileNotFoundError(f"data: expected the shard {name}, which does not exist")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from csg_ext._text import reason
 from csg_ext.data import decode, select
 from csg_ext.data.batches import derive_seed, normalise
-from csg_ext.data.images import ImageData, channel_statistics, find_images, with_channels
+from csg_ext.data.images import ImageData, channel_statistics, check_settings, find_images, with_channels
 from csg_ext.data.index import ArrayList, ImageIndex, ImageList
 
 SPLITS = ("train", "val", "test")
@@ -238,23 +238,13 @@ def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
     return rank, world_size
 
 
-def _check(split: str, channels: int | None, **counts: int | None) -> None:
+def _check(split: str, **counts: int | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"data: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"data: channels must be 1 or 3, got {channels}")
     for name, count in counts.items():
         low = 0 if name in ("seed", "num_workers") else 1
         if count is not None and count < low:
             raise ValueError(f"data: {name} must be at least {low}, got {count}")
-
-
-def _check_normalisation(channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise ValueError(f"data: {name} must have {channels} values, one per channel, got {len(values)}")
-    if not all(value > 0 for value in std):
-        raise ValueError(f"data: std must be positive, got {list(std)}")
 
 
 def _cpus() -> int:
@@ -267,6 +257,30 @@ def _imagenet(channels: int) -> tuple[list[float], list[float]]:
     if channels == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     return [float(np.dot(_LUMA, IMAGENET_MEAN))], [float(np.dot(_LUMA, IMAGENET_STD))]
+
+
+def _normalisation(
+    found: ImageData | ImageIndex[Any],
+    index: ImageIndex[Any],
+    channels: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+) -> tuple[int, Sequence[float], Sequence[float]]:
+    """(channels, mean, std), by default a packed set's own, of the train images that are used, else ImageNet's."""
+    if isinstance(found, ImageData):
+        channels = channels or found.channels
+        used = found.train_images[index.parts["train"].positions]
+        own_mean, own_std = channel_statistics(with_channels(used, channels))
+    else:
+        channels = channels or 3
+        own_mean, own_std = _imagenet(channels)
+    mean, std = own_mean if mean is None else mean, own_std if std is None else std
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"data: {name} must have {channels} values, one per channel, got {len(values)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"data: std must be positive, got {list(std)}")
+    return channels, mean, std
 
 
 def _parts(
@@ -334,39 +348,30 @@ def image_loader(
     overlap and without rest: a global batch has world_size x batch_size of them.
     num_workers (default: one per CPU, at most 4), prefetch_factor (batches per worker), pin_memory (default: where
     there is a GPU): see torch.utils.data.DataLoader. They change no result.
+    progress: wraps the list of shards while their headers are read, e.g. tqdm.
 
     An image that does not decode makes its batch smaller, is warned of once and is listed in loader.skipped.
     Raises FileNotFoundError, OSError or ValueError, each with one sentence that names the path or the argument.
     """
     _check(
         split,
-        channels,
         batch_size=batch_size,
-        image_size=image_size,
         seed=seed,
         shuffle_buffer=shuffle_buffer,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
     )
-    select.check_share("test_share", test_share)
+    check_settings(channels, image_size, test_share)
     place, places = _ranks(rank, world_size)
     found = find_images(path, strict=strict, progress=progress)
     packed = isinstance(found, ImageData)
     index: ImageIndex[Any] = found.index() if isinstance(found, ImageData) else found
     index = _parts(index.subset(classes), split, test_share, val_share, split_seed).imbalanced(imbalance, split_seed)
-    if isinstance(found, ImageData):
-        channels = channels or found.channels
-        used = found.train_images[index.parts["train"].positions]
-        own_mean, own_std = channel_statistics(with_channels(used, channels))
-    else:
-        channels, image_size = channels or 3, image_size or DEFAULT_SIZE
-        own_mean, own_std = _imagenet(channels)
-    mean, std = own_mean if mean is None else mean, own_std if std is None else std
-    _check_normalisation(channels, mean, std)
+    channels, mean, std = _normalisation(found, index, channels, mean, std)
     training = split == "train"
     dataset = _Images(
         index.parts[split],
-        size=image_size,
+        size=image_size if packed else image_size or DEFAULT_SIZE,
         channels=channels,
         mean=mean,
         std=std,

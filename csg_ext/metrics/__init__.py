@@ -28,7 +28,13 @@ from csg_ext.metrics.mutual_information import (
     mutual_info_classif,
     mutual_information_score,
 )
-from csg_ext.metrics.similarity import BlockScore, block_score, filter_similarity, last_convolution
+from csg_ext.metrics.similarity import (
+    BlockScore,
+    block_score,
+    filter_similarity,
+    kernel_similarity,
+    last_convolution,
+)
 from csg_ext.nn.gate import l1_density
 
 if TYPE_CHECKING:
@@ -50,6 +56,7 @@ __all__ = [
     "entropy_bound",
     "filter_similarity",
     "gap_closed",
+    "kernel_similarity",
     "l1_density",
     "last_convolution",
     "mis_ceiling",

@@ -15,6 +15,7 @@ def dead_filters(features: Any) -> NDArray[np.bool_]:
     """The filters with one and the same activation on all samples, bool (K,), from features (N, K), array or tensor.
 
     They tell nothing about any class: their mutual information is 0, whatever the noise against ties estimates.
+    Raises ValueError for features of another shape or without a value.
     """
     if len(features.shape) != 2 or 0 in features.shape:
         raise ValueError(f"dead_filters: features must be (N, K) and not empty, got {tuple(features.shape)}")
@@ -30,6 +31,7 @@ def class_agreement(
 
     features (N, K) and labels (N,) are needed with two classes, see best_class. Filters without any mutual information,
     such as dead ones, are left out; 0 where none is left. 1/C is what chance gives.
+    Raises ValueError for shapes that do not fit, and for two classes without features and labels.
     Source: Liang et al., ECCV 2020, figure 5 (overlap of the largest entries).
     """
     g, m = np.asarray(gate), np.asarray(mi)
@@ -50,6 +52,7 @@ def own_filter_predictions(
 
     score[n, c] = bias[c] + sum of features[n, k] * weight[c, k] over the filters k whose largest gate entry is c. No
     label enters the scores, unlike in the CSG path. features (N, K), weight (C, K), bias (C,), gate (C, K).
+    Raises ValueError for shapes that do not fit.
     """
     a, w, g = np.asarray(features), np.asarray(weight), np.asarray(gate)
     if a.ndim != 2 or w.shape != g.shape or a.shape[1] != g.shape[1]:
@@ -65,7 +68,10 @@ def own_filter_predictions(
 def own_filter_accuracy(
     features: ArrayLike, weight: ArrayLike, bias: ArrayLike, gate: ArrayLike, labels: ArrayLike
 ) -> float:
-    """Accuracy of own_filter_predictions, labels (N,): near the STD path's where filters are ideally class-specific."""
+    """Accuracy of own_filter_predictions, in [0, 1]: near the STD path's where filters are ideally class-specific.
+
+    Arguments and errors: as own_filter_predictions; labels (N,).
+    """
     predicted, y = own_filter_predictions(features, weight, bias, gate), np.asarray(labels)
     if y.shape != predicted.shape:
         raise ValueError(f"own_filter_accuracy: labels must be ({len(predicted)},) like features, got {y.shape}")

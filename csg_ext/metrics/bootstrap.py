@@ -25,9 +25,9 @@ def paired_bootstrap(
 ) -> Interval:
     """Percentile interval of mean(second) - mean(first) over samples, (N,) values of both for the same N samples.
 
-    Samples are drawn with replacement, both values of a sample together. For means of per-sample values (accuracy,
-    loss) only; for measures of the whole set see split_half_interval. Source: Efron and Tibshirani, An Introduction to
-    the Bootstrap, 1993, section 13.3.
+    Samples are drawn with replacement, `resamples` times with `seed`, both values of a sample together. For means of
+    per-sample values (accuracy, loss) only; for measures of the whole set see split_half_interval. Source: Efron and
+    Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
 
     Raises ValueError for shapes that do not fit, resamples below 1 or a confidence outside (0, 1).
     """
@@ -58,8 +58,8 @@ def split_half_interval(
 
     For estimates from nearest neighbours, which repeated samples destroy. Halves of a random split are disjoint, so
     independent if samples are, and of one size, so their bias cancels: E (D1 - D2)^2 / 4 = Var(D_half) / 2, the
-    variance of D at n samples as far as variances fall as 1/n. Its mean over the splits gives a normal interval around
-    statistic(all samples). One interval for each of the D differences.
+    variance of D at n samples as far as variances fall as 1/n. Its mean over the `splits`, drawn with `seed`, gives a
+    normal interval around statistic(all samples). One interval for each of the D differences.
     This is the delete-d jackknife with d = n/2: Shao and Wu, "A general theory for jackknife variance estimation",
     Annals of Statistics, 1989.
 

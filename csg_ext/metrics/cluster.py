@@ -40,7 +40,7 @@ def cluster_accuracy(
     features: ArrayLike, weight: ArrayLike, bias: ArrayLike, filter_classes: ArrayLike, labels: ArrayLike
 ) -> float:
     """Accuracy with only the filters of every sample's true class. The label chooses the filters: it is no measure of
-    quality, only of where the evidence for a class lies. Arguments: as cluster_predictions; labels (N,)."""
+    quality, only of where the evidence for a class lies. Arguments and errors: as cluster_predictions; labels (N,)."""
     predicted = cluster_predictions(features, weight, bias, filter_classes, labels)
     return float(np.mean(predicted == np.asarray(labels)))
 
@@ -50,7 +50,7 @@ def complement_accuracy(
 ) -> float:
     """Accuracy with the filters of every sample's true class removed: it collapses where filters are class-specific.
 
-    Source: Liang et al., ECCV 2020. Arguments: as cluster_predictions; labels (N,)."""
+    Source: Liang et al., ECCV 2020. Arguments and errors: as cluster_predictions; labels (N,)."""
     predicted = cluster_predictions(features, weight, bias, filter_classes, labels, complement=True)
     return float(np.mean(predicted == np.asarray(labels)))
 
@@ -60,7 +60,7 @@ def predicted_class_accuracy(
 ) -> float:
     """Accuracy with only the filters of the class that the STD path predicts; no label is used.
 
-    Arguments: as cluster_predictions; labels (N,)."""
+    Arguments and errors: as cluster_predictions; labels (N,)."""
     std = (np.asarray(features) @ np.asarray(weight).T + np.asarray(bias)).argmax(axis=1)
     predicted, y = cluster_predictions(features, weight, bias, filter_classes, std), np.asarray(labels)
     if y.shape != predicted.shape:

@@ -26,7 +26,8 @@ class MutualInformationScore(Metric):
     have no batch; features of other types or numbers of filters than in another process are a ValueError in all.
 
     Call ``update``, not ``forward``: the MI of a single batch means little. Memory: the features.
-    Arguments and errors: as csg_ext.class_mutual_info, and those of torchmetrics.Metric.
+    Arguments and errors: as csg_ext.class_mutual_info, whose `device` is compute_device here and whose `progress` is
+    left out, and those of torchmetrics.Metric.
     """
 
     is_differentiable = False

@@ -59,11 +59,14 @@ def best_class(
 def best_class(
     mi: Tensor | ArrayLike, features: Tensor | ArrayLike | None = None, labels: Tensor | ArrayLike | None = None
 ) -> Tensor | NDArray[np.int64]:
-    """The class that every filter tells most about, (K,) in int64, of an MI matrix (K, C); a tensor for a tensor.
+    """The class that every filter tells most about, (K,) in int64, of an MI matrix mi (K, C); a tensor for a tensor.
 
     Of classes with the same value the one in whose samples the filter's mean is largest, by features (N, K) and labels
     (N,); without these the first. With two classes every filter has the same value for both ("is it the one" and "is it
     the other" are one question), so that there only the means tell them apart.
+
+    Raises ValueError for shapes that do not fit, labels that are no classes, or one of features and labels alone;
+    TypeError for an mi that is not real.
 
     Example:
         >>> best_class([[0.3, 0.1], [0.0, 0.2]])
@@ -103,7 +106,10 @@ def _class_means(m: Tensor, features: Tensor | ArrayLike, labels: Tensor | Array
 
 
 def mutual_information_score(mi: Tensor | ArrayLike) -> float:
-    """MIS = mean over filters of the largest MI with a class, in nats, of an MI matrix (K, C).
+    """MIS = mean over filters of the largest MI with a class, in nats, of an MI matrix mi (K, C).
+
+    Raises ValueError for another shape or an empty matrix, TypeError for one that is not real.
+    Source: Liang et al., ECCV 2020, section 4.1.
 
     Example:
         >>> mutual_information_score([[0.3, 0.1], [0.0, 0.2]])          # two filters: 0.3 and 0.2
@@ -123,7 +129,8 @@ def mis_ceiling(
     """A practical ceiling of MIS in nats: the mean MI of the network's own class scores (N, C) with their classes.
 
     A filter that tells as much about its class as the whole network's score of that class does reaches it. This is the
-    mean of the diagonal of class_mutual_info(logits, labels).
+    mean of the diagonal of class_mutual_info(logits, labels, ...); labels (N,), n_neighbors, random_state and ties are
+    those of that function, and so are the errors. Raises ValueError for logits that are no (N, C).
     """
     scores = logits if isinstance(logits, Tensor) else np.asarray(logits)
     if scores.ndim != 2:
@@ -139,7 +146,7 @@ def mis_ceiling(
 def entropy_bound(num_classes: int) -> float:
     """H(1/C), the entropy of one class against the rest in nats: no MI of C balanced classes exceeds it.
 
-    class_entropy gives it for each class of a set of labels.
+    class_entropy gives it for each class of a set of labels. num_classes is C; ValueError below 2.
 
     Example:
         >>> round(entropy_bound(10), 3), round(entropy_bound(1000), 4)

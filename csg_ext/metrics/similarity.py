@@ -29,6 +29,7 @@ def last_convolution(model: nn.Module, num_filters: int) -> nn.Conv1d | nn.Conv2
 def filter_similarity(kernels: ArrayLike) -> NDArray[np.float64]:
     """|cosine| of every two flattened kernels, (K, K), from kernels (K, ...); 0 for a kernel of zeros.
 
+    Raises ValueError for kernels without an axis of filters or without a value.
     Source: Liang et al., ECCV 2020, section 4.
     """
     k = np.asarray(kernels, np.float64)
@@ -38,6 +39,15 @@ def filter_similarity(kernels: ArrayLike) -> NDArray[np.float64]:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
     return np.minimum(np.abs(rows @ rows.T), 1)
+
+
+def kernel_similarity(model: nn.Module, num_filters: int) -> NDArray[np.float64] | None:
+    """filter_similarity of the kernels of last_convolution; None where the model has no such convolution."""
+    try:
+        kernels = last_convolution(model, num_filters).weight
+    except ValueError:  # a DenseNet's last map is concatenated
+        return None
+    return filter_similarity(kernels.detach().cpu().numpy())
 
 
 class BlockScore(NamedTuple):
@@ -55,8 +65,8 @@ def block_score(
     """How blocky a similarity matrix (K, K) is when its filters are sorted by class, filter_classes (K,).
 
     score = mean similarity of pairs within a class - mean of pairs between classes; the diagonal is left out.
-    p_value: the share of random assignments with the same class sizes, counting the given one, that score as high.
-    All are NaN when no two filters share a class or all filters do.
+    p_value: the share of `permutations` random assignments with the same class sizes, drawn with `seed`, and of the
+    given one, that score as high. All are NaN when no two filters share a class or all filters do.
 
     Raises ValueError for shapes that do not fit or fewer than one permutation.
     """

@@ -266,7 +266,10 @@ def _goes_in_one_pass(g: AttachedModel, example: Tensor) -> bool:
 
 
 def detach(g: AttachedModel) -> nn.Module:
-    """Take the gate out again: the model as it was before `csg_ext.attach`, without hooks."""
+    """Take the gate out again: returns the model as it was before `csg_ext.attach`, with the weights that it has now.
+
+    g: what attach returned; TypeError for anything else. What was hooked onto the model by others stays.
+    """
     if not isinstance(g, AttachedModel):
         raise TypeError(f"detach: g must be what attach returned, got {type(g).__name__}")
     g._handle.remove()

@@ -88,6 +88,9 @@ class ClassSpecificGate(nn.Module):
     The parameter `gate` starts at `init` everywhere, which is outside V_G (no column reaches 1) on purpose: the first
     projection follows the first gradients. Call `project_()` after every update by an optimizer that does not project
     (`csg_ext.optim.ProjectedSGD` does).
+
+    Arguments: num_classes is C, num_filters K. Raises ValueError where one is below 1 or init is not finite.
+    Source: Liang et al., ECCV 2020, section 3.
     """
 
     def __init__(self, num_classes: int, num_filters: int, init: float = 0.5) -> None:
@@ -117,12 +120,13 @@ class ClassSpecificGate(nn.Module):
 
     @torch.no_grad()
     def project_(self, method: str = "scale") -> ClassSpecificGate:
-        """Projects the gate onto V_G in place; see `csg_ext.project_gate_`."""
+        """Projects the gate onto V_G in place and returns self; method: "scale" or "euclidean", see
+        `csg_ext.project_gate`."""
         project_gate_(self.gate, method)
         return self
 
     def penalty(self, budget: float | None = None, norm: str = "l1") -> Tensor:
-        """The sparsity penalty; see `gate_penalty`."""
+        """The sparsity penalty, a scalar; see `gate_penalty`."""
         return gate_penalty(self.gate, budget, norm)
 
     def density(self) -> float:
@@ -156,8 +160,11 @@ class GatedModel(TwoPaths):
     - ``forward(x, labels)``: CSG path, classifier(G[labels] * avgpool(features));
     - ``forward(x, labels, path="both")``: the logits of both, from one pass through backbone and pooling.
 
-    Arguments: backbone maps x to a feature map (N, K, *spatial); num_filters is K, taken from `backbone.num_filters`
-    when not given. The state dict holds the gate beside the weights.
+    Arguments: backbone maps x to a feature map (N, K, *spatial), or to pooled features (N, K); num_classes is C;
+    num_filters is K, taken from `backbone.num_filters` when not given; init is the gate's first value. The state dict
+    holds the gate, as "csg.gate", beside the weights.
+    Raises ValueError where K is not known, for sizes below 1, a path that is none, and a CSG path without labels; what
+    gated_pool raises for features or labels that do not fit.
     Source: Liang et al., ECCV 2020, figure 2.
     """
 

@@ -34,7 +34,7 @@ _WIDTHS = (*_CHANNELS_FIRST, "out_features", "normalized_shape")
 
 @dataclass(frozen=True)
 class Place:
-    """The input (its first argument) or the output of the module called `name`."""
+    """The input (its first argument) or the output of the module called `name`; side is "input" or "output"."""
 
     name: str
     side: str
@@ -45,7 +45,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the feature map is, where its gate is applied, and what follows."""
+    """Where the feature map is, where its gate is applied, and what follows.
+
+    layer: the map (N, K, ...), its K channels along channel_dim, 1 or -1. gate: where the gate's rows multiply; pooled
+    says whether these are N x K pooled values rather than the map. batch_norms: the names of modules after the gate
+    that may mix the samples of a batch in training. classifier: the name of the final nn.Linear, None without one.
+    num_classes is C, num_filters K.
+    """
 
     layer: Place
     channel_dim: int  # of the map: 1 or -1
@@ -439,8 +445,8 @@ def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tupl
     )
     names = [name for name in maps if name.count(".") == min(n.count(".") for n in maps)]
     raise ValueError(
-        "attach: layer must be given for a model without global pooling of a feature map before its classifier, or where "
-        "several modules read what is pooled"
+        "attach: layer must be given for a model without global pooling of a feature map before its classifier, or "
+        "where several modules read what is pooled"
         + (f", one of its modules such as {', '.join(names[-3:])}" if names else ", got a model without feature maps")
     )
 

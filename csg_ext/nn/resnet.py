@@ -34,7 +34,11 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The ResNet for small images: (N, in_channels, H, W) to the feature map (N, 64, ceil(H / 4), ceil(W / 4))."""
+    """The ResNet for small images: (N, in_channels, H, W) to the feature map (N, 64, ceil(H / 4), ceil(W / 4)).
+
+    blocks: residual blocks in each of the three stages; a classifier counted, the network has 6 blocks + 2 layers.
+    Source: He et al., CVPR 2016, section 4.2 (shortcut option A).
+    """
 
     num_filters = 64
 
@@ -56,10 +60,3 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The last convolutional layer's feature map."""
         return self.stages(F.relu(self.bn(self.conv(x))))
-
-
-def build_backbone(name: str, in_channels: int = 3) -> CifarResNet:
-    """The backbone called `name`, one of resnet20, resnet32, resnet44 and resnet56."""
-    if name not in DEPTHS:
-        raise ValueError(f"build_backbone: name must be one of {', '.join(DEPTHS)}, got {name!r}")
-    return CifarResNet(DEPTHS[name], in_channels)

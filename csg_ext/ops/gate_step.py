@@ -46,7 +46,10 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 
 
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
-    """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``."""
+    """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``.
+
+    Arguments and errors: as :func:`project_gate`; ValueError also for a gate that is expanded or overlaps itself.
+    """
     _check_gate("project_gate_", gate, method)
     check_writable("project_gate_", "gate", gate)
     return _step("project_gate_", gate, None, None, 0.0, 0.0, 0.0, 0.0, False, False, METHODS[method])

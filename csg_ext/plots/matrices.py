@@ -29,7 +29,7 @@ _ROWS, _COLUMNS = 250, 500  # cells of a picture: of larger matrices, a cell sho
 
 
 def class_order(scores: ArrayLike) -> NDArray[np.int64]:
-    """The order of filters by their best class, then by falling score, from scores (C, K); (K,)."""
+    """The order of filters by their best class, then by falling score, (K,), from scores (C, K) such as a gate."""
     s = np.asarray(scores)
     return np.lexsort((-s.max(axis=0), s.argmax(axis=0)))
 

@@ -74,10 +74,11 @@ def _drawn(run: Run) -> Iterator[tuple[str, str, Any]]:
         )
     owners = {f"{arm.name}, by {arm.classes_by}": arm.filter_classes for arm in run.arms}
     yield "filters_per_class", "Filters per class", plots.plot_filters_per_class(owners, classes)
-    kernels = [metrics.last_convolution(arm.model, len(arm.mi)).weight.detach().numpy() for arm in run.arms]
-    similarities = [metrics.filter_similarity(k) for k in kernels]
-    top = max(float(np.max(s - np.eye(len(s)))) for s in similarities)
+    similarities = [metrics.kernel_similarity(arm.model, len(arm.mi)) for arm in run.arms]
+    top = max((float(np.max(s - np.eye(len(s)))) for s in similarities if s is not None), default=0.0)
     for arm, similarity in zip(run.arms, similarities, strict=True):
+        if similarity is None:
+            continue
         yield (
             f"filter_similarity_{arm.name.lower()}",
             f"Similarity of the kernels of the filters of {arm.name}, sorted by class (by {arm.classes_by})",

@@ -37,7 +37,7 @@ from csg_ext.training.files import (
 from csg_ext.training.logs import write_epoch
 from csg_ext.training.module import ROW, AlternateTraining
 from csg_ext.training.monitor import DivergedError
-from csg_ext.training.network import build_model
+from csg_ext.training.network import build_model, initial_model
 from csg_ext.training.schedule import CSG
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[dict[str, Any]], None]
 _REPORT_SECONDS = 0.2
+_PREDICT_PIXELS = 2**20  # of a batch that is measured: large images take much memory in a large network
 
 
 def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
@@ -139,7 +140,7 @@ def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def predict(
-    model: GatedModel, images: NDArray[np.uint8], statistics: tuple[list[float], list[float]], batch_size: int = 250
+    model: GatedModel, images: NDArray[np.uint8], statistics: tuple[list[float], list[float]]
 ) -> tuple[Any, Any]:
     """Pooled features (N, K) and logits (N, C) of the STD path as numpy arrays, in fp32 on the model's device.
 
@@ -147,6 +148,8 @@ def predict(
     """
     device = model.gate.device
     mean, std = statistics
+    height, width = images.shape[2:]
+    batch_size = max(1, min(250, _PREDICT_PIXELS // (height * width)))
     model.eval()
     features, logits = [], []
     with torch.inference_mode():
@@ -187,6 +190,37 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     return numbers, {"mi": mi, "gate": gate, "confusion": confusion, "features": features, "labels": labels}
 
 
+def _batches(config: TrainConfig, data: ImageData, device: torch.device) -> Batches:
+    mean, std = data.statistics()
+    return Batches(
+        data.train_images,
+        data.train_labels,
+        min(config.batch_size, len(data.train_labels)),
+        seed=config.seed,
+        mean=mean,
+        std=std,
+        shift=config.shift,
+        flip=config.flip,
+        sizes=config.sizes(data.train_images.shape[2]),
+        device=device,
+    )
+
+
+def _trainer(config: TrainConfig, device: torch.device, callback: Callback) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=config.epochs,
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision="bf16-mixed" if uses_bf16(config, device) else "32-true",
+        callbacks=[callback],
+        plugins=[AtomicCheckpointIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
 def fit_arm(
     arm: str,
     config: TrainConfig,
@@ -212,39 +246,17 @@ def fit_arm(
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     place = torch.device(device)
-    mean, std = data.statistics()
-    batches = Batches(
-        data.train_images,
-        data.train_labels,
-        min(config.batch_size, len(data.train_labels)),
-        seed=config.seed,
-        mean=mean,
-        std=std,
-        shift=config.shift,
-        flip=config.flip,
-        sizes=config.sizes(data.train_images.shape[2]),
-        device=place,
-    )
-    module = AlternateTraining(build_model(config, data), batches, config, arm)
+    checkpoint = out / CHECKPOINT
+    goes_on = resume and checkpoint.exists()
+    model = (build_model if goes_on else initial_model)(config, data)
+    module = AlternateTraining(model, _batches(config, data, place), config, arm)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with Interruption() as interruption, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         keeper = _Keeper(out, report, interruption, stop_after, tensorboard)
-        trainer = pl.Trainer(
-            max_epochs=config.epochs,
-            accelerator="gpu" if place.type == "cuda" else "cpu",
-            devices=[place.index or 0] if place.type == "cuda" else 1,
-            precision="bf16-mixed" if uses_bf16(config, place) else "32-true",
-            callbacks=[keeper],
-            plugins=[AtomicCheckpointIO()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        checkpoint = out / CHECKPOINT
+        trainer = _trainer(config, place, keeper)
         try:
-            trainer.fit(module, ckpt_path=checkpoint if resume and checkpoint.exists() else None, weights_only=True)
+            trainer.fit(module, ckpt_path=checkpoint if goes_on else None, weights_only=True)
         except SystemExit:  # what Lightning makes of a second Ctrl-C
             raise KeyboardInterrupt from None
         except (OSError, DivergedError, TrainingInterrupted, torch.OutOfMemoryError):

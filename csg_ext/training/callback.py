@@ -194,6 +194,16 @@ class ClassSpecificGateCallback(Callback):
                 "ClassSpecificGateCallback: under fp16 the optimizer must not unscale gradients by itself, "
                 f"got {type(optimizer).__name__} with fused=True"
             )
+        self.schedule = self._measured(trainer)
+        self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
+        if self.make_csg_optimizer is not None:
+            weights = [p for p in self.gated.weights() if p.requires_grad]
+            self.csg_optimizer = self._make(self.make_csg_optimizer, weights, "csg_optimizer")
+        hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer))
+        self._undo.append(hook.remove)
+
+    def _measured(self, trainer: pl.Trainer) -> Schedule:
+        """The schedule for the run's own length; ValueError where the run would never train the gate."""
         total, batches = total_steps(trainer), trainer.num_training_batches
         if math.isfinite(batches):
             steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
@@ -203,19 +213,14 @@ class ClassSpecificGateCallback(Callback):
             )
         else:
             steps_per_epoch = total
-        self.schedule = self.schedule.for_run(total, steps_per_epoch)
+        schedule = self.schedule.for_run(total, steps_per_epoch)
         tries = getattr(trainer, "fast_dev_run", False)  # a few steps that try the code, not the schedule
         if total and not tries:
             try:
-                self.schedule.check_takes_csg()
+                schedule.check_takes_csg()
             except ValueError as error:
                 raise ValueError(f"ClassSpecificGateCallback: {error}") from None
-        self.gate_optimizer = self._make(self.make_gate_optimizer, [gate], "gate_optimizer")
-        if self.make_csg_optimizer is not None:
-            weights = [p for p in self.gated.weights() if p.requires_grad]
-            self.csg_optimizer = self._make(self.make_csg_optimizer, weights, "csg_optimizer")
-        hook = optimizer.register_step_post_hook(lambda *_: self._after_step(trainer))
-        self._undo.append(hook.remove)
+        return schedule
 
     def _make(
         self, make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter], name: str

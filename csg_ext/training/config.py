@@ -8,7 +8,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from csg_ext.nn.resnet import DEPTHS
+from csg_ext.nn.backbones import NAMES, is_backbone_name
 from csg_ext.ops.gate_step import METHODS
 from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
@@ -45,8 +45,10 @@ def _check_kind(name: str, value: Any, kind: str) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; both arms share them.
+    """Settings of one run; both arms share them. Raises ValueError for a value that is out of range.
 
+    - model: the backbone, one of csg_ext.nn.build_backbone's names; weights: a file with its first weights (None:
+      random ones). seed: of the weights, the batches and the augmentation. epochs: passes over the train images.
     - Schedule (see Schedule): schedule, period (None: 3 for "epochs", else 60), csg_share, csg_at, warmup, gate_warmup,
       final_std, lambda_1_ramp, lambda_2_ramp.
     - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
@@ -97,6 +99,7 @@ class TrainConfig:
     clip_norm: float | None = None
     gate_clip_norm: float | None = None
     projection: str = "scale"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -105,7 +108,9 @@ class TrainConfig:
             object.__setattr__(self, "period", 3 if self.schedule == "epochs" else 60)
         if self.csg_at is not None:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
-        for name, choices in (("model", DEPTHS), ("precision", PRECISIONS), ("projection", METHODS)):
+        if not is_backbone_name(self.model):
+            raise ValueError(f"model must be one of {NAMES}, got {self.model!r}")
+        for name, choices in (("precision", PRECISIONS), ("projection", METHODS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):

@@ -28,7 +28,7 @@ class _KeepStatistics:
 
 
 def freeze(model: nn.Module, stages: Iterable[str]) -> None:
-    """Freezes the submodules of `model` with the given names, such as ["backbone.conv", "backbone.bn"].
+    """Freezes the submodules of `model` that `stages` names, such as ["backbone.conv", "backbone.bn"].
 
     Their parameters need no gradient any more, and their BatchNorm layers normalise with the running statistics, which
     they keep, whatever train() says. Do it before the optimizers and DistributedDataParallel are made.
@@ -46,7 +46,7 @@ def freeze(model: nn.Module, stages: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def fixed_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm layers use and keep their running statistics inside the block."""
+    """The BatchNorm layers of `model` use and keep their running statistics inside the block."""
     training = [norm for norm in _batch_norms(model) if norm.training]
     for norm in training:
         norm.eval()

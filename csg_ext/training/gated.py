@@ -124,7 +124,10 @@ class AveragedGatedModel(AveragedModel):
 
 
 class GatedWeightAveraging(EMAWeightAveraging):
-    """Lightning's EMAWeightAveraging with gates that lie in V_G, see AveragedGatedModel. Arguments: as there."""
+    """Lightning's EMAWeightAveraging, a callback, with gates that lie in V_G; see AveragedGatedModel.
+
+    Arguments: as EMAWeightAveraging, such as decay and update_every_n_steps.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes the average when fit begins."""

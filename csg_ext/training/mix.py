@@ -12,9 +12,11 @@ from torch import Tensor
 class Mix:
     """Mixes every batch with a permutation of itself: (x, labels) to (x, float labels (N, C)).
 
-    With both alphas positive, each batch takes mixup or cutmix with equal chance; 0 leaves one out. x: (N, channels,
-    H, W), (for mixup any shape); labels: integers (N,) or float (N, C). Draws from torch's global CPU generator.
-    torchvision.transforms.v2.MixUp and CutMix have the same interface and can take its place.
+    With both alphas positive, each batch takes mixup or cutmix with equal chance; 0 leaves one out. x: (N, channels, H,
+    W), (for mixup any shape); labels: integers (N,) in [0, num_classes) or float (N, C). Draws from torch's global CPU
+    generator. torchvision.transforms.v2.MixUp and CutMix have the same interface and can take its place. Raises
+    ValueError for alphas that are negative, infinite or both 0, for labels that are no classes, and with cutmix for x
+    of another shape.
     Sources: Zhang et al., mixup, ICLR 2018; Yun et al., CutMix, ICCV 2019.
     """
 

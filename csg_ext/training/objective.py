@@ -39,6 +39,7 @@ class Objective:
 
     budget: in units of ||G||_1; None means K, the smallest that a feasible gate can have. penalty (psi): "l1", "l2" or
     "smooth_l1". label_smoothing in [0, 1], on both paths, as in torch.nn.functional.cross_entropy.
+    Raises ValueError for a lambda that is negative or not finite, and for a budget, penalty or smoothing out of range.
     Source: Liang et al., ECCV 2020, section 3.3.
     """
 

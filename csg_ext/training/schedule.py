@@ -31,6 +31,9 @@ class Schedule:
     lambda_1_ramp, lambda_2_ramp: the share of the run, counted from the end of `warmup`, over which a lambda rises
     linearly.
 
+    total_steps and steps_per_epoch are set by `for_run`; a Trainer sets them by itself. Raises ValueError for a kind,
+    decay, period, share or position that is out of range.
+
     Example:
         >>> schedule = Schedule(kind="steps", period=3, csg_share=1 / 3, final_std=0.2)
         >>> run = schedule.for_run(total_steps=10, steps_per_epoch=5)

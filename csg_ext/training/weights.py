@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from csg_ext._text import reason
+from csg_ext.nn.backbones import TimmBackbone
 from csg_ext.training.files import atomic_file
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """torch.save, atomically: raises OSError with one sentence and keeps the old file when the writing fails."""
+    """torch.save of a checkpoint to `path`, atomically: when the writing fails, the old file stays.
+
+    Raises OSError with one sentence.
+    """
     with atomic_file(path) as file:
         try:
             torch.save(checkpoint, file)
@@ -26,9 +30,13 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             raise (cause if isinstance(cause, OSError) else error) from None
 
 
-def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> Any:
-    """torch.load with weights_only=True: raises ValueError with one sentence when the file is damaged or hostile."""
-    expected = f"{path}: expected a checkpoint of csg-ext"
+def load_checkpoint(path: str | Path, map_location: Any = "cpu", what: str = "a checkpoint of csg-ext") -> Any:
+    """torch.load with weights_only=True: what the file holds, its tensors on map_location, without running code in it.
+
+    what: how the errors name it. Raises FileNotFoundError, and ValueError with one sentence when the file is damaged or
+    hostile.
+    """
+    expected = f"{path}: expected {what}"
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
@@ -85,13 +93,8 @@ def _some(names: list[str]) -> str:
     return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads the weights of `model` from model.safetensors, or from a checkpoint of torch or Lightning.
-
-    A Lightning checkpoint gives the part of its state dict that begins with "model.". Nothing in the file is executed.
-    Raises ValueError, with one sentence, for a damaged file, the weights of another model, or NaN and infinity among
-    them (of a run that diverged); the model stays as it was.
-    """
+def _read_state(path: str | Path, what: str = "a checkpoint of csg-ext") -> Mapping[str, Any]:
+    """The state dict in a file of safetensors or torch; of a Lightning checkpoint, what begins with "model."."""
     state: Any
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -103,13 +106,43 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         except Exception as error:
             raise ValueError(f"{path}: expected a safetensors file, got one that fails with: {reason(error)}") from None
     else:
-        state = load_checkpoint(path)
-        if isinstance(state, Mapping) and "state_dict" in state:
-            state = {k.removeprefix("model."): v for k, v in state["state_dict"].items() if k.startswith("model.")}
+        state = load_checkpoint(path, what=what)
+        if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+            state = state["state_dict"]
+            state = {k.removeprefix("model."): v for k, v in state.items() if str(k).startswith("model.")} or state
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
+    return state
+
+
+def load_backbone(backbone: nn.Module, path: str | Path, name: str) -> None:
+    """Loads the first weights of a backbone that `name` built: those of another run's, or of timm's whole network.
+
+    Nothing in the file is executed. Raises OSError, or ValueError with one sentence, as load_weights does.
+    """
+    state, own = _read_state(path, "a state dict"), backbone.state_dict()
+    of_run = {k.removeprefix("backbone."): v for k, v in state.items() if str(k).startswith("backbone.")}
+    if of_run:
+        state = of_run
+    elif isinstance(backbone, TimmBackbone):
+        state = backbone.own_weights(state)
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}  # which old files lack
+    _load(backbone, counters | dict(state), path, name)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads the weights of `model` from model.safetensors, or from a checkpoint of torch or Lightning.
+
+    A Lightning checkpoint gives the part of its state dict that begins with "model.". Nothing in the file is executed.
+    Raises ValueError, with one sentence, for a damaged file, the weights of another model, or NaN and infinity among
+    them (of a run that diverged); the model stays as it was.
+    """
+    _load(model, _read_state(path), path)
+
+
+def _load(model: nn.Module, state: Mapping[str, Any], path: str | Path, what: str = "") -> None:
     try:
-        check_state(model, state)
+        check_state(model, state, what)
         check_finite(state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
