@@ -48,7 +48,8 @@ def test_every_study_has_settings_that_exist(study):
     for s in study.STUDIES:
         TrainConfig(**s.settings)
     on_the_test_part = {s.name for s in study.STUDIES if s.hold_out is None}
-    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "scenes", "crowded"}
+    shared = {f"shared-{sharing}{suffix}" for sharing in (1, 2, 4) for suffix in ("", "-long")}
+    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "scenes", "crowded"} | shared
     for s in study.STUDIES:
         other = next((o for o in study.STUDIES if o.name == s.std), s)
         assert "std" in other.arms and set(s.seeds) <= set(other.seeds)
@@ -85,10 +86,36 @@ def test_tables_say_what_is_missing(study):
     assert any("| yes |" in line for line in study.main_table(study.STUDIES[0]))
 
 
+@pytest.mark.parametrize("sharing", [1, 2, 4])
+def test_scenes_of_two_items_hold_those_of_their_class(study, sharing):
+    from torch.nn.functional import interpolate
+
+    from csg_ext.data import load_images
+
+    data = load_images()
+    found = study.shared(data, sharing)
+    assert len(found.classes) == 10 and np.array_equal(np.bincount(found.test_labels), [200] * 10)
+    assert np.array_equal(study.shared(data, sharing).train_images[-50:], found.train_images[-50:])
+    held = [name.split(" + ") for name in found.classes]
+    counts = [sum(item in pair for pair in held) for item in data.classes]
+    assert set(counts) == ({sharing} if sharing < 4 else {4, 0})
+    small = interpolate(torch.from_numpy(data.test_images).float(), size=20, mode="bilinear", antialias=True)
+    small = {
+        image.round().to(torch.uint8).numpy().tobytes(): n for image, n in zip(small, data.test_labels, strict=True)
+    }
+    for scene, label in zip(found.test_images[:200, 0], found.test_labels, strict=False):
+        quadrants = [scene[y : y + 20, x : x + 20] for y in (0, 20) for x in (0, 20)]
+        items = [data.classes[small[q.tobytes()]] for q in quadrants if q.any()]
+        assert sorted(items) == sorted(held[label])
+
+
 def test_the_aim_for_density_depends_on_the_number_of_classes(study):
     study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
     found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]
-    for s in found:
+    complete = [s for s in found if len(study.both_arms(s)) == len(s.seeds)]
+    assert len(complete) >= 10
+    assert all("too few for an interval or a verdict" in study.main_table(s)[-1] for s in found if s not in complete)
+    for s in complete:
         densest = max(csg["l1_density"] for _, _, csg in study.both_arms(s))
         reached = "yes" if densest <= 1.05 / (80 if s.name == "crowded" else 10) else "no"
         assert f"| L1-density at most 1.05 / C | {reached} |" in study.main_table(s)
