@@ -109,6 +109,18 @@ def test_scenes_of_two_items_hold_those_of_their_class(study, sharing):
         assert sorted(items) == sorted(held[label])
 
 
+def test_filters_of_items_are_told_from_those_of_classes(study):
+    from csg_ext import metrics
+
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(600) % 10)
+    item, last = (labels < 4).astype(float), (labels == 9).astype(float)  # the first item's classes, the last class
+    features = (np.stack([item, item, last, last], 1) + 0.2 * rng.random((600, 4))).astype(np.float32)
+    for count in (2, 3, 4):
+        mi = metrics.class_mutual_info(features[:, :count], labels, num_classes=10)
+        assert study.filters_of_items(features[:, :count], labels, mi, 4) == pytest.approx(2 / count)
+
+
 def test_the_aim_for_density_depends_on_the_number_of_classes(study):
     study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
     found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]

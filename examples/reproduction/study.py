@@ -168,6 +168,10 @@ class Job:
         with np.load(folder / "arrays.npz") as arrays:
             logits = arrays["features"] @ weights["classifier.weight"].T + weights["classifier.bias"]
             right = logits.argmax(axis=1) == arrays["labels"]
+            if self.study.data.startswith("shared"):
+                result["filters_of_items"] = filters_of_items(
+                    arrays["features"], arrays["labels"], arrays["mi"], int(self.study.data[-1])
+                )
         result |= {"seed": self.seed, "images": len(right), "right": np.packbits(right).tobytes().hex()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(result, indent=1) + "\n")
@@ -227,6 +231,30 @@ def crowded(data: ImageData) -> ImageData:
     return ImageData("crowded", train_images, train_labels, test_images, test_labels, names)
 
 
+PAIRS = {  # the two items of every class, by the number of classes that an item is in
+    1: [(item, item) for item in range(10)],
+    2: [(item, (item + 1) % 10) for item in range(10)],
+    4: list(itertools.combinations(range(5), 2)),
+}
+
+
+def filters_of_items(
+    features: NDArray[np.float32], labels: NDArray[np.int64], mi: NDArray[np.float64], sharing: int
+) -> float:
+    """The share of filters that say more of an item than of a class, each in shares of the entropy of what it is about.
+
+    features (N, K) and labels (N,) of a set of shared items; mi (K, C), with its classes.
+    """
+    import numpy as np
+
+    from csg_ext import metrics
+
+    items = np.array(PAIRS[sharing])[labels]
+    seen = [(items == item).any(1).astype(np.int64) for item in np.unique(items)]
+    of_items = [metrics.class_mutual_info(features, s)[:, 1] / metrics.class_entropy(s)[1] for s in seen]
+    return float((np.max(of_items, axis=0) > (mi / metrics.class_entropy(labels)).max(1)).mean())
+
+
 def shared(data: ImageData, sharing: int) -> ImageData:
     """Ten classes of scenes of two items, 40 x 40; every item is in `sharing` of the classes.
 
@@ -240,12 +268,7 @@ def shared(data: ImageData, sharing: int) -> ImageData:
 
     from csg_ext.data import ImageData
 
-    pairs = {
-        1: [(item, item) for item in range(10)],
-        2: [(item, (item + 1) % 10) for item in range(10)],
-        4: list(itertools.combinations(range(5), 2)),
-    }[sharing]
-    rng = np.random.default_rng(0)
+    pairs, rng = PAIRS[sharing], np.random.default_rng(0)
 
     def composed(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         small = F.interpolate(torch.from_numpy(images).float(), size=20, mode="bilinear", antialias=True)
@@ -460,6 +483,17 @@ def effect_table(studies: list[Study]) -> list[str]:
     return lines
 
 
+def items_table(studies: list[Study]) -> list[str]:
+    """How many filters are of an item rather than of a class, in the sets of shared items."""
+    lines = ["| set | seeds | STD: filters of an item | CSG: filters of an item |", "|---" * 4 + "|"]
+    for study in studies:
+        both = [(a, b) for _, a, b in both_arms(study) if "filters_of_items" in a]
+        if both:
+            shares = (spread([arm["filters_of_items"] for arm in arms], ".0%") for arms in zip(*both, strict=True))
+            lines.append("| " + " | ".join([study.text, str(len(both)), *shares]) + " |")
+    return lines
+
+
 def report() -> None:
     """Writes docs/results.md from the results that are there."""
     ablations = [study for study in STUDIES if study.hold_out]
@@ -468,6 +502,7 @@ def report() -> None:
     for study in tested:
         text = text.replace(f"{{{{{study.name}}}}}", "\n".join(main_table(study)))
     text = text.replace("{{effect}}", "\n".join(effect_table(tested)))
+    text = text.replace("{{items}}", "\n".join(items_table(tested)))
     text = text.replace("{{ablations}}", "\n".join(ablation_table(ablations)))
     (ROOT / "docs" / "results.md").write_text(text)
 
