@@ -115,7 +115,7 @@ def said(tmp_path, monkeypatch, capsys) -> list[str]:
         raise ModuleNotFoundError("No module named 'lightning'", name="lightning")
 
     capsys.readouterr()
-    assert cli._guarded("train", lacking, lambda: "") == 1
+    assert cli._guarded("train", lacking, lambda: "", "train") == 1
     texts.append(capsys.readouterr().err)
     return texts
 
