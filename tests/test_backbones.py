@@ -81,6 +81,23 @@ def test_filters_that_no_convolution_makes_have_no_kernels():
     assert np.array_equal(metrics.kernel_similarity(backbone, 64), expected)
 
 
+def test_a_run_whose_filters_have_no_kernels_is_measured_and_drawn_without(run, tmp_path, monkeypatch):
+    whole = tmp_path / "with"
+    assert cli.main(["evaluate", str(run[0]), "--output", str(whole)]) == 0
+    monkeypatch.setattr(metrics, "kernel_similarity", lambda model, num_filters: None)
+    assert cli.main(["evaluate", str(run[0]), "--output", str(tmp_path / "without")]) == 0
+    a, b = (json.loads((tmp_path / f / "evaluation.json").read_text())["checkpoints"][1] for f in ("with", "without"))
+    left_out = a["measures"].keys() - b["measures"].keys()
+    assert left_out == {f"block_score{part}_{by}" for part in ("", "_p_value") for by in ("gate", "mi")}
+    assert all(b["measures"][name] == a["measures"][name] for name in b["measures"])
+    assert {f.name for f in whole.iterdir()} - {f.name for f in (tmp_path / "without").iterdir()} == {
+        "filter_similarity_std.png",
+        "filter_similarity_csg.png",
+    }
+    assert cli.main(["report", str(run[0]), "--output", str(tmp_path / "page")]) == 0
+    assert "Similarity of the kernels" not in (tmp_path / "page" / "report.html").read_text()
+
+
 # ---- first weights
 
 
@@ -200,6 +217,14 @@ def test_a_run_with_pretrained_weights_and_what_reads_it(timm_in_workers, tmp_pa
     assert cli.main(["evaluate", str(folder), "--output", str(tmp_path / "e")]) == 0
     measured = json.loads((tmp_path / "e" / "evaluation.json").read_text())["checkpoints"]
     assert [c["measures"]["accuracy"] for c in measured] == [summary[arm]["accuracy"] for arm in ("std", "csg")]
+    np.save(tmp_path / "masks.npy", images[42:, 0] > 30)
+    for command in (
+        ["localize", str(folder), "--masks", "masks.npy"],
+        ["detect", str(folder / "csg"), "--images", "6", "--epsilons", "90", "--train-epsilon", "90", "--weights"],
+        ["mis", str(folder / "csg")],
+        ["report", str(folder)],
+    ):
+        assert cli.main(command) == 0, command
     capsys.readouterr()
     assert cli.main(["train", "--resume", "--output", str(folder), "--weights", "other.pth"]) == 2
     assert "--resume continues with the run's own settings: weights was" in capsys.readouterr().err
