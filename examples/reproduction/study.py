@@ -4,9 +4,11 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `scenes`, `crowded` and the
+is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `full`, `scenes`, `crowded` and the
 six named `shared` are measured on the test part with settings fixed before; every other study varies one setting and
 is measured on images held out of the train part: the test part chooses nothing.
+
+`full` reads the whole of Fashion-MNIST from the folder that --fashion-mnist names.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sets import crowded, filters_of_items, scenes, shared
 
+if TYPE_CHECKING:
+    from csg_ext.data import ImageData
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 HOLD_OUT = 2000  # images of the train part that the ablations are measured on
 MAIN_SEEDS, ABLATION_SEEDS = range(5), range(2)
 
@@ -41,8 +47,8 @@ class Study:
     arms: tuple[str, ...] = ("csg",)
     seeds: range = ABLATION_SEEDS
     hold_out: int | None = HOLD_OUT
-    data: str = "fashion"  # the embedded subset; "scenes": its items on photographs, in colour; "crowded": 80 classes;
-    # "shared-S": ten classes of two items each, every item in S of them
+    data: str = "fashion"  # the embedded subset; "full": the whole set; "scenes": items on photographs, in colour;
+    # "crowded": 80 classes; "shared-S": ten classes of two items each, every item in S of them
     classes: int = 10  # of the data
     std: str = ""  # the study whose STD arm is compared, where it has none of its own
 
@@ -60,6 +66,7 @@ STUDIES = [
     Study("long", "24 epochs", {"epochs": 24}, seeds=MAIN_SEEDS, hold_out=None, std="long-low"),
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
+    Study("full", "12 epochs, all 60,000 images", {}, ("std", "csg"), range(3), hold_out=None, data="full"),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
     Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), MAIN_SEEDS, None, data="crowded", classes=80),
     *(
@@ -181,23 +188,31 @@ def jobs(only: list[str]) -> Iterator[Job]:
                 yield from (Job(study, arm, seed) for arm in study.arms)
 
 
-def run(only: list[str], count: int) -> None:
+def load_set(name: str, scratch: Path, fashion_mnist: Path) -> ImageData:
+    """The images of a study's `data`."""
+    from csg_ext.data import load_images
+
+    if name in ("full", "scenes"):
+        return load_images(fashion_mnist if name == "full" else scenes(scratch))
+    data = load_images()
+    if name == "crowded":
+        return crowded(data)
+    return shared(data, int(name[-1])) if name.startswith("shared") else data
+
+
+def run(only: list[str], count: int, fashion_mnist: Path) -> None:
     """Trains the jobs that have no result, `count` at a time."""
     unknown = set(only) - {study.name for study in STUDIES}
     if unknown:
         raise SystemExit(f"study: NAME must be one of {', '.join(s.name for s in STUDIES)}, got {sorted(unknown)}")
     sys.path.insert(0, str(ROOT))
-    from csg_ext.data import load_images
-
     scratch = ROOT / "runs" / "reproduction"
     scratch.mkdir(parents=True, exist_ok=True)
     waiting = [job for job in jobs(only) if not job.path.exists()]
     files = {}
     for name, hold_out in {(job.study.data, job.study.hold_out) for job in waiting}:
         files[name, hold_out] = scratch / f"{name}-{hold_out or 'test'}.npz"
-        data = load_images(scenes(scratch) if name == "scenes" else None)
-        data = crowded(data) if name == "crowded" else data
-        data = shared(data, int(name[-1])) if name.startswith("shared") else data
+        data = load_set(name, scratch, fashion_mnist)
         (data.hold_out(hold_out) if hold_out else data).save(files[name, hold_out])
     running: list[tuple[Job, subprocess.Popen[str], Path]] = []
     while waiting or running:
@@ -406,9 +421,16 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "report"))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="studies to run (default: all)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (default 2)")
+    parser.add_argument(
+        "--fashion-mnist",
+        type=Path,
+        default=FASHION_MNIST,
+        metavar="DIR",
+        help="the whole set's four IDX files (default: where Debian's package dataset-fashion-mnist has them)",
+    )
     arguments = parser.parse_args()
     if arguments.command == "run":
-        run(arguments.only, arguments.jobs)
+        run(arguments.only, arguments.jobs, arguments.fashion_mnist)
     else:
         report()
 
