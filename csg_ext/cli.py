@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
+from csg_ext import __version__
 from csg_ext.training.files import RUN, sentence
 
 _HELP = {
@@ -66,6 +67,7 @@ def _names(text: str) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="csg-ext", description="Class-specific gates for convolutional networks.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_train, _add_mis, _add_evaluate, _add_localize, _add_detect, _add_report, _add_info):
         add(commands)

@@ -422,6 +422,14 @@ def test_info_and_help(capsys):
     assert all(f"--{name.replace('_', '-')}" in text for name in TrainConfig().as_dict())
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out == f"csg-ext {csg_ext.__version__}\n"
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {csg_ext.__version__}\n" in citation
+
+
 def test_python_m(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["csg-ext", "info", "--json"])
     with pytest.raises(SystemExit) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_gate_picture_shows_the_sorted_gate():
     assert _png(figure).startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"plot_gate: expected a matrix with 3 rows, .* got shape \(8, 3\)"):
         plots.plot_gate(gate.T, CLASSES)
+
+
+def test_names_that_the_font_lacks_are_drawn_from_another_one(monkeypatch, recwarn):
+    names = ["\u210a", "dog", "emu"]  # matplotlib brings STIXGeneral, which has it, beside DejaVu Sans, which has not
+    gate, share = np.random.default_rng(0).random((3, 8)), np.eye(3)
+    _png(plots.plot_gate(gate, names)[0])
+    assert "missing from font" in str(recwarn.pop(UserWarning).message)
+    recwarn.clear()
+    monkeypatch.setattr(plots.common, "SCRIPTS", ("Never Installed", "STIXGeneral"))
+    for draw in (lambda: plots.plot_gate(gate, names), lambda: plots.plot_confusion(share, names)):
+        before = matplotlib.rcParams["font.family"]
+        figure, axes = draw()
+        _png(figure)
+        assert axes.get_yticklabels()[0].get_fontfamily() == ["sans-serif", "STIXGeneral"]
+        assert matplotlib.rcParams["font.family"] == before
+    assert not recwarn.list
 
 
 def test_mutual_information_shares_one_scale():
@@ -166,6 +183,7 @@ def test_large_matrices_show_the_largest_entry_of_a_cell():
     for row, column in rng.integers(0, (250, 410), (50, 2)):
         assert shown[row, column] == ordered[4 * row : 4 * row + 4, 5 * column : 5 * column + 5].max()
     assert "a cell: the largest of 4 classes × 5 filters" in axes.get_xlabel()
+    assert "a cell: the largest of 2 filters" in plots.plot_gate(rng.random((3, 600)), CLASSES)[1].get_xlabel()
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert len(names) == 20 and names[0] == "class 0" and names[-1] == "class 999"
     for tick, text in zip(axes.get_yticks(), names, strict=True):

@@ -1,9 +1,10 @@
-"""What the pictures share: figures and axes, colours, the classes of filters, the names that fit."""
+"""What the pictures share: figures and axes, colours, fonts, the classes of filters, the names that fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,34 @@ PALETTE = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442") 
 COLOURS = "cividis"
 NAMED = 40  # classes that get a line of text each
 TICKS = 20  # names on an axis of more
+# For what the user's font lacks, the first of these that is installed and has it; matplotlib's own font has no
+# Chinese, Japanese or Korean and little of other scripts.
+SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Droid Sans Fallback", "IPAexGothic", "IPAGothic", "NanumGothic"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Malgun Gothic"),
+    *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai", "Noto Sans Arabic", "FreeSans"),
+    *("Arial Unicode MS", "Unifont"),
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_any_script(draw: Callable[P, R]) -> Callable[P, R]:
+    """The function with every text that it draws in the user's font, and in SCRIPTS what that lacks."""
+
+    @wraps(draw)
+    def drawing(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import rc_context, rcParams
+        from matplotlib.font_manager import fontManager
+
+        installed = {font.name for font in fontManager.ttflist}
+        families = [*rcParams["font.family"], *(name for name in SCRIPTS if name in installed)]
+        with rc_context({"font.family": families}):
+            return draw(*args, **kwargs)
+
+    return drawing
 
 
 def figure_and_axes(name: str, axes: Any, width: float, height: float, count: int | None = None, **grid: Any) -> Any:

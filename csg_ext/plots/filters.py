@@ -21,6 +21,7 @@ from csg_ext.plots.common import (
     class_of_filters,
     class_ticks,
     figure_and_axes,
+    in_any_script,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _CELLS = 256  # filters on a side of the similarity matrix: of more, a cell show
 _HATCHES = ("", "///", "...", "xx")
 
 
+@in_any_script
 def plot_class_agreement(
     gate: ArrayLike | None,
     mi: ArrayLike,
@@ -83,6 +85,7 @@ def plot_class_agreement(
     return figure, axes
 
 
+@in_any_script
 def plot_filters_per_class(
     filter_classes: ArrayLike | Mapping[str, ArrayLike], classes: Sequence[str], *, axes: Axes | None = None
 ) -> tuple[Figure, Axes]:
@@ -151,6 +154,7 @@ def _draw_ranks(axes: Axes, counts: NDArray[Any], i: int, label: str, names: Seq
     axes.step(np.arange(len(counts)), counts[order], where="mid", color=PALETTE[i], linestyle=dash, label=label)
 
 
+@in_any_script
 def plot_filter_similarity(
     similarity: ArrayLike,
     filter_classes: ArrayLike,

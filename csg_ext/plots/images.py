@@ -17,6 +17,7 @@ from csg_ext.plots.common import (
     check_filter_classes,
     class_names,
     figure_and_axes,
+    in_any_script,
     plain_axes,
 )
 
@@ -45,6 +46,7 @@ def _show(axes: Axes, picture: NDArray[Any]) -> None:
     plain_axes(axes)
 
 
+@in_any_script
 def plot_top_images(
     images: Any,
     maps: Any,
@@ -136,6 +138,7 @@ def _lay_over(axes: Axes, share: NDArray[np.float64], size: Sequence[int]) -> No
         axes.contour(large, [0.5], colors="white", linewidths=0.8)
 
 
+@in_any_script
 def plot_image_filters(
     image: Any,
     activations: Any,

@@ -18,6 +18,7 @@ from csg_ext.plots.common import (
     class_of_filters,
     class_ticks,
     figure_and_axes,
+    in_any_script,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def _draw_matrix(
     if grey:
         text += f"; {grey} {'dead' if dead is None or np.sum(dead) == grey else 'without a class'} (grey)"
     if rows > 1 or columns > 1:
-        text += f"\na cell: the largest of {rows} classes × {columns} filters"
+        sizes = [f"{count} {what}" for count, what in ((rows, "classes"), (columns, "filters")) if count > 1]
+        text += f"\na cell: the largest of {' × '.join(sizes)}"
     axes.set_xlabel(text)
     return image
 
@@ -79,6 +81,7 @@ def _height(classes: int) -> float:
     return 1.3 + 0.25 * min(classes, NAMED // 2 if classes > NAMED else classes)
 
 
+@in_any_script
 def plot_gate(
     gate: ArrayLike | None, classes: Sequence[str], *, dead: ArrayLike | None = None, axes: Axes | None = None
 ) -> tuple[Figure, Axes]:
@@ -99,6 +102,7 @@ def plot_gate(
     return figure, axes
 
 
+@in_any_script
 def plot_mutual_information(
     std: ArrayLike,
     csg: ArrayLike,
@@ -132,6 +136,7 @@ def plot_mutual_information(
     return figure, panels
 
 
+@in_any_script
 def plot_class_mutual_information(
     mi: ArrayLike,
     classes: Sequence[str],
@@ -185,6 +190,7 @@ def _mis(matrix: NDArray[Any], owner: NDArray[np.int64]) -> float:
     return float(np.where(owner >= 0, matrix.max(axis=0), 0).mean())
 
 
+@in_any_script
 def plot_confusion(confusion: ArrayLike, classes: Sequence[str], *, axes: Axes | None = None) -> tuple[Figure, Axes]:
     """The confusion matrix (C, C) of counts, true classes down: the share of every true class, which is also written
     into the cells of up to 20 classes. A class without samples has an empty row. Of more than 250 classes, a cell
