@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from model_zoo import Known, timm
 from small_attached import EXAMPLE, Small, attach_small, batch, gated_by_hand, hook_count
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import csg_ext
 
@@ -54,6 +55,36 @@ def test_gradients_are_those_of_the_definition():
     for got in (g(x, labels), g(x, labels, path="both")[1]):
         for a, b in zip(torch.autograd.grad(F.cross_entropy(got, labels), parameters), wanted, strict=True):
             torch.testing.assert_close(a, b)
+
+
+class Checkpointed(Small):
+    """Its inner convolution runs again in backward, with a gate on it."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.relu(self.bn(self.conv(x)))
+        inner = checkpoint(self.inner, shortcut, use_reentrant=self.reentrant)
+        return self.head(self.pool(F.relu(inner + shortcut)).flatten(1))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # attach records no gradients
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_gate_inside_activation_checkpointing_ends_backward(reentrant):
+    g = attach_small("inner", model=Checkpointed(reentrant))
+    x, labels = batch()
+    loss = F.cross_entropy(g(x, labels), labels)
+    message = "must lie outside reentrant activation checkpointing" if reentrant else "checkpoint"
+    with pytest.raises(RuntimeError, match=message):
+        loss.backward()
+    outside = attach_small(model=Checkpointed(reentrant))  # at the pooling: nothing of the gate runs again
+    got = torch.autograd.grad(F.cross_entropy(outside(x, labels), labels), outside.gate)[0]
+    plain = attach_small(model=Small())
+    plain.load_state_dict(outside.state_dict())
+    wanted = torch.autograd.grad(F.cross_entropy(plain(x, labels), labels), plain.gate)[0]
+    torch.testing.assert_close(got, wanted)
 
 
 def test_std_steps_give_the_gate_no_gradient():

@@ -23,6 +23,7 @@ class _GateHook:
         self.csg = csg
         self.pooled = plan.pooled
         self.channel_dim = plan.channel_dim
+        self.unrecorded = False  # whether gradients were wanted and the gate ran where none are recorded
         self.reset()
 
     def set(self, labels: Tensor, path: str) -> None:
@@ -40,9 +41,15 @@ class _GateHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Any:
         """A forward pre-hook (without output) and a forward hook."""
         if self.labels is None:
+            if self.unrecorded and torch._C._current_graph_task_id() != -1:  # in backward
+                raise RuntimeError(
+                    "AttachedModel: the gate must lie outside reentrant activation checkpointing, which runs it again "
+                    "in backward, when the labels are gone: checkpoint other modules, or use a GatedModel"
+                )
             return None
         x = output[0] if output else args[0]
         self.runs += 1
+        self.recorded = torch.is_grad_enabled()
         gated = self.gated(x, self.labels)
         if self.path == "both":
             gated = torch.cat((x, gated))
@@ -135,6 +142,7 @@ class AttachedModel(TwoPaths):
         try:
             logits = logits_of(self.model(x, **kwargs))
             runs = self._hook.runs
+            self._hook.unrecorded = torch.is_grad_enabled() and runs == 1 and not self._hook.recorded
         finally:
             self._hook.reset()
         if runs != 1:
