@@ -134,6 +134,19 @@ def test_the_aim_for_density_depends_on_the_number_of_classes(study):
         assert f"| L1-density at most 1.05 / C | {reached} |" in study.main_table(s)
 
 
+def test_the_summary_counts_what_the_tables_say(study):
+    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+    found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]
+    complete = [s for s in found if len(study.both_arms(s)) == len(s.seeds) > 1]
+    rows = [row.strip("| ").split(" | ") for row in study.summary_table(found)[2:]]
+    assert [row[0] for row in rows] == [s.text for s in complete]
+    for row, s in zip(rows, complete, strict=True):
+        table = study.main_table(s)
+        assert int(row[-1]) == sum(line.endswith("| yes |") for line in table)
+        mean = next(line for line in table if line.startswith("| mean")).strip("| ").split(" | ")
+        assert row[2] == mean[3] and row[4] == mean[8]
+
+
 def test_fine_tuning_a_pretrained_network(monkeypatch, capsys):
     finetune = load_script("reproduction/finetune", monkeypatch)
     monkeypatch.setattr(finetune, "IMAGES", 64)

@@ -28,6 +28,9 @@ from typing import TYPE_CHECKING, Any
 from sets import crowded, filters_of_items, scenes, shared
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from csg_ext.data import ImageData
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +67,9 @@ def _ablation(name: str, text: str, settings: dict[str, Any] | None = None, arms
 STUDIES = [
     Study("demo", "12 epochs, the default", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
     Study("long", "24 epochs", {"epochs": 24}, seeds=MAIN_SEEDS, hold_out=None, std="long-low"),
+    Study("full", "12 epochs, all 60,000 images", {}, ("std", "csg"), range(3), hold_out=None, data="full"),
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),
-    Study("full", "12 epochs, all 60,000 images", {}, ("std", "csg"), range(3), hold_out=None, data="full"),
     Study("scenes", "24 epochs, scenes", BASE | {"epochs": 24}, ("std", "csg"), range(3), hold_out=None, data="scenes"),
     Study("crowded", "12 epochs, 80 classes", {}, ("std", "csg"), MAIN_SEEDS, None, data="crowded", classes=80),
     *(
@@ -250,11 +253,13 @@ def both_arms(study: Study) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
     return [(seed, std[seed], csg[seed]) for seed in sorted(set(std) & set(csg))]
 
 
-def t_interval(values: list[float], level: float = 0.95) -> float:
-    """Half the width of the confidence interval of the mean of a few values (Student's t)."""
+def interval(values: list[float], level: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of the mean of a few values (Student's t)."""
     from scipy.stats import t
 
-    return float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * error
+    return mean - half, mean + half
 
 
 def closed(std: dict[str, Any], csg: dict[str, Any]) -> float:
@@ -273,10 +278,16 @@ def verdict(held: bool) -> str:
     return "yes" if held else "no"
 
 
-def main_table(study: Study) -> list[str]:
-    """STD beside CSG, seed by seed; with all of the study's seeds also the intervals of the means and the verdict."""
+def paired(std: dict[str, Any], csg: dict[str, Any]) -> NDArray[np.float64]:
+    """Image by image, the points that CSG's answer is worth more than STD's: 100, 0 or -100."""
     import numpy as np
 
+    right = [np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["images"]] for r in (std, csg)]
+    return 100 * (right[1].astype(float) - right[0].astype(float))
+
+
+def main_table(study: Study) -> list[str]:
+    """STD beside CSG, seed by seed; with all of the study's seeds also the intervals of the means and the verdict."""
     runs = both_arms(study)
     lines = [
         "| seed | STD accuracy | CSG accuracy | difference, points | standard error | STD MIS | CSG MIS | "
@@ -285,15 +296,14 @@ def main_table(study: Study) -> list[str]:
     ]
     differences = []
     for seed, a, b in runs:
-        right = [np.unpackbits(np.frombuffer(bytes.fromhex(r["right"]), np.uint8))[: r["images"]] for r in (a, b)]
-        paired = 100 * (right[1].astype(float) - right[0].astype(float))
-        differences.append(float(paired.mean()))
+        points = paired(a, b)
+        differences.append(float(points.mean()))
         cells = [
             seed,
             f"{a['accuracy']:.2%}",
             f"{b['accuracy']:.2%}",
-            f"{paired.mean():+.2f}",
-            f"{paired.std() / len(paired) ** 0.5:.2f}",
+            f"{points.mean():+.2f}",
+            f"{points.std() / len(points) ** 0.5:.2f}",
             *(f"{v:.4f}" for v in (a["mis"], b["mis"], a["mis_ceiling"])),
             f"{closed(a, b):.2f}",
             f"{b['l1_density']:.4f}",
@@ -321,24 +331,61 @@ def main_table(study: Study) -> list[str]:
     if len(runs) < len(study.seeds):
         lines += ["", f"{len(runs)} of {len(study.seeds)} seeds so far, too few for an interval or a verdict."]
     elif len(runs) > 1:
-        low, high = (statistics.mean(differences) + sign * t_interval(differences) for sign in (-1, 1))
+        low, high = interval(differences)
         gaps = [closed(a, b) for a, b in both]
-        densest = max(b["l1_density"] for _, b in both)
+        least, most = interval(gaps)
         lines += [
             "",
             f"Accuracy of CSG less that of STD over {len(runs)} seeds: {statistics.mean(differences):+.2f} points, 95 "
             f"% interval of the mean [{low:+.2f}, {high:+.2f}] (Student's t, seeds as the units). Gap closed: "
-            f"{statistics.mean(gaps):.2f}, interval [{statistics.mean(gaps) - t_interval(gaps):.2f}, "
-            f"{statistics.mean(gaps) + t_interval(gaps):.2f}].",
+            f"{statistics.mean(gaps):.2f}, interval [{least:.2f}, {most:.2f}].",
             "",
             "| the aims, by the means over the seeds | reached |",
             "|---|---|",
-            f"| the interval of the accuracy's difference holds 0 | {verdict(low <= 0 <= high)} |",
-            f"| at least 0.65 of the gap closed | {verdict(statistics.mean(gaps) >= 0.65)} |",
-            f"| L1-density at most 1.05 / C | {verdict(densest <= 1.05 / study.classes)} |",
-            "| the classes of gate and MI agree for at least 85 % of the filters | "
-            f"{verdict(statistics.mean(b['class_agreement'] for _, b in both) >= 0.85)} |",
+            *(f"| {aim} | {verdict(held)} |" for aim, held in aims(study).items()),
         ]
+    return lines
+
+
+def aims(study: Study) -> dict[str, bool]:
+    """What the method is held to, by the means over the seeds, of which there must be two at least."""
+    both = [(a, b) for _, a, b in both_arms(study)]
+    low, high = interval([float(paired(a, b).mean()) for a, b in both])
+    return {
+        "the interval of the accuracy's difference holds 0": low <= 0 <= high,
+        "at least 0.65 of the gap closed": statistics.mean(closed(a, b) for a, b in both) >= 0.65,
+        "L1-density at most 1.05 / C": max(b["l1_density"] for _, b in both) <= 1.05 / study.classes,
+        "the classes of gate and MI agree for at least 85 % of the filters": statistics.mean(
+            b["class_agreement"] for _, b in both
+        )
+        >= 0.85,
+    }
+
+
+def summary_table(studies: list[Study]) -> list[str]:
+    """One row for every set of the test part with all its seeds, two or more: what the gate costs and brings."""
+    lines = [
+        "| set | seeds | accuracy CSG - STD, points | 95 % interval | gap closed | L1-density times C | "
+        "gate class = MI class | of the four aims |",
+        "|---" * 8 + "|",
+    ]
+    for study in studies:
+        both = [(a, b) for _, a, b in both_arms(study)]
+        if len(both) < max(2, len(study.seeds)):
+            continue
+        differences = [float(paired(a, b).mean()) for a, b in both]
+        low, high = interval(differences)
+        cells = [
+            study.text,
+            str(len(both)),
+            spread(differences, "+.2f"),
+            f"[{low:+.2f}, {high:+.2f}]",
+            spread([closed(a, b) for a, b in both], ".2f"),
+            spread([b["l1_density"] * study.classes for _, b in both], ".2f"),
+            spread([b["class_agreement"] for _, b in both], ".0%"),
+            f"{sum(aims(study).values())}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -409,6 +456,7 @@ def report() -> None:
     tested = [study for study in [*STUDIES, *OTHERS] if not study.hold_out]
     for study in tested:
         text = text.replace(f"{{{{{study.name}}}}}", "\n".join(main_table(study)))
+    text = text.replace("{{summary}}", "\n".join(summary_table(tested)))
     text = text.replace("{{effect}}", "\n".join(effect_table(tested)))
     text = text.replace("{{items}}", "\n".join(items_table(tested)))
     text = text.replace("{{ablations}}", "\n".join(ablation_table(ablations)))
