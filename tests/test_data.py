@@ -107,13 +107,14 @@ def test_idx_folders(tmp_path, packed, place):
         (lambda raw: raw[:-3], "expected 30x6x5 bytes after the header, got 897"),
         (lambda raw: b"\x89PNG" + raw[4:], "expected an IDX header of unsigned bytes, got 89504e47"),
         (lambda raw: b"", "expected an IDX header of unsigned bytes, got an empty file"),
+        (lambda raw: raw[:4] + bytes(4) + b"\xff" * 8, "expected fewer than 2^63 bytes, got the sizes 0x4294967295x"),
     ],
 )
 def test_damaged_idx(tmp_path, damage, message):
     _write_idx(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: {message}"):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {message}")):
         load_images(tmp_path)
 
 

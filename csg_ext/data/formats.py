@@ -108,6 +108,8 @@ def read_idx(path: Path) -> np.ndarray:
                 raise ValueError(f"{path}: expected an IDX header of unsigned bytes, got {got}")
             shape = [int(n) for n in np.frombuffer(sizes, ">u4")]
             size = math.prod(shape)
+            if math.prod(n or 1 for n in shape) >= 2**63:  # numpy has no such array, even without an element
+                raise ValueError(f"{path}: expected fewer than 2^63 bytes, got the sizes {'x'.join(map(str, shape))}")
             while len(body) <= size and (chunk := file.read(_CHUNK)):
                 body += chunk
     except (OSError, EOFError, zlib.error) as error:
