@@ -12,6 +12,7 @@ from torch import nn
 
 import csg_ext
 from csg_ext import reference
+from csg_ext.data import image_loader
 
 
 def inputs(shape=(32, 96, 7, 7), classes=10, dtype=torch.float32, device="cuda"):
@@ -183,3 +184,12 @@ def test_an_attached_model_is_that_of_the_cpu():
         found.append([t.detach().cpu() for t in (std, csg, *torch.autograd.grad(loss, list(g.parameters())))])
     for cpu, cuda in zip(*found, strict=True):
         torch.testing.assert_close(cuda, cpu)
+
+
+def test_the_loader_pins_its_batches():
+    loader = image_loader(None, "test", batch_size=500, num_workers=2)
+    for x, labels in loader:
+        assert x.is_pinned() and labels.is_pinned()
+        copy = x.to("cuda", non_blocking=True)
+        assert torch.equal(copy.cpu(), x)
+    assert not next(iter(image_loader(None, "test", batch_size=500, num_workers=0, pin_memory=False)))[0].is_pinned()
