@@ -1,13 +1,13 @@
 """The reproduction study's scripts: one small job from start to table, and a short fine-tuning."""
 
+import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from example_scripts import load_script
+from example_scripts import EXAMPLES, load_script
 
 from csg_ext.data import ImageData
 
@@ -15,7 +15,15 @@ from csg_ext.data import ImageData
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     module = load_script("reproduction/study", monkeypatch)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys.modules["studies"], "RESULTS", tmp_path / "results")
+    return module
+
+
+@pytest.fixture
+def studies(study):
+    """What is trained and what came of it, as it is in the repository."""
+    module = sys.modules["studies"]
+    module.RESULTS = EXAMPLES / "reproduction" / "results"  # `study` puts it back
     return module
 
 
@@ -29,12 +37,12 @@ def test_a_job_is_trained_kept_and_tabulated(study, tmp_path):
         job = study.Job(tiny, arm, 0)
         assert job.start(tmp_path / "noise.npz", tmp_path / arm).wait() == 0, (tmp_path / arm / "log.txt").read_text()
         job.keep(tmp_path / arm)
-        kept = study.load(tiny, arm)[0]
+        kept = json.loads(job.path.read_text())
         right = np.unpackbits(np.frombuffer(bytes.fromhex(kept["right"]), np.uint8))[: kept["images"]]
         assert kept["images"] == 20 and right.mean() == pytest.approx(kept["accuracy"])
-    std, csg = (study.load(tiny, arm)[0] for arm in tiny.arms)
-    row = study.main_table(tiny)[2]
-    more = study.main_table(replace(tiny, seeds=range(2)))
+    ((_, _, std, csg),) = sys.modules["studies"].pairs(tiny)
+    row = study.tables.main_table(tiny)[2]
+    more = study.tables.main_table(replace(tiny, seeds=range(2)))
     assert more[-1] == "1 of 2 seeds so far, too few for an interval or a verdict."
     assert f"{100 * (csg['accuracy'] - std['accuracy']):+.2f}" in row
     assert (
@@ -79,13 +87,16 @@ def test_crowded_classes_are_variants_of_the_items(study):
         assert np.array_equal(image, original)
 
 
-def test_tables_say_what_is_missing(study):
-    assert study.main_table(study.STUDIES[0]) == ["Not trained yet."]
-    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+def test_what_is_not_trained_is_told(study):
+    assert study.tables.main_table(study.STUDIES[0]) == ["Not trained yet."]
+
+
+def test_tables_say_what_is_missing(study, studies):
     half = replace(study.STUDIES[0], seeds=range(6))
-    assert "5 of 6 seeds so far" in study.main_table(half)[-1]
-    assert not any("verdict" in line or "| yes |" in line for line in study.main_table(half)[:-1])
-    assert any("| yes |" in line for line in study.main_table(study.STUDIES[0]))
+    lines = study.tables.main_table(half)
+    assert "5 of 6 seeds so far" in lines[-1]
+    assert not any("verdict" in line or "| yes |" in line for line in lines[:-1])
+    assert any("| yes |" in line for line in study.tables.main_table(study.STUDIES[0]))
 
 
 @pytest.mark.parametrize("sharing", [1, 2, 4])
@@ -123,25 +134,23 @@ def test_filters_of_items_are_told_from_those_of_classes(study):
         assert study.filters_of_items(features[:, :count], labels, mi, 4) == pytest.approx(2 / count)
 
 
-def test_the_aim_for_density_depends_on_the_number_of_classes(study):
-    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+def test_the_aim_for_density_depends_on_the_number_of_classes(study, studies):
     found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]
-    complete = [s for s in found if len(study.both_arms(s)) == len(s.seeds)]
+    complete = [s for s in found if len(studies.pairs(s)) == len(s.seeds)]
     assert len(complete) >= 10
     for s in complete:
-        densest = max(csg["l1_density"] for _, _, csg in study.both_arms(s))
+        densest = max(pair.csg["l1_density"] for pair in studies.pairs(s))
         reached = "yes" if densest <= 1.05 / (80 if s.name == "crowded" else 10) else "no"
-        assert f"| L1-density at most 1.05 / C | {reached} |" in study.main_table(s)
+        assert f"| L1-density at most 1.05 / C | {reached} |" in study.tables.main_table(s)
 
 
-def test_the_summary_counts_what_the_tables_say(study):
-    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+def test_the_summary_counts_what_the_tables_say(study, studies):
     found = [s for s in [*study.STUDIES, *study.OTHERS] if s.hold_out is None]
-    complete = [s for s in found if len(study.both_arms(s)) == len(s.seeds) > 1]
-    rows = [row.strip("| ").split(" | ") for row in study.summary_table(found)[2:]]
+    complete = [s for s in found if len(studies.pairs(s)) == len(s.seeds) > 1]
+    rows = [row.strip("| ").split(" | ") for row in study.tables.summary_table(found)[2:]]
     assert [row[0] for row in rows] == [s.text for s in complete]
     for row, s in zip(rows, complete, strict=True):
-        table = study.main_table(s)
+        table = study.tables.main_table(s)
         assert int(row[-1]) == sum(line.endswith("| yes |") for line in table)
         mean = next(line for line in table if line.startswith("| mean")).strip("| ").split(" | ")
         assert row[2] == mean[3] and row[4] == mean[8]
@@ -189,10 +198,9 @@ def test_scenes_of_two_objects_train_with_labels_of_both(monkeypatch):
         assert found[:, c] == pytest.approx(wanted, abs=1e-9)
 
 
-def test_the_effect_is_told_beside_the_ceiling(study):
-    study.RESULTS = Path(__file__).parents[1] / "examples" / "reproduction" / "results"
+def test_the_effect_is_told_beside_the_ceiling(study, studies):
     demo = study.STUDIES[0]
-    runs = [(a, b) for _, a, b in study.both_arms(demo)]
+    runs = [(pair.std, pair.csg) for pair in studies.pairs(demo)]
     gained = np.mean([100 * (b["mis"] - a["mis"]) / a["mis_ceiling"] for a, b in runs])
-    (row,) = study.effect_table([demo])[2:]
+    (row,) = study.tables.effect_table([demo])[2:]
     assert row.startswith(f"| {demo.text} | 5 |") and f"| {gained:+.1f} ± " in row
