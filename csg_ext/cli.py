@@ -30,6 +30,7 @@ _HELP = {
     "budget": "the gate's L1 norm beyond which the penalty acts; K, the number of filters, when not given",
     "penalty": "l1, l2 or smooth_l1",
     "projection": "scale (divide by the column's largest entry and clip) or euclidean (the nearest feasible gate)",
+    "gate_init": "half (0.5 everywhere) or one-hot (filter k for class k modulo C; fixed with --gate-lr 0)",
     "schedule": "joint (both paths in every step), steps or epochs (the paths by turns; by epochs in the paper)",
     "period": "length of one alternation: default 60 steps with --schedule steps, 3 epochs with --schedule epochs",
     "csg_share": "share of a period, at its end, that takes the CSG path; for --schedule steps or epochs",

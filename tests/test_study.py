@@ -59,7 +59,7 @@ def test_every_study_has_settings_that_exist(study):
         TrainConfig(**s.settings)
     on_the_test_part = {s.name for s in study.STUDIES if s.hold_out is None}
     shared = {f"shared-{sharing}{suffix}" for sharing in (1, 2, 4) for suffix in ("", "-long")}
-    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "full", "scenes", "crowded"} | shared
+    assert on_the_test_part == {"demo", "demo-low", "long", "long-low", "fixed", "full", "scenes", "crowded"} | shared
     for s in study.STUDIES:
         other = next((o for o in study.STUDIES if o.name == s.std), s)
         assert "std" in other.arms and set(s.seeds) <= set(other.seeds)

@@ -128,6 +128,16 @@ def test_arms_share_everything_but_the_path(tmp_path, monkeypatch):
     )
 
 
+def test_a_gate_that_is_dealt_out_stays_so(tmp_path):
+    config = replace(CONFIG, schedule="joint", gate_init="one-hot", gate_lr=0.0)
+    model = fit_arm("csg", config, DATA, tmp_path).model
+    want = torch.zeros(3, 64)
+    want[torch.arange(64) % 3, torch.arange(64)] = 1
+    assert torch.equal(model.gate, want)
+    learnt = fit_arm("csg", replace(config, gate_init="half", gate_lr=2.0), DATA, tmp_path / "learnt").model
+    assert not torch.equal(learnt.gate, want) and not torch.equal(learnt.classifier.weight, model.classifier.weight)
+
+
 def test_history_and_files(tmp_path):
     messages = []
     result = train_arm("csg", CONFIG, DATA, tmp_path, report=messages.append)
@@ -139,6 +149,7 @@ def test_history_and_files(tmp_path):
     assert rows[-1]["l1_density"] == pytest.approx(result["l1_density"])
     assert json.loads((tmp_path / RESULT).read_text()) == result
     assert {"accuracy", "mis", "mis_ceiling", "l1_density", "class_agreement", "one_hot_accuracy"} <= result.keys()
+    assert {"weight_own_accuracy", "weight_agreement", "class_selectivity", "mis_of_ceiling"} <= result.keys()
     assert messages[-1] == {"evaluating": True} and sum(bool(m.get("row")) for m in messages) == 3
     with np.load(tmp_path / ARRAYS) as arrays:
         assert arrays["mi"].shape == (64, 3) and arrays["gate"].shape == (3, 64)

@@ -135,6 +135,7 @@ def test_a_schedule_needs_a_run():
         ({"lambda_1": -1.0}, "lambda_1 must be a non-negative number, got -1.0"),
         ({"penalty": "l0"}, "penalty must be one of l1, l2, smooth_l1, got 'l0'"),
         ({"projection": "l2"}, "projection must be one of scale, euclidean, got 'l2'"),
+        ({"gate_init": "ones"}, "gate_init must be one of half, one-hot, got 'ones'"),
         ({"clip_norm": 0.0}, "clip_norm must be positive and finite, got 0.0"),
         ({"gate_clip_norm": math.inf}, "gate_clip_norm must be positive and finite, got inf"),
         ({"mixup": -1.0}, "mixup must be a non-negative number, got -1.0"),

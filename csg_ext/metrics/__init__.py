@@ -28,6 +28,7 @@ from csg_ext.metrics.mutual_information import (
     mutual_info_classif,
     mutual_information_score,
 )
+from csg_ext.metrics.selectivity import class_selectivity, exclusivity, quiet_filters, specificity
 from csg_ext.metrics.similarity import (
     BlockScore,
     block_score,
@@ -49,11 +50,13 @@ __all__ = [
     "class_agreement",
     "class_entropy",
     "class_mutual_info",
+    "class_selectivity",
     "cluster_accuracy",
     "cluster_predictions",
     "complement_accuracy",
     "dead_filters",
     "entropy_bound",
+    "exclusivity",
     "filter_similarity",
     "gap_closed",
     "kernel_similarity",
@@ -66,6 +69,8 @@ __all__ = [
     "own_filter_predictions",
     "paired_bootstrap",
     "predicted_class_accuracy",
+    "quiet_filters",
+    "specificity",
     "split_half_interval",
 ]
 

@@ -31,7 +31,8 @@ __all__ = [
 _MEANS_ROWS = 8192  # samples that are averaged at a time
 
 
-def _matrix(name: str, mi: Tensor | ArrayLike) -> Tensor:
+def mutual_info_matrix(name: str, mi: Tensor | ArrayLike) -> Tensor:
+    """mi (K, C) as a dense floating tensor; ValueError or TypeError, which begin with `name`, for anything else."""
     if isinstance(mi, Tensor):
         m = mi
     else:
@@ -72,37 +73,47 @@ def best_class(
         >>> best_class([[0.3, 0.1], [0.0, 0.2]])
         array([0, 1])
     """
-    m = _matrix("best_class", mi)
+    m = mutual_info_matrix("best_class", mi)
     best = m.argmax(dim=1)
     if (features is None) != (labels is None):
         raise ValueError("best_class: features and labels must be given together, got one of them")
     tied = m == m.amax(dim=1, keepdim=True)
     rows = torch.nonzero(tied.sum(dim=1) > 1)[:, 0]
     if features is not None and labels is not None and len(rows):
-        means = _class_means(m, features, labels, rows.cpu())
+        shape, (filters, classes) = np.shape(features), m.shape
+        if len(shape) != 2 or shape[1] != filters:
+            raise ValueError(
+                f"best_class: features and labels must be (N, {filters}) and (N,), got {tuple(shape)} and "
+                f"{tuple(np.shape(labels))}"
+            )
+        chosen = rows.cpu().numpy()
+        x: Any = features if isinstance(features, Tensor) else as_array("best_class", "features", features)
+        means = torch.from_numpy(class_means("best_class", x[:, chosen], labels, classes))
         best[rows] = torch.where(tied[rows], means.to(m.device), -torch.inf).argmax(dim=1)
     return best if isinstance(mi, Tensor) else best.numpy()
 
 
-def _class_means(m: Tensor, features: Tensor | ArrayLike, labels: Tensor | ArrayLike, rows: Tensor) -> Tensor:
-    """The means of the filters `rows` over every class's samples, (rows, C) in float64; -inf of an empty class."""
-    x: Any = features if isinstance(features, Tensor) else as_array("best_class", "features", features)
+def class_means(
+    name: str, features: Tensor | ArrayLike, labels: Tensor | ArrayLike, num_classes: int | None
+) -> NDArray[np.float64]:
+    """The mean of every filter over every class's samples, (K, C); -inf for a class without one.
+
+    features (N, K), labels (N,); num_classes: the largest label + 1 when not given. ValueError, which begins with
+    `name`, for shapes and labels that do not fit.
+    """
+    x: Any = features if isinstance(features, Tensor) else as_array(name, "features", features)
     y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-    classes = m.shape[1]
-    if tuple(x.shape) != (len(y), len(m)) or y.ndim != 1:
-        raise ValueError(
-            f"best_class: features and labels must be (N, {len(m)}) and (N,), got {tuple(x.shape)} and {y.shape}"
-        )
+    if x.ndim != 2 or 0 in x.shape or y.shape != (len(x),):
+        raise ValueError(f"{name}: features and labels must be (N, K) and (N,), got {tuple(x.shape)} and {y.shape}")
+    classes = int(y.max()) + 1 if num_classes is None and y.dtype.kind in "iub" else num_classes or 0
     if y.dtype.kind not in "iub" or y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"best_class: labels must be integers in [0, {classes}), got {y.dtype} {y!r:.60}")
-    chosen = rows.numpy()
-    sums, counts = np.zeros((classes, len(rows))), np.bincount(y.astype(np.int64), minlength=classes)
+        raise ValueError(f"{name}: labels must be integers in [0, {classes}), got {y.dtype} {y!r:.60}")
+    sums, counts = np.zeros((classes, x.shape[1])), np.bincount(y.astype(np.int64), minlength=classes)
     for begin in range(0, len(y), _MEANS_ROWS):  # bounds the copy in float64
         part, of = x[begin : begin + _MEANS_ROWS], y[begin : begin + _MEANS_ROWS]
         values = part.detach().double().cpu().numpy() if isinstance(part, Tensor) else part
-        np.add.at(sums, of.astype(np.int64), np.asarray(values[:, chosen], np.float64))
-    means = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], -np.inf)
-    return torch.from_numpy(means.T)
+        np.add.at(sums, of.astype(np.int64), np.asarray(values, np.float64))
+    return np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], -np.inf).T
 
 
 def mutual_information_score(mi: Tensor | ArrayLike) -> float:
@@ -115,7 +126,7 @@ def mutual_information_score(mi: Tensor | ArrayLike) -> float:
         >>> mutual_information_score([[0.3, 0.1], [0.0, 0.2]])          # two filters: 0.3 and 0.2
         0.25
     """
-    return float(_matrix("mutual_information_score", mi).amax(dim=1).mean())
+    return float(mutual_info_matrix("mutual_information_score", mi).amax(dim=1).mean())
 
 
 def mis_ceiling(

@@ -163,9 +163,10 @@ def predict(
 def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, float], dict[str, NDArray[Any]]]:
     """Measures a trained model on the test part through its STD path: (numbers, arrays).
 
-    numbers: accuracy, mis, mis_ceiling, mis_bound (nats), dead_filters and, for the arm "csg", l1_density,
-    class_agreement and one_hot_accuracy (own_filter_accuracy). arrays: mi (K, C), gate (C, K), confusion (C, C),
-    features (N, K), labels.
+    numbers: accuracy, mis, mis_ceiling, mis_bound (nats), dead_filters, metrics.specificity's, weight_own_accuracy
+    (own_filter_accuracy by the classifier's weights) and, for the arm "csg", l1_density, class_agreement and
+    one_hot_accuracy (own_filter_accuracy by the gate). arrays: mi (K, C), gate (C, K), confusion (C, C), features
+    (N, K), labels.
     """
     features, logits = predict(model, data.test_images, data.statistics())
     labels, classes = data.test_labels, len(data.classes)
@@ -173,17 +174,19 @@ def evaluate(model: GatedModel, data: ImageData, arm: str) -> tuple[dict[str, fl
     dead = metrics.dead_filters(features)
     mi[dead] = 0
     gate = model.gate.detach().cpu().numpy()
+    weight, bias = (p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias))
+    ceilings = metrics.class_mutual_info(logits, labels, num_classes=classes).diagonal()
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (labels, logits.argmax(1)), 1)
     numbers = {
         "accuracy": float(np.mean(logits.argmax(1) == labels)),
         "mis": metrics.mutual_information_score(mi),
-        "mis_ceiling": metrics.mis_ceiling(logits, labels),
+        "mis_ceiling": float(ceilings.mean()),
         "mis_bound": float(metrics.class_entropy(labels, classes).max()),
         "dead_filters": int(dead.sum()),
-    }
+        "weight_own_accuracy": metrics.own_filter_accuracy(features, weight, bias, weight, labels),
+    } | metrics.specificity(features, labels, mi, weight, ceilings)
     if arm == CSG:
-        weight, bias = (p.detach().cpu().numpy() for p in (model.classifier.weight, model.classifier.bias))
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
         numbers["one_hot_accuracy"] = metrics.own_filter_accuracy(features, weight, bias, gate, labels)

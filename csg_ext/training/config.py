@@ -14,6 +14,7 @@ from csg_ext.training.objective import Objective
 from csg_ext.training.schedule import Schedule
 
 PRECISIONS = ("auto", "bf16", "fp32")
+GATE_INITS = ("half", "one-hot")
 _MOST_EPOCHS = 10**6
 _LARGEST = 3.4e38  # what float32 holds
 _NON_NEGATIVE = ("lr", "momentum", "weight_decay", "gate_lr", "csg_lr", "mixup", "cutmix")
@@ -57,7 +58,8 @@ class TrainConfig:
       run and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which
       falls with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm:
       largest norms of the weights' and of the gate's gradient (None: any). projection: how the gate is kept in V_G,
-      "scale" or "euclidean" (see csg_ext.project_gate).
+      "scale" or "euclidean" (see csg_ext.project_gate). gate_init: "half", 0.5 everywhere, or "one-hot", filter k for
+      class k modulo C; with gate_lr = 0 the filters are dealt out to the classes beforehand, and nothing is learnt.
     - Data: batch_size, shift (pixels), flip, low_scale and low_share: the first low_share of the epochs see images
       scaled by low_scale (to a multiple of 4 pixels), which costs less. mixup and cutmix: their alphas, 0 for none (see
       Mix).
@@ -100,6 +102,7 @@ class TrainConfig:
     gate_clip_norm: float | None = None
     projection: str = "scale"
     weights: str | None = None
+    gate_init: str = "half"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -110,7 +113,7 @@ class TrainConfig:
             object.__setattr__(self, "csg_at", tuple(self.csg_at))  # JSON gives a list
         if not is_backbone_name(self.model):
             raise ValueError(f"model must be one of {NAMES}, got {self.model!r}")
-        for name, choices in (("precision", PRECISIONS), ("projection", METHODS)):
+        for name, choices in (("precision", PRECISIONS), ("projection", METHODS), ("gate_init", GATE_INITS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name, low in (("epochs", 1), ("batch_size", 2), ("shift", 0), ("seed", 0)):

@@ -25,6 +25,10 @@ def build_model(config: TrainConfig, data: ImageData) -> GatedModel:
 def initial_model(config: TrainConfig, data: ImageData) -> GatedModel:
     """The model as a run begins: build_model's, its backbone with the weights in the file config.weights."""
     model = build_model(config, data)
+    if config.gate_init == "one-hot":
+        classes, filters = model.gate.shape
+        with torch.no_grad():
+            model.gate.copy_(torch.arange(classes)[:, None] == torch.arange(filters) % classes)
     if config.weights is not None:
         load_backbone(model.backbone, config.weights, config.model)
     return model

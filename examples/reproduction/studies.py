@@ -42,6 +42,14 @@ def _ablation(name: str, text: str, settings: dict[str, Any] | None = None, arms
 STUDIES = [
     Study("demo", "12 epochs, the default", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
     Study("long", "24 epochs", {"epochs": 24}, seeds=MAIN_SEEDS, hold_out=None, std="long-low"),
+    Study(
+        "fixed",
+        "12 epochs, a fixed gate",
+        {"gate_init": "one-hot", "gate_lr": 0.0},
+        seeds=MAIN_SEEDS,
+        hold_out=None,
+        std="demo",
+    ),
     Study("full", "12 epochs, all 60,000 images", {}, ("std", "csg"), range(3), hold_out=None, data="full"),
     Study("long-low", "24 epochs, lambda_2 = 0.01", BASE | {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study("demo-low", "12 epochs, lambda_2 = 0.01", BASE, ("std", "csg"), MAIN_SEEDS, hold_out=None),

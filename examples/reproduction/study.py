@@ -4,7 +4,7 @@
     python examples/reproduction/study.py report                             writes docs/results.md
 
 Every run is one arm in a process with one thread; its numbers are kept in results/NAME/ARM-SEED.json, so a study that
-is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `full`, `scenes`, `crowded` and the
+is stopped goes on where it was. `demo`, `demo-low`, `long`, `long-low`, `fixed`, `full`, `scenes`, `crowded` and the
 six named `shared` are measured on the test part with settings fixed before; every other study varies one setting and
 is measured on images held out of the train part: the test part chooses nothing.
 
