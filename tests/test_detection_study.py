@@ -42,7 +42,7 @@ def test_a_finished_run_is_attacked_and_tabulated(script, run, tmp_path):
                     got, wanted = kept["attacks"][attack["name"]][key][d], list(measures[key].values())
                     assert got == wanted or got == pytest.approx(wanted, abs=1e-4)
 
-    script.PAGE.write_text(f"before\n{script.BEGIN}\nstale\n{script.END}\nafter\n")
+    script.PAGE.write_text(f"before\n{script.BEGIN}\nstale\n<!-- end -->\nafter\n")
     script.report()
     page = script.PAGE.read_text()
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "stale" not in page and "nan" not in page

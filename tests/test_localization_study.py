@@ -42,7 +42,7 @@ def test_a_finished_run_is_scored_and_tabulated(script, run, digits, tmp_path):
         assert 0 < kept["single"]["grad_cam"]["energy"] < 1 and 0 < kept["query"]["grad_cam"]["energy"] < 1
         assert ("gate" in kept["single"]) == ("gate" in kept["query"]) == (arm["name"] == "csg")
 
-    script.PAGE.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
+    script.PAGE.write_text(f"before\n{script.BEGIN}\nold\n<!-- end -->\nafter\n")
     script.report()
     page = script.PAGE.read_text()
     assert page.startswith("before\n") and page.endswith("\nafter\n") and "old" not in page and "nan" not in page

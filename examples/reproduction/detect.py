@@ -19,12 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from marks import write_between
+
 from csg_ext.info import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results" / "detect"
 PAGE = ROOT / "docs" / "adversarial.md"
-BEGIN, END = "<!-- begin: examples/reproduction/detect.py report -->", "<!-- end -->"
+BEGIN = "<!-- begin: examples/reproduction/detect.py report -->"
 ARMS = ("std", "csg")
 DETECTORS = ("forest", "gate regression", "score", "softmax", "mahalanobis")
 GATED, BASELINES = DETECTORS[:3], DETECTORS[3:]  # what uses the gate's rows or learned from attacks; published, neither
@@ -238,11 +240,7 @@ def report() -> None:
         raise SystemExit(f"detect: expected results of `run` in {RESULTS}, got none")
     if any(f["options"] != found[0]["options"] or list(f["difference"]) != list(found[0]["difference"]) for f in found):
         raise SystemExit(f"detect: expected results of one set of options in {RESULTS}, got several")
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text.split(BEGIN)[1]:
-        raise SystemExit(f"detect: {PAGE} must hold the lines {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{tables(found)}\n\n{END}{rest.split(END, 1)[1]}")
+    write_between(PAGE, BEGIN, tables(found))
 
 
 def main() -> None:

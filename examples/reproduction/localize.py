@@ -20,12 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from marks import write_between
+
 from csg_ext.info import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results" / "localize"
 PAGE = ROOT / "docs" / "localization.md"
-BEGIN, END = "<!-- begin: examples/reproduction/localize.py report -->", "<!-- end -->"
+BEGIN = "<!-- begin: examples/reproduction/localize.py report -->"
 ARMS = ("std", "csg")
 METHODS = {
     "cam": "CAM",
@@ -248,11 +250,7 @@ def report() -> None:
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed-*.json"))]
     if not found:
         raise SystemExit(f"localize: expected results of `run` in {RESULTS}, got none")
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text.split(BEGIN)[1]:
-        raise SystemExit(f"localize: {PAGE} must hold the lines {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    PAGE.write_text(f"{head}{BEGIN}\n\n{tables(found)}\n\n{END}{rest.split(END, 1)[1]}")
+    write_between(PAGE, BEGIN, tables(found))
 
 
 def main() -> None:

@@ -160,7 +160,10 @@ def report() -> None:
         text = text.replace(f"{{{{{study.name}}}}}", "\n".join(tables.main_table(study)))
     text = text.replace("{{summary}}", "\n".join(tables.summary_table(tested)))
     text = text.replace("{{effect}}", "\n".join(tables.effect_table(tested)))
+    compared = [study for study in STUDIES if study.name in ("demo", "fixed")]
+    text = text.replace("{{specificity}}", "\n".join(tables.specificity_table(compared)))
     text = text.replace("{{items}}", "\n".join(tables.items_table(tested)))
+    text = text.replace("{{decay}}", "\n".join(tables.decay_table(ablations)))
     text = text.replace("{{ablations}}", "\n".join(tables.ablation_table(ablations)))
     (ROOT / "docs" / "results.md").write_text(text)
 
