@@ -477,6 +477,7 @@ CAUGHT = {
     "misaligned": "misaligned address",
     "absent-lane": "which takes no part",
     "lane-never-comes": "waits for ever",
+    "too-much-shared": "static and dynamic together, is over",
 }
 
 
