@@ -227,7 +227,9 @@ def test_rows_of_whole_vectors(kernels: Kernels, dtype: torch.dtype, pool: str) 
 
 
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize(("n", "c", "k"), [(600, 3, 5), (300, 1000, 7), (40, 90, 130), (9, 1, 33), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(600, 3, 5), (300, 1000, 7), (40, 90, 130), (9, 1, 33), (1, 2, 1), (300, 1100, 1000)]
+)
 def test_gate_gradient(kernels: Kernels, n: int, c: int, k: int, project: bool) -> None:
     x, gate = torch.randn(n, k, 2), torch.rand(c, k)
     check_backward(kernels, x, gate, torch.randint(c, (n,)), "avg", project)

@@ -198,7 +198,8 @@ int backward_x(const GatedPoolBackward& p, void* stream) {
 
 constexpr int kGateColumns = 32;
 constexpr int kGateLanes = kThreads / kGateColumns;  // each sums every kGateLanes-th sample of a class
-constexpr int kMaxClassTile = 8;
+template <typename A>
+constexpr int kMaxClassTile = 32 * 1024 / (kThreads * static_cast<int>(sizeof(A)));  // 32 KiB of sums
 
 struct GateShape {
   int classes;                                // of a tile
@@ -372,7 +373,7 @@ int backward_gate(const GatedPoolBackward& p, void* stream) {
   GateShape shape{};
   shape.channel_tiles = ceil_div(p.k, kGateColumns);
   const int64_t classes = ceil_div(p.rows.rows * shape.channel_tiles, 2 * kFillBlocks);
-  shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile));
+  shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile<Acc<G>>));
   shape.class_tiles = ceil_div(p.rows.rows, shape.classes);
   shape.tiles = (shape.class_tiles + (p.rows.col_max != nullptr ? 1 : 0)) * shape.channel_tiles;
   const size_t bytes = sizeof(Acc<G>) * kThreads * shape.classes;
