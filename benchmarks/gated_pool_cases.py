@@ -67,7 +67,7 @@ LAYERS = {
     "volume": (8, 128, 8, 16, 16),
 }
 ALL_TYPES = ("resnet18", "map28", "vit_b_tokens")  # fp16 too: elsewhere it behaves as bf16
-BATCHES = ("resnet50_256", "resnet50_1024")  # of the same layer: rows only
+BATCHES = ("resnet50_256", "resnet50_1024")  # of the same layer: rows only on a CPU; on a GPU, which they fill, first
 MORE_CLASSES = {"resnet18": (10, 1000), "resnet50": (1000,)}
 
 
@@ -78,13 +78,14 @@ def grid() -> list[Case]:
         kinds = (torch.float32, "rows"), (torch.float32, "channels_last"), (torch.bfloat16, "rows")
         return [tiny, *(Case("resnet50", LAYERS["resnet50"], *kind) for kind in kinds)]
     cases = []
-    for name, shape in LAYERS.items():
+    for name in sorted(LAYERS, key=lambda name: DEVICE == "cuda" and name not in BATCHES):
+        shape = LAYERS[name]
         if DEVICE == "cpu" and name == "resnet50_1024":
             continue  # 411 MB in fp32, and peers hold several times that
         types = [torch.float32, torch.bfloat16] + [torch.float16] * (name in ALL_TYPES)
         layouts = ["channels_last"] if name == "vit_b_tokens" else ["rows", "channels_last"]
         for dtype in types:
-            for layout in layouts[:1] if name in BATCHES else layouts:
+            for layout in layouts[:1] if name in BATCHES and DEVICE == "cpu" else layouts:
                 cases.append(Case(name, shape, dtype, layout))
         cases += [Case(name, shape, torch.float32, "rows", classes) for classes in MORE_CLASSES.get(name, ())]
     return cases

@@ -206,8 +206,30 @@ def test_projection(kernels: Kernels, dtype: torch.dtype) -> None:
         check_backward(kernels, x[:, number], gate[:, number], labels, "avg", True, grads)
 
 
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_rows_of_whole_vectors(kernels: Kernels, dtype: torch.dtype, pool: str) -> None:
+    """Rows that are read 16 bytes at a time, and the same rows an element beside a 16-byte boundary, or in samples
+    that lie apart."""
+    kernels.at_end = False
+    width, gate, labels = 16 // dtype.itemsize, torch.rand(3, 20).to(dtype), torch.randint(3, (4,))
+    for s in (width, 3 * width, 64, 112, 240):
+        for ahead, between in ((0, 0), (1, 0), (0, width), (0, 1)):
+            flat = kernels.guarded(torch.randn(ahead + 4 * (20 * s + between)).to(dtype))
+            flat[::7] = flat.max()
+            x = flat.as_strided((4, 20, s), (20 * s + between, s, 1), ahead)
+            out, pooled, index = kernels.forward(x, gate, labels, pool, copy=False)
+            expected_out, expected_pooled = expected_forward(x, gate, labels, pool, False)
+            close(pooled, expected_pooled)
+            close(out, expected_out)
+            if index is not None:
+                np.testing.assert_array_equal(index.numpy(), x.double().numpy().argmax(2))
+
+
 @pytest.mark.parametrize("project", [False, True])
-@pytest.mark.parametrize(("n", "c", "k"), [(600, 3, 5), (300, 1000, 7), (40, 90, 130), (9, 1, 33), (1, 2, 1)])
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(600, 3, 5), (300, 1000, 7), (40, 90, 130), (9, 1, 33), (1, 2, 1), (300, 1100, 1000)]
+)
 def test_gate_gradient(kernels: Kernels, n: int, c: int, k: int, project: bool) -> None:
     x, gate = torch.randn(n, k, 2), torch.rand(c, k)
     check_backward(kernels, x, gate, torch.randint(c, (n,)), "avg", project)
@@ -457,6 +479,7 @@ CAUGHT = {
     "misaligned": "misaligned address",
     "absent-lane": "which takes no part",
     "lane-never-comes": "waits for ever",
+    "too-much-shared": "static and dynamic together, is over",
 }
 
 

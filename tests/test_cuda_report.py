@@ -48,8 +48,8 @@ def kernels(**changes: dict[str, int]) -> dict[str, collections.Counter[str]]:
         "pool_rows<float, avg>": {"LDG": 4},
         "pool_channels<float, avg, 4>": {"LDG": 4},
         "pool_channels<float, avg, 1>": {},
-        "fill_rows<float>": {"STG": 2},
-        "fill_channels<float, 4>": {"STG": 1},
+        "fill_rows<float, avg>": {"STG": 2},
+        "fill_channels<float, avg, 4>": {"STG": 1},
         "step_columns<float, 4>": {},
     }
     return {name: collections.Counter(REG=32, **counts) for name, counts in (good | changes).items()}
@@ -65,8 +65,8 @@ def test_reads_what_cuobjdump_prints() -> None:
 
 def test_faults() -> None:
     assert cuda_report.faults({"sm_80": kernels()}) == []
-    assert cuda_report.faults({"sm_80": kernels(), "sm_90": kernels(**{"fill_rows<float>": {"LDG": 3}})}) == [
-        "fill_rows<float>, sm_90: no STG of 16 bytes"
+    assert cuda_report.faults({"sm_80": kernels(), "sm_90": kernels(**{"fill_rows<float, avg>": {"LDG": 3}})}) == [
+        "fill_rows<float, avg>, sm_90: no STG of 16 bytes"
     ]
     for name in ("pool_tiles<float, avg>", "pool_rows<float, avg>", "pool_channels<float, avg, 4>"):
         assert cuda_report.faults({"sm_80": kernels(**{name: {}})}) == [f"{name}, sm_80: no LDG of 16 bytes"]

@@ -80,9 +80,9 @@ def of_pool() -> Iterator[tuple[str, Run]]:
             yield f"pool_rows<{name}, {pool}>", pooled(dtype, "rows", long, pool)
             yield f"pool_channels<{name}, {pool}, {width}>", pooled(dtype, "channels last", aligned, pool)
             yield f"pool_channels<{name}, {pool}, 1>", pooled(dtype, "channels last", odd, pool)
-        yield f"fill_rows<{name}>", pooled(dtype, "rows", short)
-        yield f"fill_channels<{name}, {width}>", pooled(dtype, "channels last", aligned)
-        yield f"fill_channels<{name}, 1>", pooled(dtype, "channels last", odd)
+            yield f"fill_rows<{name}, {pool}>", pooled(dtype, "rows", short, pool)
+            yield f"fill_channels<{name}, {pool}, {width}>", pooled(dtype, "channels last", aligned, pool)
+            yield f"fill_channels<{name}, {pool}, 1>", pooled(dtype, "channels last", odd, pool)
         yield f"gate_gradient<{name}>", pooled(dtype, "rows", short)
         yield f"max_columns<{name}>", pooled(dtype, "rows", short, project=True)
 

@@ -13,7 +13,7 @@ namespace {
 // ---- The gradient of x.
 
 // What every position of a row receives (max: the position `index` alone).
-template <typename T>
+template <typename T, Pool kPool>
 __device__ inline T row_gradient(const GatedPoolBackward& p, int64_t i) {
   Acc<T> grad = 0;
   with_gate_type<T>(p.rows.type, [&](auto g) {
@@ -24,7 +24,7 @@ __device__ inline T row_gradient(const GatedPoolBackward& p, int64_t i) {
     }
     if (p.grad_pooled != nullptr) grad += to_acc(static_cast<const G*>(p.grad_pooled)[i]);
   });
-  return from_acc<T>(p.pool == Pool::Avg ? grad / static_cast<Acc<T>>(p.s) : grad);
+  return from_acc<T>(kPool == Pool::Avg ? grad / static_cast<Acc<T>>(p.s) : grad);
 }
 
 // Rows: grad_x is one stretch of memory, cut into tiles of `tile` elements that begin at 16-byte boundaries.
@@ -37,13 +37,13 @@ struct FillShape {
   uint64_t magic;    // ceil(2^32 / local_s): i / local_s == i * magic >> 32 for i < 2 * tile
 };
 
-template <typename T>
+template <typename T, Pool kPool>
 __global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward p, const FillShape shape) {
   CSG_DYNAMIC_SHARED(shared);
   T* const values = reinterpret_cast<T*>(shared);
   int* const hits = reinterpret_cast<int*>(shared + shape.value_bytes);  // position of the maximum in the tile
   T* const grad_x = static_cast<T*>(p.grad_x);
-  const bool avg = p.pool == Pool::Avg;
+  constexpr bool avg = kPool == Pool::Avg;
   const T zero = from_acc<T>(Acc<T>(0));
   const int thread = threadIdx.x;
 
@@ -52,14 +52,6 @@ __global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward
     const int64_t end = min((tile + 1) * shape.tile - shape.lead, shape.total);
     const int elements = static_cast<int>(end - begin);
     const int64_t first_row = begin / p.s;
-    const int rows = static_cast<int>((end - 1) / p.s - first_row) + 1;
-    for (int r = thread; r < rows; r += kThreads) {
-      values[r] = row_gradient<T>(p, first_row + r);
-      if (!avg) {
-        const int64_t hit = (first_row + r) * p.s + p.index[first_row + r] - begin;
-        hits[r] = hit >= 0 && hit < elements ? static_cast<int>(hit) : -1;
-      }
-    }
     // Elements of the first row that lie before the tile, as if rows were local_s long.
     const int64_t in_row = begin - first_row * p.s;
     const int before = p.s <= shape.tile
@@ -67,8 +59,16 @@ __global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward
                            : shape.tile - static_cast<int>(min(p.s - in_row, static_cast<int64_t>(shape.tile)));
     const int local_s = static_cast<int>(shape.local_s);
     const auto row_at = [&](int i) {
-      return static_cast<int>((static_cast<uint64_t>(before + i) * shape.magic) >> 32);
+      return static_cast<int>((static_cast<uint32_t>(before + i) * shape.magic) >> 32);
     };
+    const int rows = row_at(elements - 1) + 1;
+    for (int r = thread; r < rows; r += kThreads) {
+      values[r] = row_gradient<T, kPool>(p, first_row + r);
+      if (!avg) {
+        const int64_t hit = (first_row + r) * p.s + p.index[first_row + r] - begin;
+        hits[r] = hit >= 0 && hit < elements ? static_cast<int>(hit) : -1;
+      }
+    }
     const auto value_at = [&](int i, int r) { return avg || hits[r] == i ? values[r] : zero; };
     __syncthreads();
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 4) fill_rows(const GatedPoolBackward
   }
 }
 
-template <typename T>
+template <typename T, Pool kPool>
 int launch_fill_rows(const GatedPoolBackward& p, void* stream) {
   FillShape shape{};
   shape.total = p.n * p.k * p.s;
@@ -117,18 +117,18 @@ int launch_fill_rows(const GatedPoolBackward& p, void* stream) {
   shape.value_bytes = whole_vectors(rows * sizeof(T));
   shape.local_s = static_cast<uint32_t>(std::min<int64_t>(p.s, shape.tile));
   shape.magic = ((uint64_t{1} << 32) + shape.local_s - 1) / shape.local_s;
-  const size_t bytes = shape.value_bytes + (p.pool == Pool::Max ? rows * sizeof(int) : 0);
-  return launch(fill_rows<T>, shape.tiles, kThreads, bytes, stream, p, shape);
+  const size_t bytes = shape.value_bytes + (kPool == Pool::Max ? rows * sizeof(int) : 0);
+  return launch(fill_rows<T, kPool>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
 
-template <typename T, int kWidth>
+template <typename T, Pool kPool, int kWidth>
 __global__ void __launch_bounds__(kThreads, 4) fill_channels(const GatedPoolBackward p, const ChannelShape shape) {
   CSG_DYNAMIC_SHARED(shared);
   const int thread = threadIdx.x, columns = shape.columns, lanes = kThreads / columns;
   T* const values = reinterpret_cast<T*>(shared);                       // [columns * width]
   int* const hits = reinterpret_cast<int*>(values + columns * kWidth);  // position of the maximum in the stretch
   const int column = thread % columns, lane = thread / columns;
-  const bool avg = p.pool == Pool::Avg;
+  constexpr bool avg = kPool == Pool::Avg;
   const T zero = from_acc<T>(Acc<T>(0));
 
   for (int64_t tile = blockIdx.x; tile < shape.tiles; tile += gridDim.x) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 4) fill_channels(const GatedPoolBack
     const int channels = static_cast<int>(min(static_cast<int64_t>(columns) * kWidth, p.k - first));
     for (int channel = thread; channel < channels; channel += kThreads) {
       const int64_t i = n * p.k + first + channel;
-      values[channel] = row_gradient<T>(p, i);
+      values[channel] = row_gradient<T, kPool>(p, i);
       if (!avg) {
         const int64_t hit = p.index[i] - begin;
         hits[channel] = hit >= 0 && hit < positions ? static_cast<int>(hit) : -1;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 4) fill_channels(const GatedPoolBack
   }
 }
 
-template <typename T, int kWidth>
+template <typename T, Pool kPool, int kWidth>
 int launch_fill_channels(const GatedPoolBackward& p, void* stream) {
   const int64_t packs = ceil_div(p.k, kWidth);
   ChannelShape shape{};
@@ -175,17 +175,18 @@ int launch_fill_channels(const GatedPoolBackward& p, void* stream) {
   shape.positions = kThreads / shape.columns * 2 * kUnroll;
   shape.position_tiles = ceil_div(p.s, shape.positions);
   shape.tiles = p.n * shape.position_tiles * shape.channel_tiles;
-  const size_t bytes = shape.columns * kWidth * (sizeof(T) + (p.pool == Pool::Max ? sizeof(int) : 0));
-  return launch(fill_channels<T, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
+  const size_t bytes = shape.columns * kWidth * (sizeof(T) + (kPool == Pool::Max ? sizeof(int) : 0));
+  return launch(fill_channels<T, kPool, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
 
-template <typename T>
+template <typename T, Pool kPool>
 int backward_x(const GatedPoolBackward& p, void* stream) {
   if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
     const bool aligned = channels_aligned<T>(p.grad_x, p.k, p.n, p.stride_n, p.s, p.stride_s);
-    return aligned ? launch_fill_channels<T, kVector<T>>(p, stream) : launch_fill_channels<T, 1>(p, stream);
+    return aligned ? launch_fill_channels<T, kPool, kVector<T>>(p, stream)
+                   : launch_fill_channels<T, kPool, 1>(p, stream);
   }
-  return launch_fill_rows<T>(p, stream);
+  return launch_fill_rows<T, kPool>(p, stream);
 }
 
 // ---- The gradient of the gate.
@@ -197,7 +198,8 @@ int backward_x(const GatedPoolBackward& p, void* stream) {
 
 constexpr int kGateColumns = 32;
 constexpr int kGateLanes = kThreads / kGateColumns;  // each sums every kGateLanes-th sample of a class
-constexpr int kMaxClassTile = 8;
+template <typename A>
+constexpr int kMaxClassTile = 32 * 1024 / (kThreads * static_cast<int>(sizeof(A)));  // 32 KiB of sums
 
 struct GateShape {
   int classes;                                // of a tile
@@ -371,7 +373,7 @@ int backward_gate(const GatedPoolBackward& p, void* stream) {
   GateShape shape{};
   shape.channel_tiles = ceil_div(p.k, kGateColumns);
   const int64_t classes = ceil_div(p.rows.rows * shape.channel_tiles, 2 * kFillBlocks);
-  shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile));
+  shape.classes = static_cast<int>(std::min<int64_t>(classes, kMaxClassTile<Acc<G>>));
   shape.class_tiles = ceil_div(p.rows.rows, shape.classes);
   shape.tiles = (shape.class_tiles + (p.rows.col_max != nullptr ? 1 : 0)) * shape.channel_tiles;
   const size_t bytes = sizeof(Acc<G>) * kThreads * shape.classes;
@@ -383,7 +385,10 @@ int backward_gate(const GatedPoolBackward& p, void* stream) {
 int gated_pool_backward_cuda(const GatedPoolBackward& p, void* stream) {
   int status = cudaSuccess;
   if (p.grad_x != nullptr && p.n > 0 && p.k > 0) {
-    status = dispatch(p.x_type, [&](auto x) { return backward_x<decltype(x)>(p, stream); });
+    status = dispatch(p.x_type, [&](auto x) {
+      using T = decltype(x);
+      return p.pool == Pool::Avg ? backward_x<T, Pool::Avg>(p, stream) : backward_x<T, Pool::Max>(p, stream);
+    });
   }
   if (status == cudaSuccess && p.grad_gate != nullptr && p.rows.rows > 0 && p.k > 0) {
     status = dispatch(p.rows.type, [&](auto g) { return backward_gate<decltype(g)>(p, stream); });

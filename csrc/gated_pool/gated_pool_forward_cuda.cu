@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kMinTileBytes = 2048;  // of a problem too small to fill the GPU
 constexpr int kMaxTileRows = 512;
+constexpr int kStagedLoads = 8;            // of shared memory in flight per thread: alone, each would be waited for
 constexpr int kLongRowBytes = 2048;        // from here on a warp per row
 constexpr int kBlockRowBytes = 16 * 1024;  // from here on a block per row
 
@@ -43,6 +44,7 @@ struct TileShape {
   int64_t segment_rows, segment_stride, tiles_per_segment, tiles;
   int rows;          // of a tile
   int lanes;         // that share a row, a power of two <= 32
+  bool aligned;      // every row begins at a 16-byte boundary and fills whole vectors
   int result_bytes;  // of the results, which precede the staged rows in shared memory
 };
 
@@ -91,7 +93,27 @@ __global__ void __launch_bounds__(kThreads, 4) pool_tiles(const GatedPoolForward
       const int r = begin + group;
       R result = R::empty();
       if (r < rows) {
-        for (int i = lane; i < s; i += shape.lanes) result.add(to_acc(staged[r * s + i]), i);
+        const T* const values = staged + r * s;
+        int i = lane;
+        if (shape.aligned) {
+#pragma unroll 1
+          for (; i * kVector<T> < s; i += shape.lanes) {
+            const Pack<T, kVector<T>> pack = load_pack<T, kVector<T>>(values + i * kVector<T>);
+#pragma unroll
+            for (int j = 0; j < kVector<T>; ++j) result.add(to_acc(pack.v[j]), i * kVector<T> + j);
+          }
+        } else {
+#pragma unroll 1
+          for (; i + (kStagedLoads - 1) * shape.lanes < s; i += kStagedLoads * shape.lanes) {
+            T flight[kStagedLoads];
+#pragma unroll
+            for (int u = 0; u < kStagedLoads; ++u) flight[u] = values[i + u * shape.lanes];
+#pragma unroll
+            for (int u = 0; u < kStagedLoads; ++u) result.add(to_acc(flight[u]), i + u * shape.lanes);
+          }
+#pragma unroll 1
+          for (; i < s; i += shape.lanes) result.add(to_acc(values[i]), i);
+        }
       }
       merge_lanes(result, 1, shape.lanes);
       if (r < rows && lane == 0) results[r] = result;
@@ -274,10 +296,15 @@ int launch_tiles(const GatedPoolForward& p, void* stream) {
   shape.rows = static_cast<int>(rows);
   shape.tiles_per_segment = ceil_div(shape.segment_rows, rows);
   shape.tiles = (dense ? 1 : p.n) * shape.tiles_per_segment;
-  // Rows a multiple of 2^m words long meet in few of the 32 banks unless 2^m lanes read side by side.
-  const int apart = static_cast<int>(std::clamp<int64_t>((row_bytes & -row_bytes) / 4, 1, kWarp));
+  shape.aligned =
+      p.s % kVector<T> == 0 && to_boundary(static_cast<const T*>(p.x)) == 0 && (dense || p.stride_n % kVector<T> == 0);
+  // Rows a multiple of 2^m words long meet in few of the 32 banks unless 2^m lanes read side by side; of 2^m vectors
+  // likewise, which a warp reads 8 at a time.
+  const int unit = shape.aligned ? kVectorBytes : 4, most = shape.aligned ? 8 : kWarp;
+  const int apart = static_cast<int>(std::clamp<int64_t>((row_bytes & -row_bytes) / unit, 1, most));
   const int busy = power_of_two(kThreads / rows / 2 + 1, kWarp);  // as many lanes to a row as there are threads
-  shape.lanes = std::min(std::max(apart, busy), power_of_two(p.s, kWarp));
+  const int64_t loads = shape.aligned ? p.s / kVector<T> : p.s;
+  shape.lanes = std::min(std::max(apart, busy), power_of_two(loads, kWarp));
   shape.result_bytes = whole_vectors(rows * sizeof(R));
   const size_t bytes = shape.result_bytes + rows * row_bytes + kVectorBytes;
   return launch(pool_tiles<T, kPool>, shape.tiles, kThreads, bytes, stream, p, shape);

@@ -335,6 +335,12 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
   for (const SharedArray& array : shared_arrays) {
     if (array.key == key) return array.data;
   }
+  size_t together = dynamic_bytes + bytes;
+  for (const SharedArray& array : shared_arrays) together += array.bytes;
+  if (together > kSharedBytes) {
+    fail("shared memory of a block, static and dynamic together, is over %zu bytes", kSharedBytes);
+    yield();
+  }
   const size_t begin = (static_bytes + kZone + alignment - 1) / alignment * alignment;
   static_bytes = begin + bytes + kZone;
   if (static_bytes > 2 * kSharedBytes) {

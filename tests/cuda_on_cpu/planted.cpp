@@ -25,10 +25,12 @@ enum class Bug {
   Misaligned,
   AbsentLane,
   LaneNeverComes,
+  TooMuchShared,
 };
 constexpr std::string_view kNames[] = {
     "none",           "missing-barrier", "divergent-barrier", "exit-before-barrier", "dynamic-overrun",
-    "static-overrun", "global-overread", "misaligned",        "absent-lane",         "lane-never-comes"};
+    "static-overrun", "global-overread", "misaligned",        "absent-lane",         "lane-never-comes",
+    "too-much-shared"};
 
 // out[block][i] = in[block][kThreads - 1 - i] + the sum of in over the thread's warp.
 __global__ void reverse_and_sum(const float* in, float* out, Bug bug) {
@@ -72,8 +74,9 @@ int main(int argc, char** argv) {
   auto* const in = static_cast<float*>(cuda_on_cpu_map(sizeof(float) * kBlocks * kThreads));
   auto* const out = static_cast<float*>(cuda_on_cpu_map(sizeof(float) * kBlocks * kThreads));
   for (int i = 0; i < kBlocks * kThreads; ++i) in[i] = static_cast<float>(i % 97);
-  if (csg::launch(reverse_and_sum, kBlocks, kThreads, sizeof(float) * kThreads, nullptr, in, out,
-                  static_cast<Bug>(bug)) != cudaSuccess) {
+  const size_t shared_bytes = static_cast<Bug>(bug) == Bug::TooMuchShared ? 48 * 1024 : sizeof(float) * kThreads;
+  if (csg::launch(reverse_and_sum, kBlocks, kThreads, shared_bytes, nullptr, in, out, static_cast<Bug>(bug)) !=
+      cudaSuccess) {
     std::printf("fault: %s\n", cuda_on_cpu::error());
     return 1;
   }
