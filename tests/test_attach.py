@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import threading
 
 import attach_ddp
 import pytest
@@ -136,6 +137,28 @@ def test_an_error_inside_forward_leaves_no_labels_behind():
     with pytest.raises(ValueError, match=r"gated_pool: labels\[0\] = 9 is outside \[0, 4\)"):
         g(x, torch.full_like(labels, 9))
     assert torch.equal(g.model(x), before) and torch.equal(g(x), before)
+
+
+def test_threads_do_not_see_each_others_labels():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    x = torch.randn(4, 3, 10, 10)
+    g = csg_ext.attach(model, example=x)
+    with torch.no_grad():
+        g.gate.uniform_()
+        labels = [None, *(torch.full((4,), c) for c in range(3))]
+        want = [g(x, y) for y in labels]
+        wrong = []
+
+        def work(y, right):
+            with torch.no_grad():
+                wrong.extend(not torch.equal(g(x, y), right) for _ in range(100))
+
+        threads = [threading.Thread(target=work, args=pair) for pair in zip(labels, want, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(wrong) == 400 and not any(wrong)
 
 
 def test_attach_changes_nothing_in_the_model():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -12,8 +13,18 @@ from csg_ext.nn.locate import Plan, close, evaluating, guess_example, locate, lo
 from csg_ext.ops import gated_pool
 
 
+class _Call(threading.local):
+    """The gated pass that a thread is in: other threads may run the model on other paths meanwhile."""
+
+    labels: Tensor | None = None
+    path = "std"
+    runs = 0
+    recorded = False
+
+
 class _GateHook:
-    """Multiplies a module's input or output by the gate's rows of `labels`, on the path that is set; else does nothing.
+    """Multiplies a module's input or output by the gate's rows of the labels, on the path that is set; else does
+    nothing.
 
     It belongs to the module that runs it, so copies and pickles of the model take it along, with the gate and with the
     AttachedModel that sets it.
@@ -24,23 +35,24 @@ class _GateHook:
         self.pooled = plan.pooled
         self.channel_dim = plan.channel_dim
         self.unrecorded = False  # whether gradients were wanted and the gate ran where none are recorded
-        self.reset()
+        self.call = _Call()
 
-    def set(self, labels: Tensor, path: str) -> None:
-        """From now on multiply by the rows of `labels`; on path "both", append the result to the batch."""
-        self.labels: Tensor | None = labels
-        self.path = path
-        self.runs = 0
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "call"}
 
-    def reset(self) -> None:
-        """From now on do nothing."""
-        self.labels = None
-        self.path = "std"
-        self.runs = 0
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.call = _Call()
+
+    def set(self, labels: Tensor | None, path: str) -> None:
+        """From now on multiply by the rows of `labels`, or do nothing; on path "both", append the result to the
+        batch."""
+        self.call.labels, self.call.path, self.call.runs = labels, path, 0
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> Any:
         """A forward pre-hook (without output) and a forward hook."""
-        if self.labels is None:
+        call = self.call
+        if call.labels is None:
             if self.unrecorded and torch._C._current_graph_task_id() != -1:  # in backward
                 raise RuntimeError(
                     "AttachedModel: the gate must lie outside reentrant activation checkpointing, which runs it again "
@@ -48,10 +60,10 @@ class _GateHook:
                 )
             return None
         x = output[0] if output else args[0]
-        self.runs += 1
-        self.recorded = torch.is_grad_enabled()
-        gated = self.gated(x, self.labels)
-        if self.path == "both":
+        call.runs += 1
+        call.recorded = torch.is_grad_enabled()
+        gated = self.gated(x, call.labels)
+        if call.path == "both":
             gated = torch.cat((x, gated))
         return gated if output else (gated, *args[1:])
 
@@ -141,10 +153,10 @@ class AttachedModel(TwoPaths):
         self._hook.set(labels, path)
         try:
             logits = logits_of(self.model(x, **kwargs))
-            runs = self._hook.runs
-            self._hook.unrecorded = torch.is_grad_enabled() and runs == 1 and not self._hook.recorded
+            runs = self._hook.call.runs
+            self._hook.unrecorded = torch.is_grad_enabled() and runs == 1 and not self._hook.call.recorded
         finally:
-            self._hook.reset()
+            self._hook.set(None, "std")
         if runs != 1:
             raise RuntimeError(
                 f"AttachedModel: {self.plan.gate.name!r}, where the gate is, must run once in a forward pass, it ran "

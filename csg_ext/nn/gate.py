@@ -135,7 +135,9 @@ class ClassSpecificGate(nn.Module):
 
     def extra_repr(self) -> str:
         """What repr() shows."""
-        return f"num_classes={self.num_classes}, num_filters={self.num_filters}, l1_density={self.density():.4f}"
+        shape = f"num_classes={self.num_classes}, num_filters={self.num_filters}"
+        # On other devices the density would be waited for, or has no value.
+        return f"{shape}, l1_density={self.density():.4f}" if self.gate.device.type == "cpu" else shape
 
 
 class TwoPaths(nn.Module):
