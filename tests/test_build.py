@@ -112,21 +112,27 @@ def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (None, ["8.0", "9.0+PTX"]),  # of the default, what this nvcc knows; PTX of the newest
-        ("", ["8.0", "9.0+PTX"]),
+        (None, ["8.0", "8.6", "9.0", "12.0+PTX"]),  # of the default, what this nvcc knows; PTX of the newest
+        ("", ["8.0", "8.6", "9.0", "12.0+PTX"]),
+        (" ;", ["8.0", "8.6", "9.0", "12.0+PTX"]),
         ("8.0;9.0a;12.0+PTX", ["8.0", "9.0a", "12.0+PTX"]),
         (" 8.6, 9.0 ; 8.6", ["8.6", "9.0"]),
         ("Ampere Hopper+PTX", ["8.0", "8.6", "9.0+PTX"]),
     ],
 )
 def test_architecture_list(wanted, expected):
-    assert toolchain.cuda_architectures(wanted, ["7.5", "8.0", "9.0"]) == expected
+    assert toolchain.cuda_architectures(wanted, ["7.5", "8.0", "8.6", "9.0", "12.0"]) == expected
 
 
 @pytest.mark.parametrize("wanted", ["80", "sm_80", "8.0+ptx", "8.0;Pascals", "9.0b"])
 def test_architecture_list_that_makes_no_sense(wanted):
     with pytest.raises(toolchain.BuildError, match="TORCH_CUDA_ARCH_LIST must hold entries such as"):
         toolchain.cuda_architectures(wanted, ["8.0"])
+
+
+def test_an_architecture_that_nvcc_does_not_know():
+    with pytest.raises(toolchain.BuildError, match=r"that nvcc compiles for \(8\.0 9\.0\), got 5\.0\.$"):
+        toolchain.cuda_architectures("9.0a;5.0", ["8.0", "9.0"])
 
 
 def test_default_architectures_unknown_to_nvcc():
@@ -150,6 +156,11 @@ def test_a_wrapper_on_path_leads_to_the_toolkit(fake_nvcc):
     assert toolchain.find_cuda({**environ, "CUDA_HOME": str(home)}) == expected
     with pytest.raises(toolchain.BuildError, match="CUDA_HOME must be a folder that holds bin/nvcc, got /nowhere"):
         toolchain.find_cuda({**environ, "CUDA_HOME": "/nowhere"})
+    with pytest.raises(toolchain.BuildError, match="CUDA_PATH must be a folder that holds bin/nvcc, got /nowhere"):
+        toolchain.find_cuda({**environ, "CUDA_PATH": "/nowhere"})
+    (home / "bin" / "nvcc").chmod(0o644)
+    with pytest.raises(toolchain.BuildError, match="bin/nvcc does not run .*: is it NVIDIA's nvcc"):
+        toolchain.find_cuda({**environ, "CUDA_HOME": str(home)})
 
 
 def test_when_cuda_kernels_are_built(fake_torch, fake_nvcc, monkeypatch):
@@ -195,6 +206,28 @@ def test_no_compiler():
     with pytest.raises(toolchain.BuildError, match="a C\\+\\+20 compiler is needed and none was found"):
         toolchain.find_compiler({"PATH": "/nowhere"})
     assert toolchain.find_compiler({"CXX": "ccache g++"}) == ["ccache", "g++"]
+
+
+def test_a_compiler_that_does_not_run(fake_torch):
+    host = native.Host.from_environ({"CXX": "/nowhere/g++ -m64"})
+    with pytest.raises(toolchain.BuildError, match="CXX must name a C\\+\\+ compiler, got '/nowhere/g\\+\\+ -m64'"):
+        native.build_facts("1.0", toolchain.find_torch([fake_torch()]), host, None, "")
+
+
+def test_options_from_the_environment():
+    host = native.Host.from_environ({"CXX": "g++", "CPPFLAGS": "-DA", "CXXFLAGS": "-O2 -std=c++17"})
+    assert host.optimise == ("-O3", "-DNDEBUG", "-DA", "-O2", "-std=c++17", "-std=c++20")
+    with pytest.raises(toolchain.BuildError, match="LDFLAGS must be words as a shell reads them"):
+        native.Host.from_environ({"CXX": "g++", "LDFLAGS": "-Wl,'"})
+
+
+def test_nvcc_gets_the_compiler_alone(fake_torch, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    torch, toolkit = toolchain.find_torch([fake_torch()]), toolchain.CudaToolkit(tmp_path, "13.0", ("8.0",))
+    monkeypatch.setattr(native, "run", lambda *arguments: None)  # no stand-in for torch's library is needed
+    library = native.cuda_library(torch, native.Host.from_environ(), toolkit, ["8.0"], [Path("csrc/a.cu")], tmp_path)
+    for command in (library.command, library.objects[0].command):
+        assert command[command.index("-ccbin") + 1] == "g++"
 
 
 def test_only_what_changed_is_compiled_again(tmp_path):
