@@ -31,6 +31,7 @@ from build_support.toolchain import (
     BuildError,
     CudaToolkit,
     Torch,
+    alone,
     choose_cuda,
     cuda_architectures,
     find_compiler,
@@ -252,8 +253,11 @@ def _stand_in_for_torch_cuda(torch: Torch, host: Host, build_dir: Path) -> list[
 
 def build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
     """Build what can be built and return {file name inside csg_ext: library}. Runs with `root` as current folder."""
-    if not sys.platform.startswith("linux"):
-        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+    with alone(build_dir):
+        return _build(root, build_dir, version)
+
+
+def _build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
     started = time.time()
     torch = find_torch()
     host = Host.from_environ()

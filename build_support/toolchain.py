@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,29 @@ class CudaToolkit:
     @property
     def nvcc(self) -> Path:
         return self.home / "bin" / "nvcc"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait while another build works in the folder: both would write the same files."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+    import fcntl  # Unix has it
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise BuildError(
+            f"the build needs a folder to write to, got {folder.absolute()} ({error.strerror}): build a copy."
+        ) from None
+    with file:  # the lock goes with the process, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"csg-ext: waiting for another build in {folder.resolve()}.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def torch_folders(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:

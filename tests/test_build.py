@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,41 @@ def test_only_what_changed_is_compiled_again(tmp_path):
         other.compile(os.environ)
     header.write_text("constexpr int value = 2;\n")
     assert other.compile(os.environ)  # what failed is never taken for done
+
+
+def test_two_builds_in_one_folder_wait_for_each_other(tmp_path):
+    code = "import sys, pathlib\nfrom build_support import toolchain\n"
+    code += "with toolchain.alone(pathlib.Path(sys.argv[1])): print('built')"
+    command = [sys.executable, "-c", code, tmp_path]
+    with toolchain.alone(tmp_path):
+        other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == f"csg-ext: waiting for another build in {tmp_path}.\n"
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "built\n"
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "built\n"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "build").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^csg-ext: the build needs a folder to write to, got .*/build \(File exists"):
+        backend.build_wheel(str(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cmake_takes_its_own_list_of_architectures(tmp_path, fake_nvcc):
+    home, environ = fake_nvcc()
+
+    def configure(architectures):
+        command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+        command += ["-DCSG_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+        done = subprocess.run(command, env=os.environ | {"CUDA_HOME": str(home)}, capture_output=True, text=True)
+        return " ".join(done.stderr.split())
+
+    configure("80-real;90")  # ends where the stand-in for nvcc compiles nothing
+    expected = toolchain.gencode_flags(["8.0", "9.0+PTX"])
+    assert f'CSG_CUDA_GENCODE "{";".join(expected)}"' in (tmp_path / "build/facts/torch.cmake").read_text()
+    assert "must hold entries such as 90, 90-real or 90a-real, got native." in configure("native")
 
 
 def test_libraries_that_are_left_out_are_removed(tmp_path):
