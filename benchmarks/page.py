@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,7 @@ STYLES = {
     "masked": ("#0072B2", "v"),
     "masked compiled": ("#56B4E9", "^"),
     "masked autotuned": ("#CC79A7", "X"),
+    "viewed": ("#999999", "h"),
     "triton": ("#009E73", "*"),
 }
 HEAD = """\
@@ -41,21 +43,38 @@ The limit of forward is one read of x (`sum` over its memory, taken as fp32 what
 would bound the adding, not the memory), of backward one write of the gradients of x and gate (`fill_`), of both the
 two in one go{copy}. Share of the limit: the limit's time over csg_ext's. A peer's cell has its time in multiples of
 csg_ext's (above 1x csg_ext is faster), then its peak memory: the most that is allocated at a time beyond the inputs,
-in multiples of x's bytes. C is the number of classes. rows: contiguous; channels_last: also the memory of tokens
-(N, L, K).
+in multiples of x's bytes. A share above 1 says that PyTorch's loop, which stands for the limit, did not reach it. C is
+the number of classes. rows: contiguous; channels_last: also the memory of tokens (N, L, K).
 
 - eager: `x.mean(spatial) * gate[labels]`
 - masked: `(x * gate[labels][..., None, None]).mean(spatial)`, the method as it is written
 - compiled: the same under `torch.compile`; autotuned: under its mode max-autotune-no-cudagraphs ({few})
-{triton}- backward: `torch.autograd.grad` through one graph that is kept (`retain_graph`), gradients to x and gate
+{others}- backward: `torch.autograd.grad` through one graph that is kept (`retain_graph`), gradients to x and gate
   (memory: what backward allocates itself, without what the graph holds)
+"""
+VIEWED = """\
+- viewed: `x.sum(spatial) * (gate[labels] / S)`, whose gradient of x is a broadcast view of (N, K) values: nothing is
+  written, so the limit of backward is none for it; what reading the view costs the operator before the pooling is not
+  in its figure
+"""
+NOT_VIEWED = """\
+- not measured here: `x.sum(spatial) * (gate[labels] / S)`, whose gradient of x is a broadcast view of (N, K) values:
+  nothing is written, so the limit of backward is none for it (`viewed` in benchmarks/gated_pool_cases.py)
 """
 GATE = """\
 A momentum step on a gate (C, K) with its projection. The limit is a copy that moves as many bytes as the step
 must: gate and momentum buffer read and written, the gradient read. Peers: `torch.optim.SGD` (foreach, or fused), then
-the projection in PyTorch; compiled: both under one `torch.compile`. A peer's cell has its time in multiples of
-csg_ext's, then its peak memory in multiples of the gate's bytes; csg_ext's is without the maxima, at most 65 rows, that
-the CPU kernel takes beside torch's allocator. The first step, which makes the momentum buffer, is not measured.
+`reference.project_gate`, which like csg_ext keeps NaN and makes a column without a positive entry one-hot; compiled:
+both under one `torch.compile`. A peer's cell has its time in multiples of csg_ext's, then its peak memory in multiples
+of the gate's bytes; csg_ext's is without the maxima, at most 65 rows, that the CPU kernel takes beside torch's
+allocator. The first step, which makes the momentum buffer, is not measured.
+"""
+IN_PLACE = """\
+in place: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates without NaN and without such columns.
+"""
+NOT_IN_PLACE = """\
+Not measured here, and leaner than these peers: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates
+without NaN and without such columns (`in place` in benchmarks/gate_step_cases.py).
 """
 END_TO_END = """\
 Whole training steps: forward, loss, backward, optimizers. The ratio to the STD step of the same network is
@@ -116,19 +135,20 @@ def pool_summary(rows: list[dict]) -> str:
         shares = sorted(pair["ratio"] for pair in large if not pair["disturbed"])
         if shares:
             near = sum(share >= 0.85 for share in shares)
-            middle = shares[len(shares) // 2]
+            middle = statistics.median(shares)
             lines.append(
                 f"- {title}: of {len(shares)} maps of 4 MB and more, {near} at 0.85 of the limit or more; "
                 f"median {middle:.2f}, lowest {shares[0]:.2f}."
             )
     pairs = [(row, d, name, pair) for row in rows for d in DIRECTIONS for name, pair in row["pairs"][d].items()]
+    compared = sum(name != "limit" and not pair["disturbed"] for *_, name, pair in pairs)
     faster = [
         f"{name} of {row['case']}, {direction} ({pair['ratio']:.2f}x)"
         for row, direction, name, pair in pairs
         if name != "limit" and not pair["disturbed"] and pair["ratio"] < 1
     ]
     disturbed = sum(pair["disturbed"] for *_, pair in pairs)
-    lines.append(f"- Faster than csg_ext in {len(pairs)} comparisons: {'; '.join(faster) or 'no peer'}.")
+    lines.append(f"- Faster than csg_ext in {compared} comparisons with peers: {'; '.join(faster) or 'no peer'}.")
     lines.append(f"- Comparisons left out because other programs disturbed them (*): {disturbed}.")
     return "\n".join(lines)
 
@@ -194,7 +214,8 @@ def pool_section(part: dict, device: str, image: str) -> list[str]:
     method = POOL.format(
         copy="" if device == "cpu" else " (a copy of x)",
         few="few cases, since compiling takes seconds each: " + ", ".join(few),
-        triton="" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n",
+        others=(VIEWED if any("viewed" in row["pairs"]["forward"] for row in rows) else NOT_VIEWED)
+        + ("" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n"),
     )
     lines = ["### gated_pool", "", *machine_lines(part["machine"]), method, pool_summary(rows), ""]
     lines += [f"![share of the limit per case]({image})", ""]
@@ -221,7 +242,8 @@ def gate_section(part: dict) -> list[str]:
             ]
         )
     head = ["C x K", "bytes moved (MB)", "csg_ext (ms)", "share of the limit", "memory", *peers]
-    return ["### gate_step", "", *machine_lines(part["machine"]), GATE, *table(head, lines)]
+    method = [GATE, IN_PLACE if "in place" in peers else NOT_IN_PLACE]
+    return ["### gate_step", "", *machine_lines(part["machine"]), *method, *table(head, lines)]
 
 
 def _overhead(row: dict) -> str:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import glob
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import setuptools
@@ -28,11 +31,17 @@ __all__ = [
 ]
 
 
-def _require_torch() -> None:
+@contextmanager
+def _one_sentence() -> Iterator[None]:
     try:
-        toolchain.find_torch()
+        yield
     except toolchain.BuildError as error:
         raise SystemExit(f"csg-ext: {error}") from None
+
+
+def _require_torch() -> None:
+    with _one_sentence():
+        toolchain.find_torch()
 
 
 def _require_setuptools() -> None:  # the first that reads pyproject.toml's license expression
@@ -64,9 +73,10 @@ def prepare_metadata_for_build_editable(metadata_directory: str, config_settings
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     _require_torch()
-    for stale in glob.glob("build/lib*"):  # setuptools would pack files that the sources no longer have
-        shutil.rmtree(stale, ignore_errors=True)
-    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+    with _one_sentence(), toolchain.alone(Path("build")):
+        for stale in glob.glob("build/lib*"):  # setuptools would pack files that the sources no longer have
+            shutil.rmtree(stale, ignore_errors=True)
+        return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:

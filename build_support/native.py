@@ -31,6 +31,7 @@ from build_support.toolchain import (
     BuildError,
     CudaToolkit,
     Torch,
+    alone,
     choose_cuda,
     cuda_architectures,
     find_compiler,
@@ -38,6 +39,7 @@ from build_support.toolchain import (
     find_torch,
     gencode_flags,
     max_jobs,
+    words,
 )
 
 TARGET_VERSION = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"  # TORCH_TARGET_VERSION: oldest torch to run with
@@ -135,13 +137,13 @@ class Host:
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Host:
         strict = ["-Werror"] if environ.get("CSG_EXT_WERROR", "0") != "0" else []
-        extra = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+        extra = words(environ, "CPPFLAGS") + words(environ, "CXXFLAGS")
         return cls(
             compiler=tuple(find_compiler(environ)),
-            optimise=("-std=c++20", "-O3", "-DNDEBUG", *extra),
+            optimise=("-O3", "-DNDEBUG", *extra, "-std=c++20"),  # last: some environments' CXXFLAGS name an older one
             hide=("-fPIC", "-fvisibility=hidden"),
             warn=("-Wall", "-Wextra", *strict),
-            link_extra=tuple(shlex.split(environ.get("LDFLAGS", ""))),
+            link_extra=tuple(words(environ, "LDFLAGS")),
         )
 
     @property
@@ -217,7 +219,8 @@ def cuda_library(
     define = ["-DUSE_CUDA", "-DCSG_CUDA"]
     nvcc = [str(toolkit.nvcc)]
     if "CXX" in os.environ:
-        nvcc += ["-ccbin", host.compiler[-1]]
+        # nvcc takes a compiler without the launcher before it and the options behind it.
+        nvcc += ["-ccbin", [word for word in host.compiler if not word.startswith("-")][-1]]
     strict = ["-Werror", "all-warnings"] if "-Werror" in host.warn else []
     device = [*nvcc, "-std=c++20", "-O3", "-DNDEBUG", *gencode_flags(architectures), *define, *strict]
     device.append(f"-Xcompiler={','.join([*host.hide, *host.warn])}")
@@ -250,8 +253,11 @@ def _stand_in_for_torch_cuda(torch: Torch, host: Host, build_dir: Path) -> list[
 
 def build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
     """Build what can be built and return {file name inside csg_ext: library}. Runs with `root` as current folder."""
-    if not sys.platform.startswith("linux"):
-        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+    with alone(build_dir):
+        return _build(root, build_dir, version)
+
+
+def _build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
     started = time.time()
     torch = find_torch()
     host = Host.from_environ()
@@ -290,7 +296,11 @@ def build(root: Path, build_dir: Path, version: str) -> dict[str, Path]:
 
 def build_facts(version: str, torch: Torch, host: Host, toolkit: CudaToolkit | None, reason: str) -> dict[str, str]:
     """What csg_ext._bind.build_info() will return; `reason` says why there is no toolkit."""
-    compiler = subprocess.run([*host.compiler, "--version"], capture_output=True, text=True).stdout
+    try:
+        compiler = subprocess.run([*host.compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        command = shlex.join(host.compiler)
+        raise BuildError(f"CXX must name a C++ compiler, got {command!r} ({error.strerror}).") from None
     facts = {
         "version": version,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",

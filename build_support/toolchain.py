@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,29 @@ class CudaToolkit:
     @property
     def nvcc(self) -> Path:
         return self.home / "bin" / "nvcc"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait while another build works in the folder: both would write the same files."""
+    if not sys.platform.startswith("linux"):
+        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+    import fcntl  # Unix has it
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise BuildError(
+            f"the build needs a folder to write to, got {folder.absolute()} ({error.strerror}): build a copy."
+        ) from None
+    with file:  # the lock goes with the process, however it ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"csg-ext: waiting for another build in {folder.resolve()}.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def torch_folders(environ: Mapping[str, str] = os.environ) -> Iterator[Path]:
@@ -104,12 +128,13 @@ def _assignments(path: Path) -> dict[str, object]:
 
 def find_cuda(environ: Mapping[str, str] = os.environ) -> CudaToolkit | None:
     """The CUDA toolkit of CUDA_HOME or CUDA_PATH, of nvcc on PATH, or of /usr/local/cuda; None when there is none."""
-    given = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    name = "CUDA_HOME" if environ.get("CUDA_HOME") else "CUDA_PATH"
+    given = environ.get(name)
     on_path = shutil.which("nvcc", path=environ.get("PATH"))
     if given:
         nvcc = Path(given) / "bin" / "nvcc"
         if not nvcc.is_file():
-            raise BuildError(f"CUDA_HOME must be a folder that holds bin/nvcc, got {given}.")
+            raise BuildError(f"{name} must be a folder that holds bin/nvcc, got {given}.")
     elif on_path:
         nvcc = Path(on_path)
     else:
@@ -117,17 +142,21 @@ def find_cuda(environ: Mapping[str, str] = os.environ) -> CudaToolkit | None:
         if not nvcc.is_file():
             return None
     # nvcc on PATH may be a wrapper script: the dry run names the folder that it really works in.
-    dry_run = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ _HERE_=(.+)$", dry_run.stderr, re.MULTILINE)
+    dry_run = _nvcc(nvcc, "-dryrun", "-E", "-x", "cu", os.devnull).stderr
+    top = re.search(r"^#\$ _HERE_=(.+)$", dry_run, re.MULTILINE)
     home = Path(top.group(1)).resolve().parent if top else nvcc.resolve().parent.parent
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    release = re.search(
-        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    release = re.search(r"release (\d+\.\d+)", _nvcc(nvcc, "--version").stdout)
     if release is None:
         raise BuildError(f"{nvcc} --version does not name a release: is it NVIDIA's nvcc?")
-    numbers = re.findall(r"compute_(\d+)(\d)\b", listed)
+    numbers = re.findall(r"compute_(\d+)(\d)\b", _nvcc(nvcc, "--list-gpu-arch").stdout)
     return CudaToolkit(home, release.group(1), tuple(f"{major}.{minor}" for major, minor in numbers))
+
+
+def _nvcc(nvcc: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{nvcc} does not run ({error.strerror}): is it NVIDIA's nvcc?") from None
 
 
 def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> tuple[CudaToolkit | None, str]:
@@ -154,18 +183,26 @@ def choose_cuda(torch: Torch, environ: Mapping[str, str] = os.environ) -> tuple[
 
 def cuda_architectures(wanted: str | None, supported: Iterable[str]) -> list[str]:
     """TORCH_CUDA_ARCH_LIST as a list such as ["8.0", "9.0a", "12.0+PTX"]; unset: the default that nvcc knows."""
+    supported = tuple(supported)
+    wanted = (wanted or "").strip("; ,\t\n")
     if not wanted:
-        known = [arch for arch in DEFAULT_ARCHITECTURES if arch in set(supported)]
+        known = [arch for arch in DEFAULT_ARCHITECTURES if arch in supported]
         if not known:
             raise BuildError(f"nvcc compiles for none of {', '.join(DEFAULT_ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST.")
         return [*known[:-1], f"{known[-1]}+PTX"]
     result: list[str] = []
-    for entry in re.split(r"[;,\s]+", wanted.strip("; ,\t\n")):
+    for entry in re.split(r"[;,\s]+", wanted):
         name, plus, ptx = entry.partition("+")
         numbers = NAMED_ARCHITECTURES.get(name, name).split(";")
         if not all(re.fullmatch(r"\d+\.\d[af]?", number) for number in numbers) or (plus and ptx != "PTX"):
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST must hold entries such as 8.0, 9.0a, 12.0+PTX or Hopper, got {entry!r}."
+            )
+        unknown = [number for number in numbers if number.rstrip("af") not in supported]
+        if unknown:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST must name architectures that nvcc compiles for ({' '.join(supported)}), "
+                f"got {unknown[0]}."
             )
         result += numbers[:-1] + [numbers[-1] + plus + ptx]
     return list(dict.fromkeys(result))
@@ -184,13 +221,21 @@ def gencode_flags(architectures: Iterable[str]) -> list[str]:
 
 def find_compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
     """The C++ compiler of CXX, or the first of c++, g++ and clang++ on PATH."""
-    if environ.get("CXX"):
-        return shlex.split(environ["CXX"])
+    if given := words(environ, "CXX"):
+        return given
     for name in ("c++", "g++", "clang++"):
         found = shutil.which(name, path=environ.get("PATH"))
         if found:
             return [found]
     raise BuildError("a C++20 compiler is needed and none was found: install one (Debian, Ubuntu: apt install g++).")
+
+
+def words(environ: Mapping[str, str], name: str) -> list[str]:
+    """The words of a variable that holds a command or options."""
+    try:
+        return shlex.split(environ.get(name, ""))
+    except ValueError as error:
+        raise BuildError(f"{name} must be words as a shell reads them, got {environ[name]!r} ({error}).") from None
 
 
 def max_jobs(environ: Mapping[str, str] = os.environ) -> int:

@@ -28,9 +28,13 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
     grid = [cases.Case("tiny", (4, 8, 3, 3), torch.float32, layout, 5) for layout in ("rows", "channels_last")]
     network = end_to_end.Network("resnet20", lambda: end_to_end.build_backbone("resnet20"), 64, 10, 2, 8, turns=4)
     monkeypatch.setattr(cases, "grid", lambda: grid)
-    monkeypatch.setattr(cases, "peers", lambda: {"csg_ext": cases.ours, "eager": cases.eager, "masked": cases.masked})
+    monkeypatch.setattr(
+        cases,
+        "peers",
+        lambda: {name: getattr(cases, name) for name in ("eager", "masked", "viewed")} | {"csg_ext": cases.ours},
+    )
     monkeypatch.setattr(gate_steps, "SIZES", [(5, 8)])
-    monkeypatch.setattr(gate_steps, "PEERS", ("csg_ext", "foreach"))
+    monkeypatch.setattr(gate_steps, "PEERS", ("csg_ext", "foreach", "in place"))
     monkeypatch.setattr(end_to_end, "networks", lambda: [network])
     page = tmp_path / "performance.md"
     report.main(["--output", str(page), "--results", str(tmp_path)])
@@ -38,6 +42,8 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
     for case in grid:
         assert text.count(f"| {case.id} |") == 3  # forward, backward, both
     assert "| 5 x 8 |" in text and "| released |" in text
+    assert "- viewed: " in text and "\nin place: " in text and "ot measured here" not in text
+    assert " in 18 comparisons with peers: " in text  # two maps, three directions, three peers; the limit is none
     picture = tmp_path / "images" / f"performance_{cases.DEVICE}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,21 +113,27 @@ def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        (None, ["8.0", "9.0+PTX"]),  # of the default, what this nvcc knows; PTX of the newest
-        ("", ["8.0", "9.0+PTX"]),
+        (None, ["8.0", "8.6", "9.0", "12.0+PTX"]),  # of the default, what this nvcc knows; PTX of the newest
+        ("", ["8.0", "8.6", "9.0", "12.0+PTX"]),
+        (" ;", ["8.0", "8.6", "9.0", "12.0+PTX"]),
         ("8.0;9.0a;12.0+PTX", ["8.0", "9.0a", "12.0+PTX"]),
         (" 8.6, 9.0 ; 8.6", ["8.6", "9.0"]),
         ("Ampere Hopper+PTX", ["8.0", "8.6", "9.0+PTX"]),
     ],
 )
 def test_architecture_list(wanted, expected):
-    assert toolchain.cuda_architectures(wanted, ["7.5", "8.0", "9.0"]) == expected
+    assert toolchain.cuda_architectures(wanted, ["7.5", "8.0", "8.6", "9.0", "12.0"]) == expected
 
 
 @pytest.mark.parametrize("wanted", ["80", "sm_80", "8.0+ptx", "8.0;Pascals", "9.0b"])
 def test_architecture_list_that_makes_no_sense(wanted):
     with pytest.raises(toolchain.BuildError, match="TORCH_CUDA_ARCH_LIST must hold entries such as"):
         toolchain.cuda_architectures(wanted, ["8.0"])
+
+
+def test_an_architecture_that_nvcc_does_not_know():
+    with pytest.raises(toolchain.BuildError, match=r"that nvcc compiles for \(8\.0 9\.0\), got 5\.0\.$"):
+        toolchain.cuda_architectures("9.0a;5.0", ["8.0", "9.0"])
 
 
 def test_default_architectures_unknown_to_nvcc():
@@ -150,6 +157,11 @@ def test_a_wrapper_on_path_leads_to_the_toolkit(fake_nvcc):
     assert toolchain.find_cuda({**environ, "CUDA_HOME": str(home)}) == expected
     with pytest.raises(toolchain.BuildError, match="CUDA_HOME must be a folder that holds bin/nvcc, got /nowhere"):
         toolchain.find_cuda({**environ, "CUDA_HOME": "/nowhere"})
+    with pytest.raises(toolchain.BuildError, match="CUDA_PATH must be a folder that holds bin/nvcc, got /nowhere"):
+        toolchain.find_cuda({**environ, "CUDA_PATH": "/nowhere"})
+    (home / "bin" / "nvcc").chmod(0o644)
+    with pytest.raises(toolchain.BuildError, match="bin/nvcc does not run .*: is it NVIDIA's nvcc"):
+        toolchain.find_cuda({**environ, "CUDA_HOME": str(home)})
 
 
 def test_when_cuda_kernels_are_built(fake_torch, fake_nvcc, monkeypatch):
@@ -197,6 +209,28 @@ def test_no_compiler():
     assert toolchain.find_compiler({"CXX": "ccache g++"}) == ["ccache", "g++"]
 
 
+def test_a_compiler_that_does_not_run(fake_torch):
+    host = native.Host.from_environ({"CXX": "/nowhere/g++ -m64"})
+    with pytest.raises(toolchain.BuildError, match="CXX must name a C\\+\\+ compiler, got '/nowhere/g\\+\\+ -m64'"):
+        native.build_facts("1.0", toolchain.find_torch([fake_torch()]), host, None, "")
+
+
+def test_options_from_the_environment():
+    host = native.Host.from_environ({"CXX": "g++", "CPPFLAGS": "-DA", "CXXFLAGS": "-O2 -std=c++17"})
+    assert host.optimise == ("-O3", "-DNDEBUG", "-DA", "-O2", "-std=c++17", "-std=c++20")
+    with pytest.raises(toolchain.BuildError, match="LDFLAGS must be words as a shell reads them"):
+        native.Host.from_environ({"CXX": "g++", "LDFLAGS": "-Wl,'"})
+
+
+def test_nvcc_gets_the_compiler_alone(fake_torch, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "ccache g++ -m64")
+    torch, toolkit = toolchain.find_torch([fake_torch()]), toolchain.CudaToolkit(tmp_path, "13.0", ("8.0",))
+    monkeypatch.setattr(native, "run", lambda *arguments: None)  # no stand-in for torch's library is needed
+    library = native.cuda_library(torch, native.Host.from_environ(), toolkit, ["8.0"], [Path("csrc/a.cu")], tmp_path)
+    for command in (library.command, library.objects[0].command):
+        assert command[command.index("-ccbin") + 1] == "g++"
+
+
 def test_only_what_changed_is_compiled_again(tmp_path):
     source, header = tmp_path / "a.cpp", tmp_path / "with space.inl"
     source.write_text('#include "with space.inl"\nint f() { return value; }\n')
@@ -215,6 +249,41 @@ def test_only_what_changed_is_compiled_again(tmp_path):
         other.compile(os.environ)
     header.write_text("constexpr int value = 2;\n")
     assert other.compile(os.environ)  # what failed is never taken for done
+
+
+def test_two_builds_in_one_folder_wait_for_each_other(tmp_path):
+    code = "import sys, pathlib\nfrom build_support import toolchain\n"
+    code += "with toolchain.alone(pathlib.Path(sys.argv[1])): print('built')"
+    command = [sys.executable, "-c", code, tmp_path]
+    with toolchain.alone(tmp_path):
+        other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == f"csg-ext: waiting for another build in {tmp_path}.\n"
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "built\n"
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout == "built\n"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "build").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^csg-ext: the build needs a folder to write to, got .*/build \(File exists"):
+        backend.build_wheel(str(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+def test_cmake_takes_its_own_list_of_architectures(tmp_path, fake_nvcc):
+    home, environ = fake_nvcc()
+
+    def configure(architectures):
+        command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"]
+        command += ["-DCSG_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
+        done = subprocess.run(command, env=os.environ | {"CUDA_HOME": str(home)}, capture_output=True, text=True)
+        return " ".join(done.stderr.split())
+
+    configure("80-real;90")  # ends where the stand-in for nvcc compiles nothing
+    expected = toolchain.gencode_flags(["8.0", "9.0+PTX"])
+    assert f'CSG_CUDA_GENCODE "{";".join(expected)}"' in (tmp_path / "build/facts/torch.cmake").read_text()
+    assert "must hold entries such as 90, 90-real or 90a-real, got native." in configure("native")
 
 
 def test_libraries_that_are_left_out_are_removed(tmp_path):

@@ -43,6 +43,18 @@ def gated_pool(
     channel_dim: int = ...,
     validate: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def gated_pool(
+    x: Tensor,
+    gate: Tensor,
+    labels: Tensor,
+    *,
+    pool: str = ...,
+    return_pooled: bool,
+    project: bool = ...,
+    channel_dim: int = ...,
+    validate: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def gated_pool(
     x: Tensor,
     gate: Tensor,
