@@ -123,6 +123,25 @@ def test_long_names_are_not_cut_off():
     assert pixels[:, 0].min() == 255 and pixels.min() < 50
 
 
+def test_long_names_of_one_beginning_differ():
+    names = [f"a very long class name number {i}" for i in range(3)]
+    _, axes = plots.plot_gate(np.eye(3), names)
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"a very lon…e number {i}" for i in range(3)]
+    _, axes = plots.plot_gate(np.eye(2), [names[0], "another class name of this length"])
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a very long class na…", "another class name o…"]
+
+
+def test_zeros_have_the_lowest_colour():
+    pictures = [
+        plots.plot_filter_similarity(np.eye(2), [0, 1], CLASSES)[1],
+        plots.plot_filter_similarity(np.eye(1), [0], CLASSES, 0.0)[1],
+        *plots.plot_mutual_information(np.zeros((2, 3)), np.zeros((2, 3)), CLASSES)[1],
+        plots.plot_class_mutual_information(np.zeros((2, 3)), CLASSES, 0.0, filter_classes=[0, 1])[1],
+    ]
+    for axes in pictures:
+        assert axes.images[0].norm(0.0) == 0 and axes.images[0].get_clim() == (0, 1)
+
+
 def test_two_classes_are_told_apart_by_the_classes_that_are_given():
     mi = np.repeat([[0.3], [0.2], [0.0], [0.4]], 2, axis=1)  # the same with both
     owner = np.array([1, 0, 0, -1])
@@ -314,6 +333,13 @@ def test_top_images_of_a_filter():
         assert np.asarray(ax.images[1].get_array())[..., 3] == pytest.approx(0.75 * (large / top).numpy())
         assert ax.get_title() == f"{CLASSES[labels[i]]} {maps[i, 2].mean():.3g}"
     assert _png(figure).startswith(b"\x89PNG")
+
+
+def test_the_title_of_one_image_fits():
+    figure, _ = plots.plot_top_images(np.zeros((1, 1, 8, 8), np.uint8), np.eye(2)[None, None], 0, filter_class=1)
+    _png(figure)  # lays it out
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0])

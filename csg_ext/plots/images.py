@@ -92,7 +92,8 @@ def plot_top_images(
     best = np.argsort(-mean, kind="stable")[:count]
     columns, own = min(4, len(best)), axes is None
     rows = -(-len(best) // columns)
-    figure, panels = figure_and_axes(name, axes, 1.9 * columns, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
+    width = max(5.5, 1.9 * columns)  # the title's
+    figure, panels = figure_and_axes(name, axes, width, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
     dead = maps_of_filter.max() == maps_of_filter.min()
     top = maps_of_filter[best].max()
     for ax, i in zip(panels, best, strict=True):
