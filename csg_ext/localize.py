@@ -27,7 +27,7 @@ from csg_ext.training.files import write_text
 NUMBERS = "localization.json"
 SWEEP = tuple(i / 20 for i in range(1, 20))  # shares of a map's maximum
 IOUS = tuple(i / 10 for i in range(1, 10))  # of the average precision
-_BLUR = 20  # GradMap's sigma is the image's side divided by this
+_BLUR = 20  # GradMap's sigma is the image's height divided by this
 _BATCH = 250
 Statistics = tuple[list[float], list[float]]
 
