@@ -375,6 +375,14 @@ def test_image_filters_name_filters_and_classes():
     assert _png(figure).startswith(b"\x89PNG")
 
 
+def test_names_beside_a_wide_image_do_not_overlap():
+    names = [f"class {i}" for i in range(10)]
+    figure, axes = plots.plot_image_filters(np.zeros((1, 8, 48)), np.arange(1.0, 21), np.arange(20) % 10, names)
+    _png(figure)  # lays it out
+    boxes = [label.get_window_extent() for label in axes[1].get_yticklabels()]
+    assert all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:], strict=False))
+
+
 def test_image_for_which_no_filter_speaks():
     figure, axes = plots.plot_image_filters(np.zeros((1, 4, 4)), [0, -1.0, 2], [0, 1, -1], CLASSES)
     assert [t.get_text() for t in axes[1].texts] == ["no filter spoke"] and not axes[2].patches

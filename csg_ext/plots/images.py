@@ -164,7 +164,7 @@ def plot_image_filters(
         label, predicted: classes named over the image.
         count: filters, and classes, to show.
     """
-    name = "plot_image_filters"
+    name, own = "plot_image_filters", axes is None
     names = class_names(name, classes)
     owner = check_filter_classes(name, filter_classes, names)
     a = _array(activations).astype(np.float64)
@@ -183,6 +183,8 @@ def plot_image_filters(
     height = 1 + 0.24 * max(6, len(filters), len(shown))
     grid = {"ncols": 3, "width_ratios": [1, 1.2, 1.2]}
     figure, panels = figure_and_axes(name, axes, 10, height, 3, **grid)
+    if own and picture.shape[1] > 1.5 * picture.shape[0]:
+        figure.set_layout_engine("constrained")  # the other makes the bars as low as a wide image
     _show(panels[0], picture)
     said = [f"{what}: {_name_of(c, names)}" for what, c in (("true", label), ("predicted", predicted)) if c is not None]
     panels[0].set_title("\n".join(said), loc="left", fontsize=8)
