@@ -351,6 +351,14 @@ def test_top_images_of_a_dead_filter_have_no_map(value):
     assert _png(figure).startswith(b"\x89PNG")
 
 
+def test_a_live_filter_at_its_limit_in_the_strongest_images_is_not_called_dead():
+    images, maps = np.zeros((2, 1, 8, 8), np.uint8), np.full((2, 1, 2, 2), 6.0)
+    for owner, dead in ((1, False), (-1, True)):
+        figure, axes = plots.plot_top_images(images, maps, 0, filter_class=owner, chosen_from=50)
+        assert ("dead" in figure.get_suptitle()) is dead and axes[0].get_title() == ("dead" if dead else "6")
+        assert len(axes[0].images) == (1 if dead else 2)
+
+
 def test_image_filters_name_filters_and_classes():
     rng = np.random.default_rng(0)
     classes = [f"c{i}" for i in range(30)]

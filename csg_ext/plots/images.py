@@ -62,14 +62,15 @@ def plot_top_images(
     """The images with a filter's highest mean activation, its map laid over in orange, opaque at its maximum.
 
     Where a map is negative nothing is laid over; all maps share one scale, and a line surrounds what exceeds half of
-    the maximum. A dead filter, which has one activation everywhere, is drawn as such, without maps.
+    the maximum. A dead filter, which has one activation everywhere, is drawn as such, without maps; where the images
+    are a choice from more, only if filter_class is -1.
 
     Args:
         images: (N, 1 or 3, H, W), uint8, or floats in [0, 1] (not normalised).
         maps: the layer's maps of the same images, (N, K, h, w).
         filter: the filter's index in 0..K-1.
         labels, classes: int (N,) and the names, for a title over each image.
-        filter_class: the filter's class, named in the first title.
+        filter_class: the filter's class, named in the title; -1 for none.
         count: how many images, fewer where there are fewer.
         chosen_from: of how many these are the strongest, for the title; N when not given.
         axes: as many as images are shown.
@@ -95,6 +96,8 @@ def plot_top_images(
     width = max(5.5, 1.9 * columns)  # the title's
     figure, panels = figure_and_axes(name, axes, width, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
     dead = maps_of_filter.max() == maps_of_filter.min()
+    if chosen_from is not None and chosen_from > len(m):  # a live one may reach its limit in all of the strongest
+        dead = dead and filter_class == -1
     top = maps_of_filter[best].max()
     for ax, i in zip(panels, best, strict=True):
         _show(ax, pictures[i])
