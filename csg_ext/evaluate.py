@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from csg_ext import metrics
 from csg_ext._text import aligned
@@ -32,6 +33,7 @@ from csg_ext.training.files import atomic_file, write_text
 NUMBERS = "evaluation.json"
 CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
 _OWNERS = {"mi": "mutual information", "gate": "the gate"}
+_LEAST = 8  # test images from which the interval of MIS is made
 _SPLIT_HALF = ("mis", "mis_normalized", "mis_ceiling")
 Statistics = tuple[list[float], list[float]]
 
@@ -65,7 +67,7 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
     classes by mutual information come from images of the train part, so that no test label chooses a filter. A gate
     that is constant, as before training, counts as none.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     from csg_ext.training.arm import predict
 
@@ -78,10 +80,9 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
     mi = metrics.class_mutual_info(features, labels, num_classes=classes)
     dead = metrics.dead_filters(features)
     mi[dead] = 0
-    calibration = multiclass_calibration_error(scores.softmax(1), targets, classes, n_bins=BINS, norm="l1")
     numbers = _mutual_information(mi, logits, labels) | {
         "mis_bound": float(metrics.class_entropy(labels, classes).max()),
-        "calibration_error": float(calibration),
+        "calibration_error": _calibration_error(scores, targets),
         "dead_filters": int(dead.sum()),
     }
     hits = {"accuracy": logits.argmax(1) == labels}
@@ -110,6 +111,15 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
     key = "gate" if "gate" in owners else "mi"
     said = filter_remarks(owners[key], dead, data.classes, _OWNERS[key])
     return Evaluation(numbers, hits, features, logits, confusion, similarity, owners[key], dead, said)
+
+
+def _calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """The expected calibration error of logits (N, C), labels (N,)."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    below = torch.nextafter(torch.ones(()), torch.zeros(()))  # torchmetrics gives what is exactly 1 a bin of its own
+    probabilities = logits.softmax(1).minimum(below)
+    return float(multiclass_calibration_error(probabilities, labels, logits.shape[1], n_bins=BINS, norm="l1"))
 
 
 def _mutual_information(mi: NDArray[Any], logits: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, float]:
@@ -160,6 +170,8 @@ def differences(
         measured = _mutual_information(mi, e.logits[rows], labels[rows])
         return np.array([measured[name] for name in _SPLIT_HALF])
 
+    if len(labels) < _LEAST:  # the estimate needs four samples in every half
+        return found
     with tqdm(total=2 * SPLITS + 1, desc="interval of MIS", unit="", disable=None, leave=False) as bar:
 
         def change(rows: NDArray[np.int64]) -> NDArray[np.float64]:

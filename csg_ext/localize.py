@@ -27,7 +27,7 @@ from csg_ext.training.files import write_text
 NUMBERS = "localization.json"
 SWEEP = tuple(i / 20 for i in range(1, 20))  # shares of a map's maximum
 IOUS = tuple(i / 10 for i in range(1, 10))  # of the average precision
-_BLUR = 20  # GradMap's sigma is the image's side divided by this
+_BLUR = 20  # GradMap's sigma is the image's height divided by this
 _BATCH = 250
 Statistics = tuple[list[float], list[float]]
 
@@ -224,6 +224,7 @@ def localize(
     names = names or [str(c) for c in range(len(weight))]
     trained = bool((gate != gate[0, 0]).any())
     maps, predicted = network.maps(scenes.scored.images)
+    dead = loc.dead_filters(maps)  # also on what only_correct leaves out: a filter may see nothing else
     right = predicted.cpu() == scenes.scored.labels
     scored = scenes.scored
     if settings.only_correct:
@@ -232,7 +233,7 @@ def localize(
         scored, maps = scored.take(torch.nonzero(right)[:, 0]), maps[right.to(device)]
     masks, labels = scored.masks.to(device), scored.labels.to(device)
     thresholds = loc.activation_thresholds(maps, settings.top)
-    owner = _filter_classes(network, scenes.choosing, len(weight), settings)
+    owner = torch.where(dead, -1, _filter_classes(network, scenes.choosing, len(weight), settings))
     own = loc.own_filters(gate) if trained else F.one_hot(owner.clamp(min=0), len(weight)).T * (owner >= 0)
     gate_class = gate.argmax(0) if trained else None
 
@@ -246,7 +247,6 @@ def localize(
     methods: dict[str, Any] = {}
     for name, found in of_classes(scored, maps, labels).items():
         methods[name] = score_maps(found, masks, labels, len(weight), 1.0 if name == "gradient" else None, settings)
-    dead = loc.dead_filters(maps)
     by = "the gate" if trained else "ActivMap"
     belongs = torch.where(dead, -1, gate.argmax(0)) if trained else owner
     report: dict[str, Any] = {
@@ -255,7 +255,7 @@ def localize(
         "images_wrong": int((~right).sum()),
         "mask_area": float(masks.double().mean()),
         "methods": methods,
-        "filters": _filters(maps, thresholds, masks, labels, owner, gate_class, len(weight), settings),
+        "filters": _filters(maps, thresholds, masks, labels, owner, gate_class, dead, len(weight), settings),
         "classes_without_filter": sorted(set(range(len(weight))) - set(belongs.tolist())),
     }
     if scenes.pairs is not None:
@@ -306,32 +306,42 @@ def _filters(
     labels: Tensor,
     owner: Tensor,
     gate_class: Tensor | None,
+    dead: Tensor,
     classes: int,
     settings: Settings,
 ) -> dict[str, Any]:
     """ActivMap: every filter on the images of its class, and the means over the filters that have one; with a gate,
-    also on the images of the gate's class."""
+    also on the images of the gate's class. Filters of a class without an image are counted and have no score."""
     scores = _score_filters(maps, thresholds, masks, labels, classes, settings)
-    own, seen = scores.own(owner), owner >= 0
-    share = F.one_hot(owner[seen], classes).double()
-    counts = share.sum(0)
+    own, belongs = scores.own(owner), owner >= 0
+    blind = belongs & (scores.images[owner.clamp(min=0)] == 0)  # own() gives 0 there, which is no score
+    seen = belongs & ~blind
     found: dict[str, Any] = {
         "count": len(owner),
-        "dead": torch.nonzero(loc.dead_filters(maps))[:, 0].tolist(),
-        "without_class": int((~seen).sum()),
+        "dead": torch.nonzero(dead)[:, 0].tolist(),
+        "without_class": int((~belongs).sum()),
+        "without_images": int(blind.sum()),
         "class": owner.tolist(),
         "threshold": thresholds.tolist(),
-        "mean": {name: float(values[seen].mean()) if bool(seen.any()) else None for name, values in own.items()},
-        "per_class": {"filters": counts.long().tolist()}
+        "mean": {name: _mean(values[seen]) for name, values in own.items()},
+        "per_class": {"filters": F.one_hot(owner[belongs], classes).sum(0).tolist()}
         | {name: _class_means(values[seen], owner[seen], classes) for name, values in own.items()},
-        "per_filter": {name: values.tolist() for name, values in own.items()},
+        "per_filter": {
+            name: [None if b else v for v, b in zip(values.tolist(), blind.tolist(), strict=True)]
+            for name, values in own.items()
+        },
     }
     if gate_class is not None:
         found["gate_class"] = gate_class.tolist()
-        found["mean_on_gate_class"] = {name: float(v.mean()) for name, v in scores.own(gate_class).items()}
-        agree = (gate_class == owner)[seen].double()
-        found["gate_class_agreement"] = float(agree.mean()) if len(agree) else None
+        scored = scores.images[gate_class] > 0
+        found["mean_on_gate_class"] = {name: _mean(v[scored]) for name, v in scores.own(gate_class).items()}
+        agree = (gate_class == owner)[belongs].double()
+        found["gate_class_agreement"] = _mean(agree)
     return found
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _class_means(values: Tensor, classes: Tensor, count: int) -> list[float | None]:
@@ -431,6 +441,8 @@ def table(report: dict[str, Any]) -> str:
     row("  filters", [f["count"] for f in filters], "d")
     row("  dead: one activation everywhere", [len(f["dead"]) for f in filters], "d")
     row("  without a class: finds no object", [f["without_class"] for f in filters], "d")
+    if any(f["without_images"] for f in filters):
+        row("  without a score: its class has no scored image", [f["without_images"] for f in filters], "d")
     texts = {"success": f"share with IoU > {success:g}"} | dict(SCORES)
     for key in ("iou", "success", "pointing", "energy"):
         row(f"  {texts[key]}", [f["mean"][key] for f in filters])

@@ -103,6 +103,10 @@ def test_rows_without_a_gate_are_the_filters_mutual_information():
     mi = [mutual_info_classif(features, data.train_labels == c, random_state=0) for c in range(CLASSES)]
     np.testing.assert_allclose(network.rows, mi / np.max(mi, 0), atol=1e-5)
     np.testing.assert_array_equal(network.rows.argmax(0), np.arange(CLASSES).repeat(2))
+    with torch.no_grad():
+        model.backbone.mask[[1, 6]] = 0  # dead: all 0
+    network = adv.Network(model, STATISTICS, adv._pixels(data.train_images), data.train_labels)
+    assert np.flatnonzero(network.rows.max(0) == 0).tolist() == [1, 6] and network.rows.max() == 1
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,25 @@ def test_images_must_be_in_pixel_space():
     for bad, y, message in (
         (images * 255, labels, "images must lie in [0, 1]"),
         (images.astype(np.float64), labels, "images must be float32"),
+        (np.float32(np.nan) * images, labels, "images must lie in [0, 1], got values from nan"),
         (images, labels[:-1], "labels must be int64 (12,)"),
+        (images, labels - 5, f"labels must lie in [0, {CLASSES}), got -"),
+        (images, labels + CLASSES, f"labels must lie in [0, {CLASSES}), got "),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             attacks.run_attack(model, bad, y, attack)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0, "epsilon": 8, "weight": 1},
+        {"steps": 2, "epsilon": -8, "weight": 1},
+        {"steps": 2, "epsilon": float("nan"), "weight": 1},
+        {"steps": 2, "epsilon": 8, "weight": float("inf")},
+    ],
+)
+def test_adaptive_attack_errors(options):
+    model, (images, labels) = attacks.PixelModel(_model(), *STATISTICS), _images(fresh_rng())
+    with pytest.raises(ValueError, match=r"adaptive_attack: steps, epsilon and weight must be .*, got "):
+        attacks.adaptive_attack(model, images, labels, lambda features, logits: features.sum(1), **options)

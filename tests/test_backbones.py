@@ -81,6 +81,15 @@ def test_filters_that_no_convolution_makes_have_no_kernels():
     assert np.array_equal(metrics.kernel_similarity(backbone, 64), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "conv"),
+    [("resnet10t", 512, "layer4.0.conv2"), ("seresnet18", 512, "layer4.1.conv2"), ("resnet50", 2048, "layer4.2.conv3")],
+)
+def test_kernels_are_those_before_the_sum_and_the_excitation(name, width, conv):
+    backbone = build_backbone(f"timm/{name}")
+    assert metrics.last_convolution(backbone, width) is backbone.net.get_submodule(conv)
+
+
 def test_a_run_whose_filters_have_no_kernels_is_measured_and_drawn_without(run, tmp_path, monkeypatch):
     whole = tmp_path / "with"
     assert cli.main(["evaluate", str(run[0]), "--output", str(whole)]) == 0

@@ -104,6 +104,29 @@ def test_measures_are_what_they_say(report, run, digits):
     assert measures["classes_without_filter_mi"] == 3 - len(set(mi.argmax(1)))
 
 
+def test_a_confidence_of_one_is_in_the_last_bin():
+    """Of 15 bins: 0.95 and what rounds to 1 share the last, in which 3 of 4 are right."""
+    margin = float(np.log(0.95 / 0.05))
+    logits = torch.tensor([[margin, 0.0], [margin, 0.0], [200.0, 0.0], [200.0, 0.0]])
+    found = evaluate._calibration_error(logits, torch.tensor([0, 0, 0, 1]))
+    assert found == pytest.approx(abs((0.95 * 2 + 2) / 4 - 3 / 4), abs=1e-6)
+
+
+@pytest.mark.parametrize("samples", [5, 8])
+def test_few_images_have_a_difference_of_mis_without_an_interval(samples):
+    def measured(seed):
+        rng = np.random.default_rng(seed)
+        features, logits = rng.standard_normal((samples, 3)), rng.standard_normal((samples, 2))
+        hits, nothing = {"accuracy": rng.random(samples) > 0.5}, np.zeros(0, bool)
+        numbers = {"accuracy": float(hits["accuracy"].mean()), "mis": 0.1 * seed}
+        return evaluate.Evaluation(numbers, hits, features, logits, np.eye(2), None, nothing, nothing, [])
+
+    found = evaluate.differences(measured(1), measured(2), np.arange(samples) % 2)
+    assert found["accuracy"]["method"] == "paired bootstrap"
+    assert found["mis"]["method"] == (None if samples < 8 else "split halves")
+    assert (found["mis"]["low"] is None) == (samples < 8)
+
+
 def test_the_difference_and_its_interval(report):
     numbers, _, _ = report
     std, csg = (c["measures"] for c in numbers["checkpoints"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
+from torch import nn
 
 from csg_ext import metrics, plots
 from csg_ext.nn import build_backbone
@@ -123,6 +124,14 @@ def test_last_convolution_is_the_gated_layers():
         ValueError, match="last_convolution: model must hold a convolution with 63 filters, got CifarRes"
     ):
         metrics.last_convolution(backbone, 63)
+
+
+@pytest.mark.parametrize("beside", ["downsample", "shortcut", "se"])
+def test_last_convolution_is_none_beside_it(beside):
+    conv, other = nn.Conv2d(2, 4, 3), nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+    block = nn.Sequential(nn.ModuleDict({"conv": conv, beside: other}))
+    assert metrics.last_convolution(block, 4) is conv
+    assert metrics.last_convolution(nn.ModuleDict({beside: other}), 4) is other[0]
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

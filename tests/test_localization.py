@@ -275,6 +275,21 @@ def test_gradient_map_is_that_of_differences():
     assert (still == 0).all()
 
 
+def test_gradient_map_of_a_model_in_training_is_that_of_each_image_alone():
+    norm = torch.nn.BatchNorm2d(4)
+    model = GatedModel(torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), norm, torch.nn.Dropout(), torch.nn.ReLU()), 3, 4)
+    norm.eval()  # frozen, as fine-tuning may leave it
+    model.backbone[0].requires_grad_(False)
+    images, weight = torch.randn(3, 2, 6, 7), torch.rand(3, 4)
+    for frozen in (True, False):
+        norm.train(not frozen)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        alone = [loc.gradient_map(model, images[i : i + 1], weight[i : i + 1], sigma=1) for i in range(3)]
+        torch.testing.assert_close(loc.gradient_map(model, images, weight, sigma=1), torch.cat(alone))
+        assert model.training and norm.training is not frozen and model.backbone[2].training
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def test_blur_is_that_of_scipy():
     from scipy.ndimage import gaussian_filter
 

@@ -86,6 +86,17 @@ def test_images_that_the_network_gets_wrong_can_be_left_out(planted):
         )
 
 
+def test_filters_of_a_class_without_an_image_are_in_no_mean(planted):
+    model, data = planted  # the network gives every image to the first class: none of the others is scored
+    found = localize.localize(model, data, ([0.0] * 3, [1.0] * 3), localize.Settings(only_correct=True))["filters"]
+    assert found["class"] == [0, 1, 2, -1] and found["dead"] == [3]  # green and blue see their classes' images
+    assert found["without_images"] == 2 and found["without_class"] == 1
+    assert found["mean"] == {"iou": 1, "success": 1, "pointing": 1, "energy": pytest.approx(1)}
+    assert found["per_class"]["filters"] == [1, 1, 1] and found["per_class"]["iou"] == [1, None, None]
+    assert found["per_filter"]["iou"] == [1, None, None, 0]
+    assert found["mean_on_gate_class"]["iou"] == 0.5  # red and the dead one
+
+
 def test_without_a_gate_gradients_take_the_filters_that_find_the_class(planted):
     model, data = planted
     with torch.no_grad():

@@ -123,6 +123,25 @@ def test_long_names_are_not_cut_off():
     assert pixels[:, 0].min() == 255 and pixels.min() < 50
 
 
+def test_long_names_of_one_beginning_differ():
+    names = [f"a very long class name number {i}" for i in range(3)]
+    _, axes = plots.plot_gate(np.eye(3), names)
+    assert [t.get_text() for t in axes.get_yticklabels()] == [f"a very lon…e number {i}" for i in range(3)]
+    _, axes = plots.plot_gate(np.eye(2), [names[0], "another class name of this length"])
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a very long class na…", "another class name o…"]
+
+
+def test_zeros_have_the_lowest_colour():
+    pictures = [
+        plots.plot_filter_similarity(np.eye(2), [0, 1], CLASSES)[1],
+        plots.plot_filter_similarity(np.eye(1), [0], CLASSES, 0.0)[1],
+        *plots.plot_mutual_information(np.zeros((2, 3)), np.zeros((2, 3)), CLASSES)[1],
+        plots.plot_class_mutual_information(np.zeros((2, 3)), CLASSES, 0.0, filter_classes=[0, 1])[1],
+    ]
+    for axes in pictures:
+        assert axes.images[0].norm(0.0) == 0 and axes.images[0].get_clim() == (0, 1)
+
+
 def test_two_classes_are_told_apart_by_the_classes_that_are_given():
     mi = np.repeat([[0.3], [0.2], [0.0], [0.4]], 2, axis=1)  # the same with both
     owner = np.array([1, 0, 0, -1])
@@ -316,6 +335,13 @@ def test_top_images_of_a_filter():
     assert _png(figure).startswith(b"\x89PNG")
 
 
+def test_the_title_of_one_image_fits():
+    figure, _ = plots.plot_top_images(np.zeros((1, 1, 8, 8), np.uint8), np.eye(2)[None, None], 0, filter_class=1)
+    _png(figure)  # lays it out
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_top_images_of_a_dead_filter_have_no_map(value):
     images, maps = np.zeros((2, 1, 8, 8), np.uint8), np.full((2, 1, 2, 2), value)
@@ -323,6 +349,14 @@ def test_top_images_of_a_dead_filter_have_no_map(value):
     assert [len(ax.images) for ax in axes] == [1, 1] and [ax.get_title() for ax in axes] == ["dead", "dead"]
     assert "dead, one activation everywhere" in figure.get_suptitle()
     assert _png(figure).startswith(b"\x89PNG")
+
+
+def test_a_live_filter_at_its_limit_in_the_strongest_images_is_not_called_dead():
+    images, maps = np.zeros((2, 1, 8, 8), np.uint8), np.full((2, 1, 2, 2), 6.0)
+    for owner, dead in ((1, False), (-1, True)):
+        figure, axes = plots.plot_top_images(images, maps, 0, filter_class=owner, chosen_from=50)
+        assert ("dead" in figure.get_suptitle()) is dead and axes[0].get_title() == ("dead" if dead else "6")
+        assert len(axes[0].images) == (1 if dead else 2)
 
 
 def test_image_filters_name_filters_and_classes():
@@ -347,6 +381,14 @@ def test_image_filters_name_filters_and_classes():
         loc="left"
     )
     assert _png(figure).startswith(b"\x89PNG")
+
+
+def test_names_beside_a_wide_image_do_not_overlap():
+    names = [f"class {i}" for i in range(10)]
+    figure, axes = plots.plot_image_filters(np.zeros((1, 8, 48)), np.arange(1.0, 21), np.arange(20) % 10, names)
+    _png(figure)  # lays it out
+    boxes = [label.get_window_extent() for label in axes[1].get_yticklabels()]
+    assert all(above.y0 >= below.y1 for above, below in zip(boxes, boxes[1:], strict=False))
 
 
 def test_image_for_which_no_filter_speaks():

@@ -267,6 +267,7 @@ def test_table_against_a_loop():
         ),
         (lambda m: accuracy_per_class([0], np.zeros((2, 3))), ValueError, r"got \(1,\) and \(2, 3\)"),
         (lambda m: accuracy_per_class([3], np.zeros((1, 3))), ValueError, r"labels must be integers in \[0, 3\)"),
+        (lambda m: accuracy_per_class([0], [[np.nan, 0]]), ValueError, "logits must not hold NaN, got 1"),
         (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [0], ["a"]), ValueError, "as many classes, got 2, 2 and 1"),
         (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [0], "aa"), ValueError, "names must differ"),
         (lambda m: removal_table([0], [[1, 2]], [[1, 2]], [2]), ValueError, r"removed must be integers in \[0, 2\)"),

@@ -23,7 +23,7 @@ from csg_ext.data import ImageData, load_images
 from csg_ext.data.batches import normalise
 from csg_ext.nn import GatedModel
 from csg_ext.report import collect, page, read_run, write_report
-from csg_ext.report.pictures import NAMES
+from csg_ext.report.pictures import NAMES, relative
 from csg_ext.runs import read_checkpoint, restore
 
 ODD = ['<img src=x onerror="window.ran=1">', "</script><script>window.ran=1</script>", "<b>a</b> & 'b' {{ c }}"]
@@ -417,6 +417,14 @@ def test_the_filters_of_two_classes():
     mi = np.repeat([[0.4], [0.5], [0.6]], 2, axis=1)
     arm = collect.Arm("STD", None, None, "", mi, features, np.array([0, 0, 1, 1]), np.eye(2), [], ([0.5], [0.2]))
     assert arm.mi_classes.tolist() == arm.filter_classes.tolist() == [1, 0, -1]
+
+
+def test_filters_that_are_silent_on_nearly_all_images_have_a_scale():
+    features = np.zeros((300, 4), np.float32)
+    features[:2, 0], features[:, 1], features[:, 2] = [2, 4], np.arange(300), -1  # one of 150 images; all; never
+    shown = relative(features)
+    assert shown[:2, 0].tolist() == [0.5, 1] and not shown[2:, 0].any() and not shown[:, 2:].any()
+    assert shown[:, 1] == pytest.approx(np.arange(300) / np.quantile(np.arange(300), 0.99))
 
 
 def test_images_of_other_channels_are_shown_by_their_mean():

@@ -155,7 +155,8 @@ class Network:
     """A model on images in [0, 1], and the rows (C, K) that say which filters speak for a class.
 
     The rows are the gate's. Where it is constant (an STD network has none), they are the mutual information of a filter
-    with each class on these train images, divided by the filter's largest: like the gate, 1 for its own class.
+    with each class on these train images, divided by the filter's largest: like the gate, 1 for its own class. A dead
+    filter has none.
     """
 
     def __init__(self, model: GatedModel, statistics: Statistics, images: NDArray[np.float32], labels: Any) -> None:
@@ -165,7 +166,9 @@ class Network:
         if self.gated:
             self.rows = np.ascontiguousarray(gate)
         else:
-            mi = metrics.class_mutual_info(self.outputs(images).features, labels, num_classes=len(gate))
+            features = self.outputs(images).features
+            mi = metrics.class_mutual_info(features, labels, num_classes=len(gate))
+            mi[metrics.dead_filters(features)] = 0  # the estimate's noise would be divided by itself
             self.rows = (mi / np.maximum(mi.max(1, keepdims=True), 1e-12)).T.astype(np.float32)
 
     @torch.no_grad()

@@ -99,8 +99,8 @@ def run_attack(
     from art.estimators.classification import PyTorchClassifier
 
     logging.getLogger("art").setLevel(logging.ERROR)
-    _check(images, labels)
     classes = model.model.gate.shape[0]
+    _check(images, labels, classes)
     device = "cpu" if model.mean.device.type == "cpu" else "gpu"
     estimator = PyTorchClassifier(
         model, nn.CrossEntropyLoss(), images.shape[1:], classes, clip_values=(0.0, 1.0), device_type=device
@@ -148,9 +148,15 @@ def adaptive_attack(
     score(features (N, K), logits (N, C)) -> (N,), differentiable, large for suspicious images. epsilon: the largest
     change of a pixel, in units of 1/255. Of the images on the way, the one with the lowest score whose prediction is
     wrong is returned, where there is one, otherwise the last. steps: how many the attack takes, each 2.5 epsilon /
-    steps long, but epsilon at most. Raises ValueError for images or labels that do not fit.
+    steps long, but epsilon at most. Raises ValueError for images or labels that do not fit, and for steps, an epsilon
+    or a weight out of range.
     """
-    _check(images, labels)
+    _check(images, labels, model.model.gate.shape[0])
+    if steps < 1 or not 0 < epsilon <= 255 or not 0 <= weight < float("inf"):
+        raise ValueError(
+            "adaptive_attack: steps, epsilon and weight must be at least 1, in (0, 255] and finite and at least 0, got "
+            f"{steps}, {epsilon} and {weight}"
+        )
     eps, step = epsilon / 255, min(epsilon, _STEP * epsilon / steps) / 255
     found = []
     for begin in range(0, len(images), BATCH):
@@ -176,13 +182,15 @@ def adaptive_attack(
     return np.concatenate(found)
 
 
-def _check(images: NDArray[np.float32], labels: NDArray[np.int64]) -> None:
+def _check(images: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> None:
     if images.ndim != 4 or images.dtype != np.float32 or not len(images):
         raise ValueError(f"images must be float32 (N, channels, H, W), N > 0, got {images.dtype} {images.shape}")
-    if images.min() < 0 or images.max() > 1:
+    if not (images.min() >= 0 and images.max() <= 1):  # also NaN
         raise ValueError(f"images must lie in [0, 1], got values from {images.min():g} to {images.max():g}")
     if labels.shape != (len(images),) or labels.dtype != np.int64:
         raise ValueError(f"labels must be int64 ({len(images)},), got {labels.dtype} {labels.shape}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels must lie in [0, {classes}), got {labels.min()} to {labels.max()}")
 
 
 def draw_targets(labels: NDArray[np.int64], classes: int, seed: int = 0) -> NDArray[np.int64]:

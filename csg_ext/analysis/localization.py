@@ -13,6 +13,7 @@ where there is one for every filter and image:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -89,14 +90,15 @@ def gradient_map(model: nn.Module, images: Tensor, weight: Tensor, sigma: float)
     """Gradient of a weighted sum of pooled filters with respect to the pixels, blurred, (N, H, W).
 
     Its L2 norm over the channels is divided by its root mean square over the image (zero gradients stay zero) and
-    blurred with a Gaussian; what exceeds 1 counts as the object. model: has forward_features, as GatedModel; images
-    (N, channels, H, W); weight (N, K): each sample's weights of the filters, such as the gate's row of its class; sigma
-    in pixels. Source: Liang et al., ECCV 2020 (GradMap).
+    blurred with a Gaussian; what exceeds 1 counts as the object. model: has forward_features, as GatedModel, and is
+    taken in evaluation mode, as a batch's own statistics would mix its images; images (N, channels, H, W); weight
+    (N, K): each sample's weights of the filters, such as the gate's row of its class; sigma in pixels.
+    Source: Liang et al., ECCV 2020 (GradMap).
     """
     if not sigma > 0:
         raise ValueError(f"gradient_map: sigma must be positive, got {sigma}")
     x = images.detach().requires_grad_()
-    with torch.enable_grad():
+    with _evaluating(model), torch.enable_grad():
         maps = model.forward_features(x)  # type: ignore[operator]  # torch types attributes of modules as tensors
         if maps.dim() != 4 or maps.shape[:2] != weight.shape:
             raise ValueError(
@@ -107,6 +109,18 @@ def gradient_map(model: nn.Module, images: Tensor, weight: Tensor, sigma: float)
     norm = gradient.square().sum(1).sqrt()
     rms = norm.square().mean((1, 2), keepdim=True).sqrt()
     return gaussian_blur(norm / torch.where(rms > 0, rms, 1), sigma)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each of its modules as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:

@@ -155,7 +155,7 @@ def accuracy_per_class(labels: ArrayLike, logits: ArrayLike) -> tuple[NDArray[np
     """The share of every class's samples that the largest logit gives to it, (C,), and their counts, (C,).
 
     labels int (N,) in 0..C-1, logits (N, C). A class without samples has NaN. Raises ValueError for shapes that do not
-    fit or labels that are no classes.
+    fit, labels that are no classes, or logits that hold NaN.
     """
     y, scores = np.asarray(labels), np.asarray(logits)
     if scores.ndim != 2 or y.shape != scores.shape[:1]:
@@ -165,6 +165,8 @@ def accuracy_per_class(labels: ArrayLike, logits: ArrayLike) -> tuple[NDArray[np
     classes = scores.shape[1]
     if y.dtype.kind not in "iu" or (len(y) and (y.min() < 0 or y.max() >= classes)):
         raise ValueError(f"accuracy_per_class: labels must be integers in [0, {classes}), got {y.dtype} {y!r:.60}")
+    if np.isnan(scores).any():  # argmax would take one for the largest
+        raise ValueError(f"accuracy_per_class: logits must not hold NaN, got {int(np.isnan(scores).sum())}")
     counts = np.bincount(y, minlength=classes)
     right = np.bincount(y[scores.argmax(1) == y], minlength=classes)
     return np.divide(right, counts, out=np.full(classes, math.nan), where=counts > 0), counts

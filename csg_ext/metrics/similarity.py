@@ -10,15 +10,19 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 _CHUNK_VALUES = 2**22  # similarities gathered at a time
+_BESIDE = {"downsample", "shortcut", "se"}
 
 
 def last_convolution(model: nn.Module, num_filters: int) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
     """The last convolution of `model`, in the order of its modules, with `num_filters` output channels.
 
+    Those of a shortcut and of squeeze-and-excitation, by their names in timm and torchvision (downsample, shortcut,
+    se), stand behind the convolution that they run beside and count only where there is no other.
     Raises ValueError when there is none.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    found = [m for m in found if m.out_channels == num_filters]
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    every = [(n, m) for n, m in convolutions if m.out_channels == num_filters]
+    found = [m for n, m in every if _BESIDE.isdisjoint(n.split("."))] or [m for _, m in every]
     if not found:
         raise ValueError(
             f"last_convolution: model must hold a convolution with {num_filters} filters, got {type(model).__name__}"

@@ -68,10 +68,17 @@ def figure_and_axes(name: str, axes: Any, width: float, height: float, count: in
 
 
 def class_names(name: str, classes: Sequence[str]) -> list[str]:
-    """The names as text, long ones cut, dollars as they are: two would begin and end a formula of matplotlib."""
+    """The names as text, long ones cut, at the end or, where that leaves two the same, in the middle.
+
+    Dollars stay as they are: two would begin and end a formula of matplotlib.
+    """
     if isinstance(classes, str) or not len(classes):
         raise ValueError(f"{name}: classes must be the classes' names, at least one, got {classes!r}")
-    return [(text if len(text) <= 22 else text[:20] + "…").replace("$", r"\$") for text in map(str, classes)]
+    given = [str(name) for name in classes]
+    cut = [text if len(text) <= 22 else text[:20] + "…" for text in given]
+    if len(set(cut)) < len(set(given)):
+        cut = [text if len(text) <= 22 else f"{text[:10]}…{text[-10:]}" for text in given]
+    return [text.replace("$", r"\$") for text in cut]
 
 
 def check_matrix(name: str, matrix: NDArray[Any], classes: Sequence[str]) -> None:

@@ -184,7 +184,8 @@ def plot_filter_similarity(
     step = -(-len(owner) // _CELLS)
     shown = _mean_cells(s[order][:, order], step)
     if top is None:
-        top = float(shown.max()) if shown.count() else 1.0
+        top = float(shown.max()) if shown.count() else 0.0
+    top = top if top > 0 else 1.0  # a scale without extent would show 0 in the colour of its middle
     figure, axes = figure_and_axes(name, axes, 8, 6)
     image = axes.imshow(shown, cmap=COLOURS, vmin=0, vmax=top, interpolation="nearest")
     present, counts = np.unique(sortable, return_counts=True)

@@ -62,14 +62,15 @@ def plot_top_images(
     """The images with a filter's highest mean activation, its map laid over in orange, opaque at its maximum.
 
     Where a map is negative nothing is laid over; all maps share one scale, and a line surrounds what exceeds half of
-    the maximum. A dead filter, which has one activation everywhere, is drawn as such, without maps.
+    the maximum. A dead filter, which has one activation everywhere, is drawn as such, without maps; where the images
+    are a choice from more, only if filter_class is -1.
 
     Args:
         images: (N, 1 or 3, H, W), uint8, or floats in [0, 1] (not normalised).
         maps: the layer's maps of the same images, (N, K, h, w).
         filter: the filter's index in 0..K-1.
         labels, classes: int (N,) and the names, for a title over each image.
-        filter_class: the filter's class, named in the first title.
+        filter_class: the filter's class, named in the title; -1 for none.
         count: how many images, fewer where there are fewer.
         chosen_from: of how many these are the strongest, for the title; N when not given.
         axes: as many as images are shown.
@@ -92,8 +93,11 @@ def plot_top_images(
     best = np.argsort(-mean, kind="stable")[:count]
     columns, own = min(4, len(best)), axes is None
     rows = -(-len(best) // columns)
-    figure, panels = figure_and_axes(name, axes, 1.9 * columns, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
+    width = max(5.5, 1.9 * columns)  # the title's
+    figure, panels = figure_and_axes(name, axes, width, 0.5 + 2.1 * rows, len(best), nrows=rows, ncols=columns)
     dead = maps_of_filter.max() == maps_of_filter.min()
+    if chosen_from is not None and chosen_from > len(m):  # a live one may reach its limit in all of the strongest
+        dead = dead and filter_class == -1
     top = maps_of_filter[best].max()
     for ax, i in zip(panels, best, strict=True):
         _show(ax, pictures[i])
@@ -163,7 +167,7 @@ def plot_image_filters(
         label, predicted: classes named over the image.
         count: filters, and classes, to show.
     """
-    name = "plot_image_filters"
+    name, own = "plot_image_filters", axes is None
     names = class_names(name, classes)
     owner = check_filter_classes(name, filter_classes, names)
     a = _array(activations).astype(np.float64)
@@ -182,6 +186,8 @@ def plot_image_filters(
     height = 1 + 0.24 * max(6, len(filters), len(shown))
     grid = {"ncols": 3, "width_ratios": [1, 1.2, 1.2]}
     figure, panels = figure_and_axes(name, axes, 10, height, 3, **grid)
+    if own and picture.shape[1] > 1.5 * picture.shape[0]:
+        figure.set_layout_engine("constrained")  # the other makes the bars as low as a wide image
     _show(panels[0], picture)
     said = [f"{what}: {_name_of(c, names)}" for what, c in (("true", label), ("predicted", predicted)) if c is not None]
     panels[0].set_title("\n".join(said), loc="left", fontsize=8)

@@ -58,7 +58,8 @@ def _draw_matrix(
     )
     blank = np.full((len(shown), -(-grey // columns)), np.nan)
     cells = np.ma.masked_invalid(np.hstack([shown, blank])) if grey else shown
-    image = axes.imshow(cells, aspect="auto", cmap=COLOURS, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    low, high = limits if limits[0] < limits[1] else (limits[0], limits[0] + 1)  # else 0 has the colour of the middle
+    image = axes.imshow(cells, aspect="auto", cmap=COLOURS, vmin=low, vmax=high, interpolation="nearest")
     axes.set_facecolor("lightgrey")
     if len(names) <= NAMED:
         for edge in np.cumsum(np.bincount(owner[live], minlength=len(names)))[:-1]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from csg_ext import metrics, plots
 from csg_ext.data.batches import normalise
@@ -122,14 +123,13 @@ def _top_images(run: Run, arm: Arm) -> tuple[str, str, Any]:
 
 
 def _image_filters(run: Run, arm: Arm) -> tuple[str, str, Any]:
-    """The first test image that the network gets right: its filters relative to their 99th percentiles."""
+    """The first test image that the network gets right: its filters relative to their own scales."""
     labels, classifier = run.data.test_labels, arm.model.classifier
     predicted = (arm.features @ classifier.weight.detach().numpy().T + classifier.bias.detach().numpy()).argmax(1)
     i = int((predicted == labels).argmax())
-    scale = np.quantile(arm.features, 0.99, axis=0)
     drawn = plots.plot_image_filters(
         visible(run.data.test_images[i : i + 1])[0],
-        np.divide(arm.features[i], scale, out=np.zeros(len(scale)), where=scale > 0),
+        relative(arm.features)[i],
         arm.filter_classes,
         run.data.classes,
         label=int(labels[i]),
@@ -137,3 +137,11 @@ def _image_filters(run: Run, arm: Arm) -> tuple[str, str, Any]:
     )
     text = f"The filters of {arm.name} that spoke for test image {i}, and the classes that they speak for"
     return "image_filters", text, drawn
+
+
+def relative(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Features (N, K) divided by every filter's 99th percentile, or by its largest where that is not positive: a filter
+    of one class in 100 is silent on 99 % of the images. 0 for filters without a positive feature."""
+    scale = np.quantile(features, 0.99, axis=0).astype(np.float64)
+    scale = np.where(scale > 0, scale, features.max(axis=0))
+    return np.divide(features, scale, out=np.zeros(features.shape), where=scale > 0)
