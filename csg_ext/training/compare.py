@@ -236,14 +236,29 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     std, csg = summary["std"], summary["csg"]
     classes, closed = len(summary["data"]["classes"]), summary["gap_closed"]
     dead = [arm.get("dead_filters", 0) for arm in (std, csg)]  # an older run did not count them
+
+    def both(text: str, key: str, csg_key: str, form: str) -> list[tuple[str, str, str]]:
+        values = std.get(key), csg.get(csg_key)  # an older run did not measure all
+        shown = [f"{value:{form}}" if is_number(value) else "" for value in values]
+        return [(text, shown[0], shown[1])] if any(shown) else []
+
     return [
         ("accuracy (STD path: no label is used)", f"{std['accuracy']:.2%}", f"{csg['accuracy']:.2%}"),
         ("MIS: mutual information filter-class, nats", f"{std['mis']:.4f}", f"{csg['mis']:.4f}"),
         ("  its ceiling: the network's own class scores", f"{std['mis_ceiling']:.4f}", f"{csg['mis_ceiling']:.4f}"),
         ("  share of the gap to STD's ceiling closed", "", "-" if closed is None else f"{closed:.2f}"),
+        *both("  a filter's MI over its class's ceiling, mean", "mis_of_ceiling", "mis_of_ceiling", ".2f"),
+        *both("class-selectivity index of the filters, mean", "class_selectivity", "class_selectivity", ".2f"),
         (f"L1-density of the gate (floor {1 / classes:.4g})", "", f"{csg['l1_density']:.4f}"),
-        ("filters whose gate class is their MI class", "", f"{csg['class_agreement']:.1%}"),
-        ("accuracy, each class scored by its own filters only", "", f"{csg['one_hot_accuracy']:.2%}"),
+        *both(
+            "filters whose gate class (STD: by weight) is their MI class", "weight_agreement", "class_agreement", ".1%"
+        ),
+        *both(
+            "accuracy, each class scored by its own filters only",
+            "weight_own_accuracy",
+            "one_hot_accuracy",
+            ".2%",
+        ),
         *([("dead filters: one activation on all test images", f"{dead[0]}", f"{dead[1]}")] if any(dead) else []),
         ("training, seconds", f"{std['train_seconds']:.0f}", f"{csg['train_seconds']:.0f}"),
     ]
