@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -52,19 +51,19 @@ def main(arguments: dict[str, Any]) -> int:
         config, source, fingerprint = _stored_request(folder, arguments)
     else:
         (config, source), fingerprint = _new_request(arguments), None
-        _check_free(folder, overwrite)
+        _check_free(folder, overwrite, source["data"])
 
     from tqdm import tqdm
 
     from csg_ext.report import draw, read_run, write_report
-    from csg_ext.runs import load_source
+    from csg_ext.runs import load_source, tell_skipped
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
     device = compare.pick_device(device)
     begun = time.monotonic()
     data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
-    _tell_skipped(data.skipped, folder)
+    tell_skipped(data.skipped, f"all of them are in {folder / _SKIPPED}")
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(
             f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
@@ -74,8 +73,10 @@ def main(arguments: dict[str, Any]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder) as lock:
         if not resume:
-            _check_free(folder, overwrite)  # again: another run may have begun meanwhile
+            _check_free(folder, overwrite, source["data"])  # again: another run may have begun meanwhile
             _begin(folder, config, source, data)
+        elif arguments.get("data"):
+            _keep_source(folder, source)
         height, width = data.train_images.shape[2:]
         print(
             f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
@@ -102,7 +103,10 @@ def main(arguments: dict[str, Any]) -> int:
 
 
 def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any], str]:
-    """(settings, source, fingerprint of the images) of the run in `folder`, which `request` must not contradict."""
+    """(settings, source, fingerprint of the images) of the run in `folder`, which `request` must not contradict.
+
+    The path of the images may be another one, as they may have moved; the fingerprint tells whether they are the same.
+    """
     from csg_ext.runs import read_run, stored_config
 
     run_file = folder / RUN
@@ -112,11 +116,20 @@ def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig,
     config = stored_config(run_file, stored["config"])
     known = config.as_dict() | stored["source"]  # an older run knew fewer settings
     for name, value in request.items():
-        if known[name] != value:
+        if name != "data" and known[name] != value:
             raise ValueError(
                 f"--resume continues with the run's own settings: {name} was {known[name]!r}, got {value!r}"
             )
-    return config, stored["source"], stored["sha256"]
+    return config, stored["source"] | {"data": request.get("data", known["data"])}, stored["sha256"]
+
+
+def _keep_source(folder: Path, source: dict[str, Any]) -> None:
+    """Notes in run.json where the images are now, for the report and the other commands."""
+    from csg_ext.runs import read_run
+
+    run = read_run(folder / RUN)
+    if run["source"] != source:
+        write_text(folder / RUN, json.dumps(run | {"source": source}, indent=1) + "\n")
 
 
 def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -134,15 +147,6 @@ def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
                 f"{request[name]}"
             )
     return config, source
-
-
-def _tell_skipped(skipped: list[str], folder: Path) -> None:
-    if skipped:
-        print(f"{len(skipped)} images, shards or folders are left out:", file=sys.stderr)
-        for line in skipped[:10]:
-            print(f"  {line}", file=sys.stderr)
-        if len(skipped) > 10:
-            print(f"  ... all of them are in {folder / _SKIPPED}", file=sys.stderr)
 
 
 def _begin(folder: Path, config: TrainConfig, source: dict[str, Any], data: ImageData) -> None:
@@ -174,9 +178,12 @@ def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> 
     check_network(config, data)
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _check_free(folder: Path, overwrite: bool, data: str | None) -> None:
     if (folder / RUN).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
+    # std/ and csg/ beside the folders of the classes would be read as two more classes.
+    if data is not None and folder.resolve() == Path(data).resolve():
+        raise ValueError(f"--output must be another folder than that of the images in --data, got {folder} for both")
 
 
 def _clear(folder: Path) -> None:

@@ -155,6 +155,34 @@ def test_resume_refuses_other_images(tmp_path, capsys, digits):
     assert "--resume expects the images that the run began with" in capsys.readouterr().err
 
 
+def test_resume_finds_images_that_moved(tmp_path, capsys, monkeypatch):
+    images, moved, out = tmp_path / "images", tmp_path / "moved", str(tmp_path / "o")
+    _folder_of_images(images)
+    asked = []
+    monkeypatch.setattr(compare, "run_arms", lambda config, data, *a, **k: asked.append(data.name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--data", str(images), "--output", out])
+    images.rename(moved)
+    assert cli.main(["train", "--resume", "--output", out]) == 2
+    assert "images, which does not exist" in capsys.readouterr().err
+    for arguments in (["--data", str(moved)], []):  # the second time run.json knows
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["train", "--resume", "--output", out, *arguments])
+    assert asked == ["images", "moved", "moved"]
+    (moved / "b" / "0.png").unlink()
+    (tmp_path / "again").symlink_to(moved)
+    assert cli.main(["train", "--resume", "--output", out, "--data", str(tmp_path / "again")]) == 2
+    assert "--resume expects the images that the run began with, got others from" in capsys.readouterr().err
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["source"]["data"] == str(moved)
+
+
+def test_a_run_does_not_go_among_its_images(tmp_path, capsys):
+    _folder_of_images(tmp_path)
+    assert cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / "a" / "..")]) == 2
+    assert "--output must be another folder than that of the images in --data, got" in capsys.readouterr().err
+    assert not (tmp_path / "std").exists()
+
+
 def _folder_of_images(root: Path) -> None:
     rng = np.random.default_rng(0)
     for name in "ab":
@@ -172,7 +200,7 @@ def test_skipped_images_are_named_and_strict_refuses_them(tmp_path, capsys, monk
     assert "with strict every image must decode, got a/broken.png" in capsys.readouterr().err
     assert cli.main(common) == 2
     err = capsys.readouterr().err
-    assert "1 images, shards or folders are left out" in err and "a/broken.png" in err
+    assert "Left out of the images: 1\n  a/broken.png" in err
     assert (tmp_path / "o" / "skipped.txt").read_text().startswith("a/broken.png")
 
 
