@@ -136,6 +136,9 @@ def test_folder_errors(tmp_path, monkeypatch):
     (tmp_path / "text" / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="which holds none of them"):
         load_images(tmp_path / "text")
+    (tmp_path / "text" / "a.PNG").write_bytes(b"")
+    with pytest.raises(ValueError, match="which holds images but no folders: every class needs a folder of its own"):
+        load_images(tmp_path / "text")
     with pytest.raises(ValueError, match="expected a folder, .tar shards or an .npz file, got the file"):
         load_images(tmp_path / "text" / "a.txt")
     (tmp_path / "bad.npz").write_bytes(b"PK\3\4junk")

@@ -338,6 +338,7 @@ def _named_shards(path: str) -> list[Path]:
 def _index_directory(
     root: Path, entries: list[Path], strict: bool, progress: Callable[[Any], Any]
 ) -> ImageIndex[ImageList]:
+    from csg_ext.data.decode import EXTENSIONS
     from csg_ext.data.folder import index_folder
     from csg_ext.data.index import subfolders
     from csg_ext.data.shards import find_shards, index_shards
@@ -347,7 +348,10 @@ def _index_directory(
         return index_shards(root, shards, strict=strict, progress=progress)
     if subfolders(root):
         return index_folder(root)
+    holds = "none of them" if entries else "nothing"
+    if any(file.suffix.lower() in EXTENSIONS for file in entries):
+        holds = "images but no folders: every class needs a folder of its own"
     raise ValueError(
         f"data: expected an image folder, shards, torchvision's layout of CIFAR or MNIST, or IDX files, got {root}, "
-        f"which holds {'none of them' if entries else 'nothing'}"
+        f"which holds {holds}"
     )
