@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _ALTERNATING = ("period", "csg_share", "csg_at", "csg_lr")  # settings of the schedules that alternate
 _MOST_THREADS = 1024  # many more, and the system refuses them in words of its own
 _SKIPPED = "skipped.txt"
+_TEST_IMAGES = "test_images.txt"
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -162,6 +163,8 @@ def _begin(folder: Path, config: TrainConfig, source: dict[str, Any], data: Imag
     write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
     if data.skipped:
         write_text(folder / _SKIPPED, "\n".join(data.skipped) + "\n")
+    if data.test_names:  # which image a row of arrays.npz and a mask belongs to
+        write_text(folder / _TEST_IMAGES, "\n".join(data.test_names) + "\n")
 
 
 def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> None:
@@ -197,5 +200,5 @@ def _clear(folder: Path) -> None:
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, REPORT, _SKIPPED, *(f"{name}.png" for name in NAMES)):
+    for name in (SUMMARY, TABLE, REPORT, _SKIPPED, _TEST_IMAGES, *(f"{name}.png" for name in NAMES)):
         (folder / name).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from short_run import SHORT
 
 import csg_ext
 from csg_ext import cli, mis
+from csg_ext.data import load_images
 from csg_ext.report.pictures import NAMES
 from csg_ext.training import compare
 from csg_ext.training.config import TrainConfig
@@ -202,6 +203,22 @@ def test_skipped_images_are_named_and_strict_refuses_them(tmp_path, capsys, monk
     err = capsys.readouterr().err
     assert "Left out of the images: 1\n  a/broken.png" in err
     assert (tmp_path / "o" / "skipped.txt").read_text().startswith("a/broken.png")
+    data = load_images(tmp_path / "images")
+    names = (tmp_path / "o" / "test_images.txt").read_text().splitlines()
+    assert names == data.test_names and len(names) == len(data.test_labels)
+    for name, image, label in zip(names, data.test_images, data.test_labels, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / name)), image[0])
+        assert name.startswith(f"{data.classes[label]}/")
+    held = data.hold_out(4)
+    assert set(held.train_names) | set(held.test_names) == set(data.train_names) and len(held.test_names) == 4
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(tmp_path, monkeypatch):
+    _folder_of_images(tmp_path / "images")
+    (tmp_path / "images" / "a" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    monkeypatch.setattr(compare, "run_arms", lambda *a, **k: (_ for _ in ()).throw(ValueError("stop here")))
+    assert cli.main(["train", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "o")]) == 2
+    assert b"a/\xff.png: " in (tmp_path / "o" / "skipped.txt").read_bytes()
 
 
 def test_an_arm_that_fails_is_one_sentence(tmp_path, capsys, digits):

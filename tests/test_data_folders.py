@@ -28,6 +28,7 @@ def test_folder_with_val(tmp_path):
     data = load_images(tmp_path)
     assert data.classes == ["cat", "dog", "emu"]
     assert data.train_images.shape == (15, 3, 10, 12) and data.test_images.shape == (6, 3, 10, 12)
+    assert data.test_names == [f"val/{name}/{i}.png" for name in data.classes for i in range(2)]
     assert data.train_images[data.train_labels == 2, 0].min() == 80
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
 

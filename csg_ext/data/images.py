@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ class ImageData:
     """Train and test images, uint8 (N, channels, H, W), with int64 labels (N,) in 0..C-1.
 
     name: what messages call the set. classes: the C names, which differ. skipped: the files and folders that were left
-    out, each with its reason. Raises ValueError where these do not fit together or a class has no image in a part.
+    out, each with its reason. train_names, test_names: of every image of a folder or shards its path below the folder;
+    empty for packed sets, whose order is the file's. Raises ValueError where these do not fit together or a class has
+    no image in a part.
     """
 
     name: str
@@ -33,10 +36,17 @@ class ImageData:
     test_labels: np.ndarray
     classes: list[str]
     skipped: list[str] = field(default_factory=list)
+    train_names: list[str] = field(default_factory=list)
+    test_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            names = getattr(self, f"{part}_names")
+            if names and len(names) != len(labels):
+                raise ValueError(
+                    f"{self.name}: {part}_names must be empty or name all {len(labels)} images, got {len(names)}"
+                )
             if images.dtype != np.uint8 or images.ndim != 4:
                 raise ValueError(
                     f"{self.name}: {part}_images must be uint8 (N, channels, H, W), got {images.dtype} {images.shape}"
@@ -107,6 +117,8 @@ class ImageData:
             train_labels=self.train_labels[~held],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
+            train_names=list(compress(self.train_names, ~held)),
+            test_names=list(compress(self.train_names, held)),
         )
 
     def index(self) -> ImageIndex[ArrayList]:
