@@ -59,6 +59,8 @@ def test_train_writes_and_prints_the_comparison(run):
     assert summary["data"]["train"] == 400 and len(summary["data"]["sha256"]) == 64
     table = (folder / "table.txt").read_text()
     assert table in out and f"{csg['mis']:.4f}" in table and f"{std['accuracy']:.2%}" in table
+    assert "no gap to close" not in table
+    assert "not below its ceiling, so there is no gap to close" in compare.table(summary | {"gap_closed": None})
     page = (folder / "report.html").read_text()
     for name in NAMES:
         assert f" {name}.png" in out
