@@ -184,9 +184,20 @@ def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> 
 def _check_free(folder: Path, overwrite: bool, data: str | None) -> None:
     if (folder / RUN).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
-    # std/ and csg/ beside the folders of the classes would be read as two more classes.
-    if data is not None and folder.resolve() == Path(data).resolve():
-        raise ValueError(f"--output must be another folder than that of the images in --data, got {folder} for both")
+    if data is not None and not (folder / RUN).exists() and _among_images(folder.resolve(), Path(data).resolve()):
+        raise ValueError(f"--output must be a folder apart from the images in --data, got {folder}")
+
+
+def _among_images(folder: Path, root: Path) -> bool:
+    """Whether a run in `folder` would change the set in `root`: its arms would be two more classes, or a class would be
+    taken for a run and left out."""
+    from csg_ext.data.decode import EXTENSIONS
+    from csg_ext.data.index import PARTS
+
+    if folder == root or (folder.parent == root and folder.name.lower() in PARTS):
+        return True
+    inside = [place for place in (folder, *folder.parents) if root in place.parents and place.is_dir()]
+    return any(file.suffix.lower() in EXTENSIONS for place in inside for file in place.iterdir())
 
 
 def _clear(folder: Path) -> None:

@@ -179,11 +179,19 @@ def test_resume_finds_images_that_moved(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "o" / "run.json").read_text())["source"]["data"] == str(moved)
 
 
-def test_a_run_does_not_go_among_its_images(tmp_path, capsys):
+def test_a_run_does_not_go_among_its_images(tmp_path, capsys, monkeypatch):
     _folder_of_images(tmp_path)
-    assert cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / "a" / "..")]) == 2
-    assert "--output must be another folder than that of the images in --data, got" in capsys.readouterr().err
-    assert not (tmp_path / "std").exists()
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("a/..", "a", "b/run", "Train"):
+        assert cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / place)]) == 2
+        assert "--output must be a folder apart from the images in --data, got" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(compare, "run_arms", lambda *a, **k: (_ for _ in ()).throw(ValueError("stop here")))
+    for _ in range(2):
+        assert (
+            cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / "runs/train"), "--overwrite"]) == 2
+        )
+        assert "stop here" in capsys.readouterr().err
 
 
 def _folder_of_images(root: Path) -> None:
