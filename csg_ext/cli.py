@@ -114,7 +114,9 @@ def _add_train(commands: _Commands) -> None:
         "report.html with all of it. Ctrl-C saves the state.",
     )
     _add_output(train, _OUTPUT)
-    train.add_argument("--resume", action="store_true", help="continue the run in --output")
+    train.add_argument(
+        "--resume", action="store_true", help="continue the run in --output; with --data where its images moved"
+    )
     train.add_argument("--overwrite", action="store_true", help="replace the run in --output")
     _add_device(train)
     train.add_argument(
@@ -160,7 +162,8 @@ def _add_data(train: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         default=argparse.SUPPRESS,
-        help="side that images of folders or shards get",
+        help="side to which images of folders or shards are scaled and cropped (default: their own, where all have one "
+        "size up to 64x64, else 32)",
     )
     data.add_argument(
         "--test-share",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,8 +253,6 @@ def main(arguments: dict[str, Any]) -> int:
     stored = [read_checkpoint(file) for file in files.values()]
     data = source_images(stored, arguments)
     models = [restore(s, data).to(device) for s in stored]
-    if data.skipped:
-        print(f"{len(data.skipped)} images or folders are left out: {data.skipped[0]}, ...", file=sys.stderr)
     height, width = data.test_images.shape[2:]
     print(
         f"Measuring on {data.name}: {len(data.test_labels)} test images, {height}x{width}, "

@@ -6,6 +6,7 @@ Nothing in a file is executed: torch files are read with weights_only=True, the 
 from __future__ import annotations
 
 import math
+import sys
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -265,8 +266,22 @@ def load_source(
     return data if source["hold_out"] is None else data.hold_out(source["hold_out"])
 
 
+def tell_skipped(skipped: list[str], rest: str) -> None:
+    """Names on the standard error output what was left out of the images, if anything: ten of them, then `rest`."""
+    if skipped:
+        print(f"Left out of the images: {len(skipped)}", file=sys.stderr)
+        for line in [*skipped[:10], *([f"... {rest}"] if len(skipped) > 10 else [])]:
+            print(f"  {line}", file=sys.stderr)
+
+
 def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
-    """The images to measure on: --data, or those of the run, checked to be the same."""
+    """The images to measure on: --data, or those of the run, checked to be the same. Says what was left out."""
+    data = _source_images(stored, arguments)
+    tell_skipped(data.skipped, f"and {len(data.skipped) - 10} more")
+    return data
+
+
+def _source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
     run = stored[0].run
     if arguments["data"] is not None:
         return _other_images(stored, arguments["data"], arguments["image_size"])

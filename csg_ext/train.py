@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 _ALTERNATING = ("period", "csg_share", "csg_at", "csg_lr")  # settings of the schedules that alternate
 _MOST_THREADS = 1024  # many more, and the system refuses them in words of its own
 _SKIPPED = "skipped.txt"
+_TEST_IMAGES = "test_images.txt"
 
 
 def main(arguments: dict[str, Any]) -> int:
@@ -52,19 +52,19 @@ def main(arguments: dict[str, Any]) -> int:
         config, source, fingerprint = _stored_request(folder, arguments)
     else:
         (config, source), fingerprint = _new_request(arguments), None
-        _check_free(folder, overwrite)
+        _check_free(folder, overwrite, source["data"])
 
     from tqdm import tqdm
 
     from csg_ext.report import draw, read_run, write_report
-    from csg_ext.runs import load_source
+    from csg_ext.runs import load_source, tell_skipped
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
     device = compare.pick_device(device)
     begun = time.monotonic()
     data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
-    _tell_skipped(data.skipped, folder)
+    tell_skipped(data.skipped, f"all of them are in {folder / _SKIPPED}")
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(
             f"--resume expects the images that the run began with, got others from {source['data'] or 'the package'}"
@@ -74,8 +74,10 @@ def main(arguments: dict[str, Any]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder) as lock:
         if not resume:
-            _check_free(folder, overwrite)  # again: another run may have begun meanwhile
+            _check_free(folder, overwrite, source["data"])  # again: another run may have begun meanwhile
             _begin(folder, config, source, data)
+        elif arguments.get("data"):
+            _keep_source(folder, source)
         height, width = data.train_images.shape[2:]
         print(
             f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
@@ -102,7 +104,10 @@ def main(arguments: dict[str, Any]) -> int:
 
 
 def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any], str]:
-    """(settings, source, fingerprint of the images) of the run in `folder`, which `request` must not contradict."""
+    """(settings, source, fingerprint of the images) of the run in `folder`, which `request` must not contradict.
+
+    The path of the images may be another one, as they may have moved; the fingerprint tells whether they are the same.
+    """
     from csg_ext.runs import read_run, stored_config
 
     run_file = folder / RUN
@@ -112,11 +117,20 @@ def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig,
     config = stored_config(run_file, stored["config"])
     known = config.as_dict() | stored["source"]  # an older run knew fewer settings
     for name, value in request.items():
-        if known[name] != value:
+        if name != "data" and known[name] != value:
             raise ValueError(
                 f"--resume continues with the run's own settings: {name} was {known[name]!r}, got {value!r}"
             )
-    return config, stored["source"], stored["sha256"]
+    return config, stored["source"] | {"data": request.get("data", known["data"])}, stored["sha256"]
+
+
+def _keep_source(folder: Path, source: dict[str, Any]) -> None:
+    """Notes in run.json where the images are now, for the report and the other commands."""
+    from csg_ext.runs import read_run
+
+    run = read_run(folder / RUN)
+    if run["source"] != source:
+        write_text(folder / RUN, json.dumps(run | {"source": source}, indent=1) + "\n")
 
 
 def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
@@ -136,15 +150,6 @@ def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
     return config, source
 
 
-def _tell_skipped(skipped: list[str], folder: Path) -> None:
-    if skipped:
-        print(f"{len(skipped)} images, shards or folders are left out:", file=sys.stderr)
-        for line in skipped[:10]:
-            print(f"  {line}", file=sys.stderr)
-        if len(skipped) > 10:
-            print(f"  ... all of them are in {folder / _SKIPPED}", file=sys.stderr)
-
-
 def _begin(folder: Path, config: TrainConfig, source: dict[str, Any], data: ImageData) -> None:
     """Clears the folder and writes what a run is: its settings, its images and what was left out of them."""
     _clear(folder)
@@ -158,6 +163,8 @@ def _begin(folder: Path, config: TrainConfig, source: dict[str, Any], data: Imag
     write_text(folder / RUN, json.dumps(run, indent=1) + "\n")
     if data.skipped:
         write_text(folder / _SKIPPED, "\n".join(data.skipped) + "\n")
+    if data.test_names:  # which image a row of arrays.npz and a mask belongs to
+        write_text(folder / _TEST_IMAGES, "\n".join(data.test_names) + "\n")
 
 
 def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> None:
@@ -174,9 +181,23 @@ def _check_fits(config: TrainConfig, data: ImageData, given: Container[str]) -> 
     check_network(config, data)
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _check_free(folder: Path, overwrite: bool, data: str | None) -> None:
     if (folder / RUN).exists() and not overwrite:
         raise FileExistsError(f"{folder} already holds a run: give --resume, --overwrite or another --output")
+    if data is not None and not (folder / RUN).exists() and _among_images(folder.resolve(), Path(data).resolve()):
+        raise ValueError(f"--output must be a folder apart from the images in --data, got {folder}")
+
+
+def _among_images(folder: Path, root: Path) -> bool:
+    """Whether a run in `folder` would change the set in `root`: its arms would be two more classes, or a class would be
+    taken for a run and left out."""
+    from csg_ext.data.decode import EXTENSIONS
+    from csg_ext.data.index import PARTS
+
+    if folder == root or (folder.parent == root and folder.name.lower() in PARTS):
+        return True
+    inside = [place for place in (folder, *folder.parents) if root in place.parents and place.is_dir()]
+    return any(file.suffix.lower() in EXTENSIONS for place in inside for file in place.iterdir())
 
 
 def _clear(folder: Path) -> None:
@@ -190,5 +211,5 @@ def _clear(folder: Path) -> None:
             (folder / arm / name).unlink(missing_ok=True)
         for events in (folder / arm / TENSORBOARD).glob("events.out.tfevents.*"):
             events.unlink()
-    for name in (SUMMARY, TABLE, REPORT, _SKIPPED, *(f"{name}.png" for name in NAMES)):
+    for name in (SUMMARY, TABLE, REPORT, _SKIPPED, _TEST_IMAGES, *(f"{name}.png" for name in NAMES)):
         (folder / name).unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from short_run import SHORT
 
 import csg_ext
 from csg_ext import cli, mis
+from csg_ext.data import load_images
 from csg_ext.report.pictures import NAMES
 from csg_ext.training import compare
 from csg_ext.training.config import TrainConfig
@@ -58,6 +59,8 @@ def test_train_writes_and_prints_the_comparison(run):
     assert summary["data"]["train"] == 400 and len(summary["data"]["sha256"]) == 64
     table = (folder / "table.txt").read_text()
     assert table in out and f"{csg['mis']:.4f}" in table and f"{std['accuracy']:.2%}" in table
+    assert "no gap to close" not in table
+    assert "not below its ceiling, so there is no gap to close" in compare.table(summary | {"gap_closed": None})
     page = (folder / "report.html").read_text()
     for name in NAMES:
         assert f" {name}.png" in out
@@ -155,6 +158,42 @@ def test_resume_refuses_other_images(tmp_path, capsys, digits):
     assert "--resume expects the images that the run began with" in capsys.readouterr().err
 
 
+def test_resume_finds_images_that_moved(tmp_path, capsys, monkeypatch):
+    images, moved, out = tmp_path / "images", tmp_path / "moved", str(tmp_path / "o")
+    _folder_of_images(images)
+    asked = []
+    monkeypatch.setattr(compare, "run_arms", lambda config, data, *a, **k: asked.append(data.name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--data", str(images), "--output", out])
+    images.rename(moved)
+    assert cli.main(["train", "--resume", "--output", out]) == 2
+    assert "images, which does not exist" in capsys.readouterr().err
+    for arguments in (["--data", str(moved)], []):  # the second time run.json knows
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["train", "--resume", "--output", out, *arguments])
+    assert asked == ["images", "moved", "moved"]
+    (moved / "b" / "0.png").unlink()
+    (tmp_path / "again").symlink_to(moved)
+    assert cli.main(["train", "--resume", "--output", out, "--data", str(tmp_path / "again")]) == 2
+    assert "--resume expects the images that the run began with, got others from" in capsys.readouterr().err
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["source"]["data"] == str(moved)
+
+
+def test_a_run_does_not_go_among_its_images(tmp_path, capsys, monkeypatch):
+    _folder_of_images(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("a/..", "a", "b/run", "Train"):
+        assert cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / place)]) == 2
+        assert "--output must be a folder apart from the images in --data, got" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(compare, "run_arms", lambda *a, **k: (_ for _ in ()).throw(ValueError("stop here")))
+    for _ in range(2):
+        assert (
+            cli.main(["train", "--data", str(tmp_path), "--output", str(tmp_path / "runs/train"), "--overwrite"]) == 2
+        )
+        assert "stop here" in capsys.readouterr().err
+
+
 def _folder_of_images(root: Path) -> None:
     rng = np.random.default_rng(0)
     for name in "ab":
@@ -172,8 +211,24 @@ def test_skipped_images_are_named_and_strict_refuses_them(tmp_path, capsys, monk
     assert "with strict every image must decode, got a/broken.png" in capsys.readouterr().err
     assert cli.main(common) == 2
     err = capsys.readouterr().err
-    assert "1 images, shards or folders are left out" in err and "a/broken.png" in err
+    assert "Left out of the images: 1\n  a/broken.png" in err
     assert (tmp_path / "o" / "skipped.txt").read_text().startswith("a/broken.png")
+    data = load_images(tmp_path / "images")
+    names = (tmp_path / "o" / "test_images.txt").read_text().splitlines()
+    assert names == data.test_names and len(names) == len(data.test_labels)
+    for name, image, label in zip(names, data.test_images, data.test_labels, strict=True):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "images" / name)), image[0])
+        assert name.startswith(f"{data.classes[label]}/")
+    held = data.hold_out(4)
+    assert set(held.train_names) | set(held.test_names) == set(data.train_names) and len(held.test_names) == 4
+
+
+def test_names_that_are_not_utf_8_are_written_as_they_are(tmp_path, monkeypatch):
+    _folder_of_images(tmp_path / "images")
+    (tmp_path / "images" / "a" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    monkeypatch.setattr(compare, "run_arms", lambda *a, **k: (_ for _ in ()).throw(ValueError("stop here")))
+    assert cli.main(["train", "--data", str(tmp_path / "images"), "--output", str(tmp_path / "o")]) == 2
+    assert b"a/\xff.png: " in (tmp_path / "o" / "skipped.txt").read_bytes()
 
 
 def test_an_arm_that_fails_is_one_sentence(tmp_path, capsys, digits):

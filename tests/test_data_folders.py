@@ -28,6 +28,7 @@ def test_folder_with_val(tmp_path):
     data = load_images(tmp_path)
     assert data.classes == ["cat", "dog", "emu"]
     assert data.train_images.shape == (15, 3, 10, 12) and data.test_images.shape == (6, 3, 10, 12)
+    assert data.test_names == [f"val/{name}/{i}.png" for name in data.classes for i in range(2)]
     assert data.train_images[data.train_labels == 2, 0].min() == 80
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -135,6 +136,9 @@ def test_folder_errors(tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("x")
     with pytest.raises(ValueError, match="which holds none of them"):
+        load_images(tmp_path / "text")
+    (tmp_path / "text" / "a.PNG").write_bytes(b"")
+    with pytest.raises(ValueError, match="which holds images but no folders: every class needs a folder of its own"):
         load_images(tmp_path / "text")
     with pytest.raises(ValueError, match="expected a folder, .tar shards or an .npz file, got the file"):
         load_images(tmp_path / "text" / "a.txt")

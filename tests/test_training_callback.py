@@ -443,7 +443,7 @@ class Two(Own):
         (Twice, {}, "must call the gated module once, got 2 calls"),
         (Labels, {}, "must call the gated module with x alone, .* got 2 arguments"),
         (Manual, {}, "expected automatic optimization, got a module with manual one"),
-        (Two, {}, "expected one gated module in Two, got net, other"),
+        (Two, {}, r"expected one gated module \(GatedModel, csg_ext.attach\) in Two, got net, other"),
         (Own, {"model": "body"}, "model must name a gated module, one of net, got 'body'"),
     ],
 )

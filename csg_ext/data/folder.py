@@ -99,13 +99,15 @@ class _Failures:
         self.lines: list[str] = []
 
     def add(self, images: ImageList, position: int, error: Exception) -> None:
-        name = images.name(position)
-        if images.root != self.root:
-            name = f"{os.path.relpath(images.root, self.root)}/{name}"
-        line = f"{name}: {reason(error)}"
+        line = f"{_name(images, position, self.root)}: {reason(error)}"
         if self.strict:
             raise ValueError(f"data: with strict every image must decode, got {line}") from None
         self.lines.append(line)
+
+
+def _name(images: ImageList, position: int, root: Path) -> str:
+    name = images.name(position)
+    return name if images.root == root else f"{os.path.relpath(images.root, root)}/{name}"
 
 
 def _check_memory(count: int, channels: int, height: int, width: int, limit: float) -> None:
@@ -190,4 +192,5 @@ def read_into_memory(
         labels["test"],
         index.classes,
         index.skipped + failures.lines,
+        *([_name(images, position, index.root) for position in kept[part]] for part, images in parts.items()),
     )

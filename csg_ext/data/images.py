@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,9 @@ class ImageData:
     """Train and test images, uint8 (N, channels, H, W), with int64 labels (N,) in 0..C-1.
 
     name: what messages call the set. classes: the C names, which differ. skipped: the files and folders that were left
-    out, each with its reason. Raises ValueError where these do not fit together or a class has no image in a part.
+    out, each with its reason. train_names, test_names: of every image of a folder or shards its path below the folder;
+    empty for packed sets, whose order is the file's. Raises ValueError where these do not fit together or a class has
+    no image in a part.
     """
 
     name: str
@@ -33,10 +36,17 @@ class ImageData:
     test_labels: np.ndarray
     classes: list[str]
     skipped: list[str] = field(default_factory=list)
+    train_names: list[str] = field(default_factory=list)
+    test_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            names = getattr(self, f"{part}_names")
+            if names and len(names) != len(labels):
+                raise ValueError(
+                    f"{self.name}: {part}_names must be empty or name all {len(labels)} images, got {len(names)}"
+                )
             if images.dtype != np.uint8 or images.ndim != 4:
                 raise ValueError(
                     f"{self.name}: {part}_images must be uint8 (N, channels, H, W), got {images.dtype} {images.shape}"
@@ -107,6 +117,8 @@ class ImageData:
             train_labels=self.train_labels[~held],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
+            train_names=list(compress(self.train_names, ~held)),
+            test_names=list(compress(self.train_names, held)),
         )
 
     def index(self) -> ImageIndex[ArrayList]:
@@ -338,6 +350,7 @@ def _named_shards(path: str) -> list[Path]:
 def _index_directory(
     root: Path, entries: list[Path], strict: bool, progress: Callable[[Any], Any]
 ) -> ImageIndex[ImageList]:
+    from csg_ext.data.decode import EXTENSIONS
     from csg_ext.data.folder import index_folder
     from csg_ext.data.index import subfolders
     from csg_ext.data.shards import find_shards, index_shards
@@ -347,7 +360,10 @@ def _index_directory(
         return index_shards(root, shards, strict=strict, progress=progress)
     if subfolders(root):
         return index_folder(root)
+    holds = "none of them" if entries else "nothing"
+    if any(file.suffix.lower() in EXTENSIONS for file in entries):
+        holds = "images but no folders: every class needs a folder of its own"
     raise ValueError(
         f"data: expected an image folder, shards, torchvision's layout of CIFAR or MNIST, or IDX files, got {root}, "
-        f"which holds {'none of them' if entries else 'nothing'}"
+        f"which holds {holds}"
     )

@@ -130,7 +130,7 @@ class ClassSpecificGate(nn.Module):
         return gate_penalty(self.gate, budget, norm)
 
     def density(self) -> float:
-        """The L1-density; see `l1_density`."""
+        """The L1-density as a float; see `l1_density`."""
         return float(l1_density(self.gate.detach()))
 
     def extra_repr(self) -> str:

@@ -43,7 +43,10 @@ def find_gated(module: nn.Module, name: str | None = None) -> Any:
             raise ValueError(f"model must name a gated module, one of {', '.join(found) or 'none'}, got {name!r}")
         return found[name]
     if len(found) != 1:
-        raise ValueError(f"expected one gated module in {type(module).__name__}, got {', '.join(found) or 'none'}")
+        raise ValueError(
+            f"expected one gated module (GatedModel, csg_ext.attach) in {type(module).__name__}, got "
+            f"{', '.join(found) or 'none'}"
+        )
     return next(iter(found.values()))
 
 

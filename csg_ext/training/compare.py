@@ -270,6 +270,8 @@ def table(summary: dict[str, Any]) -> str:
     width = max(len(row[0]) for row in compared)
     lines = [f"{'':{width}}  {'STD':>8}  {'CSG':>8}"]
     lines += [f"{name:{width}}  {a:>8}  {b:>8}" for name, a, b in compared]
+    if summary["gap_closed"] is None:
+        lines.append("-: STD's MIS is not below its ceiling, so there is no gap to close")
     data = summary["data"]
     lines.append(
         f"{data['name']}: {data['train']} train, {data['test']} test images; {summary['config']['model']}, "

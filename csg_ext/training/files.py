@@ -53,9 +53,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file atomically."""
+    """Writes a text file atomically, UTF-8 but for the names of files that are not."""
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def read_json(path: str | Path, expected: str) -> Any:
