@@ -84,7 +84,10 @@ def evaluate_model(model: GatedModel, data: ImageData, statistics: Statistics, s
         "calibration_error": _calibration_error(scores, targets),
         "dead_filters": int(dead.sum()),
     }
-    hits = {"accuracy": logits.argmax(1) == labels}
+    ceilings = metrics.class_mutual_info(logits, labels, num_classes=classes).diagonal()
+    numbers |= metrics.specificity(features, labels, mi, weight, ceilings)
+    own = metrics.own_filter_predictions(features, weight, bias, weight)
+    hits = {"accuracy": logits.argmax(1) == labels, "weight_own_accuracy": own == labels}
     owners = {"mi": _classes_on_train_part(model, data, statistics, seed)}
     if (gate != gate[0, 0]).any():
         owners["gate"] = np.where(dead, -1, gate.argmax(0))
@@ -186,6 +189,7 @@ def differences(
 _ROWS = (
     ("accuracy", "accuracy (STD path: no label is used)", "%"),
     ("one_hot_accuracy", "  each class scored by its own filters only (one-hot gate)", "%"),
+    ("weight_own_accuracy", "  the same, own by the largest classifier weight", "%"),
     ("predicted_class_accuracy_gate", "  filters of the predicted class only, by the gate", "%"),
     ("predicted_class_accuracy_mi", "  filters of the predicted class only, by MI", "%"),
     ("calibration_error", f"expected calibration error, {BINS} bins", "%"),
@@ -193,8 +197,13 @@ _ROWS = (
     ("mis_ceiling", "  its ceiling: the network's own class scores", ".4f"),
     ("mis_bound", "  its bound: the largest entropy of a class", ".4f"),
     ("mis_normalized", "  MIS, each class divided by its own entropy", ".4f"),
+    ("mis_of_ceiling", "  a filter's MI over its class's ceiling, mean", ".4f"),
+    ("exclusivity", "exclusivity: 1 - second / first MI of a filter, mean", ".4f"),
+    ("class_selectivity", "class-selectivity index of the filters, mean", ".4f"),
+    ("quiet_filters", "filters that are quiet for their MI class", "%"),
     ("l1_density", "L1-density of the gate", ".4f"),
     ("class_agreement", "filters whose gate class is their MI class", "%"),
+    ("weight_agreement", "filters whose largest classifier weight is their MI class's", "%"),
     ("cluster_accuracy_gate", "filters of the true class only (the label is used), by the gate", "%"),
     ("complement_accuracy_gate", "  those filters removed", "%"),
     ("cluster_accuracy_mi", "filters of the true class only (the label is used), by MI", "%"),

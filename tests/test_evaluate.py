@@ -56,7 +56,10 @@ def test_a_run_is_both_arms_as_training_measured_them(report, run):
     summary = json.loads((run[0] / "summary.json").read_text())
     for checkpoint, arm in zip(numbers["checkpoints"], ("std", "csg"), strict=True):
         assert checkpoint["name"] == arm and checkpoint["model"] == "resnet20"
-        for name in {"accuracy", "mis", "mis_ceiling", "l1_density", "class_agreement", "one_hot_accuracy"}:
+        for name in {"accuracy", "mis", "mis_ceiling", "l1_density", "class_agreement", "one_hot_accuracy"} | {
+            *("class_selectivity", "exclusivity", "quiet_filters", "mis_of_ceiling", "weight_agreement"),
+            "weight_own_accuracy",
+        }:
             assert (name in checkpoint["measures"]) == (name in summary[arm])
             if name in summary[arm]:
                 assert checkpoint["measures"][name] == pytest.approx(summary[arm][name], abs=1e-6)

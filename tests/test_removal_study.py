@@ -37,7 +37,7 @@ def test_what_is_left_of_a_class(study):
     for name in ("weight", "mi", "gate"):
         assert found[name] == {"filters": 2, "class": 0, "others": 1, "probe": pytest.approx(found[name]["probe"])}
     assert found["random"]["filters"] == 2 and found["random"]["others"] < 1
-    assert found["logit"] == {"filters": 0, "class": 0, "others": 1, "probe": 1}
+    assert found["logit"] == {"filters": 0, "class": 0, "others": 1}
     assert "gate" not in study.measure(train, test, weight, bias, None, seed=0)
 
 
