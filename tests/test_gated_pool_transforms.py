@@ -173,6 +173,61 @@ def test_functional_gradients(device):
     assert per_sample.shape == x.shape
 
 
+def transformed(kind, f, x, gate):
+    """A derivative, or a batch of values, of f(x, gate) by one of PyTorch's transforms, as a list."""
+    tangents = (x.flip(0).sin(), gate.flip(0).sin())
+    if kind == "grad":
+        return torch.func.grad(lambda *a: f(*a).square().sum(), (0, 1))(x, gate)
+    if kind == "vmap":
+        return [torch.vmap(f, (0, None))(torch.stack([x, x.cos()]), gate)]
+    if kind == "jvp":
+        return torch.func.jvp(f, (x, gate), tangents)
+    if kind == "jacfwd":
+        return torch.func.jacfwd(f, (0, 1))(x, gate)
+    with forward_ad.dual_level():
+        return list(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, (x, gate), tangents))))
+
+
+@pytest.mark.parametrize("kind", ["grad", "vmap", "jvp", "jacfwd", "dual"])
+def test_transforms_give_the_same_compiled(device, kind):
+    """Neither zeros nor None in place of a derivative."""
+    x, gate, labels = inputs((3, 4, 2, 2), (F64, F64), device)
+    weights = torch.rand(3, len(gate), dtype=F64, device=device)
+    calls = {
+        "avg": lambda f, x, gate: f.gated_pool(x, gate, labels),
+        "max": lambda f, x, gate: f.gated_pool(x, gate, labels, pool="max"),
+        "project": lambda f, x, gate: f.gated_pool(x, gate, labels, project=True),
+        "soft": lambda f, x, gate: f.gated_pool(x, gate, weights),
+        "soft, project": lambda f, x, gate: f.gated_pool(x, gate, weights, project=True),
+        "tokens": lambda f, x, gate: f.gated_pool(x.flatten(2).mT, gate, labels, channel_dim=-1),
+        "project_gate": lambda f, x, gate: f.project_gate(gate) * x.mean((0, 2, 3)),
+    }
+    for name, call in calls.items():
+        torch._dynamo.reset()
+        want = transformed(kind, lambda x, gate, call=call: call(reference, x, gate), x, gate)
+
+        def ours(x, gate, call=call):
+            return transformed(kind, lambda x, gate: call(csg_ext, x, gate), x, gate)
+
+        for f in (ours, torch.compile(ours, backend="aot_eager", fullgraph=kind != "dual")):
+            got = f(x, gate)
+            assert len(got) == len(want)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_label_outside_is_nan_under_a_compiled_transform(device):
+    """Its value is not known when the graph is made; -1 must not be the last class."""
+    x, gate, labels = inputs((3, 4, 2, 2), (F64, F64), device)
+    labels[1] = -1
+
+    def tangent(x, labels):
+        return torch.func.jvp(lambda x: csg_ext.gated_pool(x, gate, labels), (x,), (x,))[1]
+
+    got = torch.compile(tangent, backend="aot_eager")(x, labels)
+    assert got[1].isnan().all() and not got[::2].isnan().any()
+
+
 def test_tensors_kept_from_a_transform(device):
     """What torch.func.grad has traced stays in use afterwards, behind wrappers whose level has ended."""
     x, gate, labels = inputs((3, 4, 2, 2), (F32, F32), device)

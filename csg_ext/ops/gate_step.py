@@ -39,8 +39,8 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
                 [0.2500, 0.0000]])
     """
     _check_gate("project_gate", gate, method)
-    traced = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    if (torch.is_grad_enabled() and gate.requires_grad) or traced or forward_ad._current_level >= 0:
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if (torch.is_grad_enabled() and gate.requires_grad) or transformed:
         return reference.project_gate(gate, method)
     return project_gate_(gate.detach().clone(memory_format=torch.contiguous_format), method)
 

@@ -127,6 +127,8 @@ def gated_pool(
         _validate_labels(labels, gate.shape[0])
     top = where = None
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return _in_operators(x, gate, rows, project, pool, return_pooled)
         if project:
             top, where = torch.ops.csg_ext.column_max.default(gate.detach())
         out, pooled, _ = torch.ops.csg_ext.gated_pool.default(x, gate, rows, top, where, mode)
@@ -167,11 +169,20 @@ def _forward_mode(
         while torch._C._functorch.is_functorch_wrapped_tensor(plain):
             plain = torch._C._functorch.get_unwrapped(plain)
         _validate_labels(plain.flatten(), gate.shape[0])
+    return _in_operators(x, gate, labels, project, pool, return_pooled)
+
+
+def _in_operators(
+    x: Tensor, gate: Tensor, labels: Tensor | None, project: bool, pool: str, return_pooled: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """In PyTorch's operators, which every transform knows. labels None: gate is the rows (N, K)."""
     if project:
         gate = _projected(gate)
-    if labels is None:
-        labels = torch.arange(x.shape[0], device=x.device)
-    return reference.gated_pool(x, gate, labels, pool=pool, return_pooled=return_pooled)
+    if labels is not None:  # NaN for one outside [0, C), as on CUDA: a compiler does not know their values
+        inside = (labels >= 0) & (labels < gate.shape[0])
+        gate = torch.where(inside[:, None], gate[torch.where(inside, labels, 0)], torch.nan)
+    rows = torch.arange(x.shape[0], device=x.device)
+    return reference.gated_pool(x, gate, rows, pool=pool, return_pooled=return_pooled)
 
 
 def _validate_labels(labels: Tensor, classes: int) -> None:
