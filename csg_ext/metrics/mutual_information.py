@@ -80,11 +80,10 @@ def best_class(
     tied = m == m.amax(dim=1, keepdim=True)
     rows = torch.nonzero(tied.sum(dim=1) > 1)[:, 0]
     if features is not None and labels is not None and len(rows):
-        shape, (filters, classes) = np.shape(features), m.shape
-        if len(shape) != 2 or shape[1] != filters:
+        shape, count, (filters, classes) = tuple(np.shape(features)), tuple(np.shape(labels)), m.shape
+        if len(shape) != 2 or shape[1] != filters or count != shape[:1]:
             raise ValueError(
-                f"best_class: features and labels must be (N, {filters}) and (N,), got {tuple(shape)} and "
-                f"{tuple(np.shape(labels))}"
+                f"best_class: features and labels must be (N, {filters}) and (N,), got {shape} and {count}"
             )
         chosen = rows.cpu().numpy()
         x: Any = features if isinstance(features, Tensor) else as_array("best_class", "features", features)
