@@ -59,6 +59,11 @@ class ProjectedSGD(Optimizer):
         }
         super().__init__(params, options)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("method", "scale")  # torch.optim.SGD's state has none
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds gates with options of their own; ValueError as for the optimizer's."""
         options = self.defaults | param_group

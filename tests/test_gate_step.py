@@ -277,6 +277,21 @@ def test_projected_adam_with_a_scheduler(device):
     assert len(adam.param_groups) == len(optimizer.param_groups) == 3
 
 
+def test_the_state_of_plain_sgd_goes_on_projected():
+    gates = [torch.nn.Parameter(torch.rand(3, 4)) for _ in range(2)]
+    gates[1].data.copy_(gates[0].data)
+    plain, ours = torch.optim.SGD(gates[:1], lr=0.1, momentum=0.9), ProjectedSGD(gates[1:], lr=0.5)
+    gates[0].grad = torch.randn(3, 4)
+    plain.step()
+    gates[1].data.copy_(gates[0].data)
+    ours.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for gate in gates:
+        gate.grad = torch.ones(3, 4)
+    plain.step()
+    ours.step()
+    torch.testing.assert_close(gates[1].detach(), csg_ext.project_gate(gates[0].detach()))
+
+
 @pytest.mark.parametrize("loader", ["wrapped", "wrapper"])
 def test_a_projected_optimizer_and_its_own_stay_one_after_either_loads_a_state(loader):
     gate = torch.nn.Parameter(torch.rand(3, 4))
@@ -396,6 +411,7 @@ BAD = [
     (lambda: step(matrix(), [0.0]), TypeError, r"gate_step_: momentum_buffer must be a torch.Tensor, got list"),
     (lambda: step(matrix(), lr="0.1"), TypeError, r"gate_step_: lr must be a number, got '0.1'"),
     (lambda: step(matrix(), dampening=None), TypeError, r"gate_step_: dampening must be a number, got None"),
+    (lambda: step(matrix(), dampening=float("nan")), ValueError, r"gate_step_: dampening must be a number, got nan"),
     (lambda: step(matrix().to_sparse()), TypeError, r"gate_step_: grad must be a dense tensor, got layout"),
     (lambda: csg_ext.project_gate(matrix().to_sparse()), TypeError, r"project_gate: gate must be a dense tensor"),
     (lambda: csg_ext.project_gate(matrix(), ["scale"]), ValueError, r"project_gate: method must be 'scale' or"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -107,6 +109,8 @@ def gate_step_(
     for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
         if not value >= 0:
             raise ValueError(f"gate_step_: {name} must be >= 0, got {value}")
+    if math.isnan(dampening):
+        raise ValueError(f"gate_step_: dampening must be a number, got {dampening}")
     if momentum and momentum_buffer is None:
         raise ValueError(f"gate_step_: momentum = {momentum} needs a momentum_buffer, got None")
     if nesterov and (momentum == 0 or dampening != 0):
