@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import io
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 # Idle OpenMP threads that spin take the other core from whatever runs beside the tests; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# matplotlib's list of fonts, made anew: the user's may be that of a matplotlib that is gone.
+os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp()
 
 import browser_page
 import numpy as np
@@ -19,6 +24,8 @@ import torch
 from short_run import SHORT
 
 import csg_ext  # noqa: F401  (loads the operators)
+
+atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
 
 # A run started in the background may ignore Ctrl-C, and so would what the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
