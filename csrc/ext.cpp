@@ -23,9 +23,10 @@ STABLE_TORCH_LIBRARY(csg_ext, m) {
   m.def(
       "_gated_pool(Tensor x, Tensor gate, Tensor? labels, Tensor? col_max, Tensor? col_arg, int pool)"
       " -> (Tensor out, Tensor pooled, Tensor index)");
+  // layout of grad_x: 0 contiguous, 1 channels last, 2 (avg) (N, K) values that all positions share (strides 0).
   m.def(
       "gated_pool_backward(Tensor? grad_out, Tensor? grad_pooled, Tensor pooled, Tensor index, Tensor gate,"
-      " Tensor? labels, Tensor? col_max, Tensor? col_arg, SymInt[] spatial, bool channels_last, ScalarType x_type,"
+      " Tensor? labels, Tensor? col_max, Tensor? col_arg, SymInt[] spatial, int layout, ScalarType x_type,"
       " int pool, bool need_x, bool need_gate) -> (Tensor grad_x, Tensor grad_gate)");
 
   m.def("column_max(Tensor gate) -> (Tensor col_max, Tensor col_arg)");

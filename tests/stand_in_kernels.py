@@ -156,19 +156,21 @@ class Kernels(StandIn):
         project: bool = False,
         want: tuple[bool, bool] = (True, True),
     ) -> tuple[Tensor | None, Tensor | None]:
-        """x gives the shape, the type and the layout of grad_x."""
+        """x gives the shape, the type and the layout of grad_x: (N, K) shared values where x.stride(2) is 0 (avg)."""
         n, k, s = x.shape
         rows, keep = self.rows(gate, labels, project)
         keep += [self.guarded(t) for t in (grad_out, grad_pooled, pooled, index)]
-        grad_x = self.guarded(torch.empty_like(x).fill_(float("nan"))) if want[0] else None
+        shared = index is None and s > 1 and x.stride(2) == 0
+        blank = torch.empty_like(x[..., :1] if shared else x).fill_(float("nan"))
+        grad_x = self.guarded(blank) if want[0] else None
         grad_gate = self.empty(*gate.shape, dtype=gate.dtype) if want[1] else None
-        strides = grad_x.stride() if grad_x is not None else x.stride()
+        strides = (k, 1, 0) if shared else x.stride() if grad_x is None else grad_x.stride()
         p = self.pointer
         parameters = Backward(
             *map(p, keep[4:]), index is not None, n, k, s, rows, p(grad_x), TYPES[x.dtype], *strides, p(grad_gate)
         )
         self.call("csg_gated_pool_backward", parameters)
-        return grad_x, grad_gate
+        return grad_x.expand(n, k, s) if shared and grad_x is not None else grad_x, grad_gate
 
     def step(
         self,

@@ -113,6 +113,10 @@ def check_backward(
         expected_x = (per_row / s)[..., None].expand(n, k, s)
     scale = max(1.0, gate.abs().max().item())
     close(got_x, expected_x, scale)
+    if pool == "avg" and s > 1:
+        blank = torch.empty(n, k, 1, dtype=x.dtype).expand(n, k, s)
+        shared, _ = kernels.backward(blank, gate, labels, grad_out, grad_pooled, pooled, index, project)
+        assert torch.equal(shared, got_x)
     close(got_gate, leaf.grad, scale * max(1.0, n**0.5) * (4 if project else 1))
 
 
@@ -311,8 +315,10 @@ def test_launches(kernels: Kernels) -> None:
         assert kernels.launches() == before + 1
         kernels.backward(x, gate, labels, grad, grad, pooled, None)
         assert kernels.launches() == before + 3
+        kernels.backward(torch.empty(2, 4, 1).expand(2, 4, 9), gate, labels, grad, grad, pooled, None)
+        assert kernels.launches() == before + 5
         kernels.step(gate, gate, gate, lr=0.1)
-        assert kernels.launches() == before + 4
+        assert kernels.launches() == before + 6
 
 
 def test_same_bits_on_every_schedule(kernels: Kernels) -> None:

@@ -141,12 +141,62 @@ def test_partial_gradients(device):
     torch.testing.assert_close(grad, torch.full_like(grad, 1 / 25))
 
 
-def test_gradient_keeps_the_layout(device):
-    x, gate, labels = inputs((4, 8, 5, 5), (F32, F32), device)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        a = x.contiguous(memory_format=memory_format).requires_grad_()
-        (grad,) = torch.autograd.grad(csg_ext.gated_pool(a, gate, labels).sum(), a)
-        assert grad.is_contiguous(memory_format=memory_format)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_gradient_keeps_the_layout_or_is_a_view(device, dtype, memory_format):
+    for side, pool in itertools.product((5, 6, 14), ("avg", "max")):
+        x, gate, labels = inputs((4, 8, side, side), (dtype, dtype), device)
+        x = x.contiguous(memory_format=memory_format).requires_grad_()
+        (grad,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, labels, pool=pool).sum(), x)
+        wide, channels_last = dtype in (F32, F64), memory_format == torch.channels_last
+        short = not channels_last and side**2 < (32 if wide else 192)
+        view = pool == "avg" and (wide if x.is_cuda else not short)
+        assert grad.stride() == (8, 1, 0, 0) if view else grad.is_contiguous(memory_format=memory_format)
+        x.grad = None
+        csg_ext.gated_pool(x, gate, labels, pool=pool).sum().backward()
+        assert x.grad.is_contiguous(memory_format=memory_format) and torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("types", [(F32, F32), (F64, F64), (BF16, BF16), (F16, F32)], ids=str)
+@pytest.mark.parametrize("spatial", [(), (1, 1), (7, 7), (3, 5, 2)], ids=str)
+def test_shared_gradient_has_the_bits_of_the_dense_ones(device, types, spatial):
+    x, gate, labels = inputs((5, 37, *spatial), types, device)
+    top, where = torch.ops.csg_ext.column_max(gate)
+    for project in (False, True):
+        columns = (top, where) if project else (None, None)
+        out, pooled, index = torch.ops.csg_ext._gated_pool(x, gate, labels, *columns, 0)
+        for grads in ((out, pooled), (out, None), (None, pooled)):
+            rows, channels_last, shared = (
+                torch.ops.csg_ext.gated_pool_backward(
+                    *grads, pooled, index, gate, labels, *columns, spatial, layout, x.dtype, 0, True, True
+                )
+                for layout in range(3)
+            )
+            for other in (channels_last, shared):
+                assert torch.equal(rows[0], other[0]) and torch.equal(rows[1], other[1])
+
+
+@pytest.mark.parametrize("before", [torch.relu, torch.nn.functional.silu, lambda x: x * 3, lambda x: x.clone()])
+def test_what_comes_before_takes_the_gradient(device, before):
+    for channels_last in (False, True):
+        x, gate, labels = inputs((3, 6, 4, 5), (F64, F64), device)
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        x.requires_grad_()
+        weight = torch.randn(6, 6, 3, 3, dtype=F64, device=device, requires_grad=True)
+        found = []
+        for pool in (csg_ext.gated_pool, reference.gated_pool):
+            out = pool(before(torch.nn.functional.conv2d(x, weight, padding=1)), gate, labels)
+            found.append(torch.autograd.grad(out.square().sum(), (x, weight)))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("layout", "pool"), [(-1, 0), (3, 0), (2, 1)])
+def test_backward_refuses_a_layout_that_it_does_not_write(layout, pool):
+    t, index = torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=rf"^gated_pool: layout must be 0 .* got {layout}"):
+        torch.ops.csg_ext.gated_pool_backward(
+            t, None, t, index, t, None, None, None, [2, 3], layout, F32, pool, True, False
+        )
 
 
 def test_expanded_inputs(device):
@@ -360,5 +410,5 @@ def test_backward_writes_at_no_index_outside_the_map(position, channels_last):
     index[1, 2] = position
     with pytest.raises(RuntimeError, match=r"^gated_pool: index must hold positions in \[0, 6\), got one outside"):
         torch.ops.csg_ext.gated_pool_backward(
-            pooled, None, pooled, index, gate, None, None, None, [2, 3], channels_last, F32, 1, True, False
+            pooled, None, pooled, index, gate, None, None, None, [2, 3], int(channels_last), F32, 1, True, False
         )

@@ -27,10 +27,10 @@ def test_opcheck(device):
         x, gate = x.detach(), gate.detach()
         torch.library.opcheck(ops._gated_pool.default, (x, gate, labels, None, None, pool))
         out, pooled, index = ops._gated_pool(x, gate, labels, None, None, pool)
-        for last in (False, True):
+        for layout in (0, 1, 2)[: 3 - pool]:
             torch.library.opcheck(
                 ops.gated_pool_backward.default,
-                (out, None, pooled, index, gate, labels, top, where, shape[2:], last, types[0], pool, True, True),
+                (out, None, pooled, index, gate, labels, top, where, shape[2:], layout, types[0], pool, True, True),
             )
 
 

@@ -125,7 +125,7 @@ def pool_forward() -> Callable[[], object]:
 
 def pool_backward() -> Callable[[], object]:
     grad, gate, index = torch.randn(256, 256), torch.rand(256, 256), torch.empty(0, dtype=torch.int64)
-    options = ([28, 28], False, torch.float32, 0, True, True)
+    options = ([28, 28], 0, torch.float32, 0, True, True)
     return lambda: torch.ops.csg_ext.gated_pool_backward(
         grad, None, grad, index, gate, None, None, None, *options
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, Literal, overload
 
@@ -15,6 +16,8 @@ from csg_ext.ops._errors import explained
 
 _POOLS = {"avg": 0, "max": 1}
 _AVG = 0
+_WIDE = torch.float32, torch.float64
+_SHARED = 2  # layout of a gradient of x that is (N, K) values, a broadcast view; 0: contiguous, 1: channels last
 _forward_kernel = torch.ops.csg_ext._gated_pool.default
 _backward_kernel = torch.ops.csg_ext.gated_pool_backward.default
 
@@ -90,8 +93,9 @@ def gated_pool(
 
     Returns:
         (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
-        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic. Forward-mode derivatives are those of
-        PyTorch's operators, without the fused kernel.
+        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic. The mean's gradient of ``x`` may be a
+        broadcast view, as that of ``torch.sum``. Forward-mode derivatives are those of PyTorch's operators, without
+        the fused kernel.
 
     Raises:
         ValueError: shapes, labels or devices that do not fit.
@@ -229,12 +233,25 @@ for _kernel in (_forward_kernel, _backward_kernel):
         _below_autograd.impl(_kernel, torch.library.fallthrough_kernel, _key)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], pooled: Tensor, index: Tensor) -> None:
+def _reads_a_view(x: Tensor, layout: int, positions: int) -> bool:
+    """Whether PyTorch's operators take a mean's gradient faster as a view of (N, K) values than written out.
+
+    Nearly always, as half of the bytes need not move. Not where their loops go one element at a time: over short rows
+    on a CPU (measured), half numbers that are not contiguous on a GPU (by their code; not measured).
+    """
+    wide = x.dtype in _WIDE
+    return wide if x.is_cuda else layout == 1 or positions >= (32 if wide else 192)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], pooled: Tensor, index: Tensor, traced: bool = False) -> None:
     x, gate, labels, top, where, pool = inputs
     ctx.save_for_backward(gate, labels, top, where, pooled, index)
     _, k, *spatial = x.shape
+    layout = 1 if k > 1 and spatial and x.stride(1) == 1 else 0
+    if pool == _AVG and spatial and (traced or _reads_a_view(x, layout, math.prod(spatial))):
+        layout = _SHARED
     # The kernel's options: a list, because torch.Size takes longer to hand over.
-    ctx.options = spatial, k > 1 and bool(spatial) and x.stride(1) == 1, x.dtype, pool
+    ctx.options = spatial, layout, x.dtype, pool
     ctx.set_materialize_grads(False)
 
 
@@ -307,13 +324,17 @@ class _GatedPool(torch.autograd.Function):
 _apply_gated_pool = super(torch.autograd.Function, _GatedPool).apply
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor], traced: bool = False
+) -> None:
     _, pooled, index = output
     ctx.mark_non_differentiable(index)
-    _save(ctx, inputs, pooled, index)
+    _save(ctx, inputs, pooled, index, traced)
 
 
-torch.library.register_autograd("csg_ext::gated_pool", _gradients, setup_context=_setup_context)
+torch.library.register_autograd(
+    "csg_ext::gated_pool", _gradients, setup_context=functools.partial(_setup_context, traced=True)
+)
 
 
 # ---- shapes for torch.compile and torch.export -----------------------------------------------------------------------
@@ -342,13 +363,15 @@ def _fake_gated_pool(
 @torch.library.register_fake("csg_ext::gated_pool_backward")
 def _fake_gated_pool_backward(
     grad_out: Tensor | None, grad_pooled: Tensor | None, pooled: Tensor, index: Tensor, gate: Tensor,
-    labels: Tensor | None, top: Tensor | None, where: Tensor | None, spatial: list[int], channels_last: bool,
+    labels: Tensor | None, top: Tensor | None, where: Tensor | None, spatial: list[int], layout: int,
     x_dtype: torch.dtype, pool: int, need_x: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, k = pooled.shape
     if not need_x:
         grad_x = gate.new_empty(0, dtype=x_dtype)
-    elif channels_last:
+    elif layout == _SHARED:
+        grad_x = gate.new_empty_strided((n, k, *spatial), (k, 1, *[0] * len(spatial)), dtype=x_dtype)
+    elif layout:
         grad_x = gate.new_empty([n, *spatial, k], dtype=x_dtype).movedim(-1, 1)
     else:
         grad_x = gate.new_empty([n, k, *spatial], dtype=x_dtype)

@@ -15,6 +15,7 @@ namespace csg {
 namespace {
 
 constexpr const char* kOp = "gated_pool";
+enum Layout : int64_t { kRows, kChannelsLast, kShared };  // of the gradient of x
 
 // x as [N, K, S] with one stride for the flattened positions; false where no such stride exists.
 struct Map {
@@ -143,7 +144,7 @@ void check_index(const Tensor& index, int64_t positions) {
 std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, std::optional<Tensor> grad_pooled,
                                                Tensor pooled, Tensor index, Tensor gate, std::optional<Tensor> labels,
                                                std::optional<Tensor> col_max, std::optional<Tensor> col_arg,
-                                               std::vector<int64_t> spatial, bool channels_last, TorchType x_type,
+                                               std::vector<int64_t> spatial, int64_t layout, TorchType x_type,
                                                int64_t pool, bool need_x, bool need_gate) {
   check(pooled.dim() == 2, kOp, ": pooled must have the shape (N, K), got ", shape_of(pooled));
   GatedPoolBackward p{};
@@ -174,16 +175,19 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
 #endif
   Tensor grad_x, grad_gate;
   if (need_x) {
-    std::vector<int64_t> size{p.n, p.k}, stride{p.s * p.k, channels_last ? 1 : p.s};
+    const bool shared = layout == kShared;
+    check(layout >= kRows && layout <= (p.pool == Pool::Avg ? kShared : kChannelsLast), kOp,
+          ": layout must be 0 (contiguous), 1 (channels last) or for avg 2 (shared by all positions), got ", layout);
+    std::vector<int64_t> size{p.n, p.k}, stride{shared ? p.k : p.s * p.k, layout == kRows ? p.s : 1};
     size.insert(size.end(), spatial.begin(), spatial.end());
     stride.resize(size.size());
-    int64_t step = channels_last ? p.k : 1;
+    int64_t step = shared ? 0 : layout == kRows ? 1 : p.k;
     for (size_t d = size.size() - 1; d >= 2; --d) stride[d] = step, step *= size[d];
     grad_x = empty_strided(size.data(), stride.data(), int64_t(size.size()), x_type, pooled);
     p.x_type = floating_type(grad_x, kOp, "x");
     check_types(p.x_type, gate);
     p.grad_x = grad_x.data_ptr();
-    p.stride_n = stride[0], p.stride_k = stride[1], p.stride_s = channels_last ? p.k : 1;
+    p.stride_n = stride[0], p.stride_k = stride[1], p.stride_s = shared ? 0 : layout == kRows ? 1 : p.k;
 #ifndef CSG_CUDA
     if (p.pool == Pool::Max) check_index(index, p.s);  // the kernel writes there
 #endif

@@ -44,10 +44,12 @@ struct GatedPoolBackward {
   Pool pool;
   int64_t n, k, s;
   GateRows rows;
-  void* grad_x;  // [N, K, S] dense, or nullptr: not wanted
+  void* grad_x;  // [N, K, S], or nullptr: not wanted
   ScalarType x_type;
-  int64_t stride_n, stride_k, stride_s;  // of grad_x: dense rows (stride_s == 1) or dense channels last (stride_k == 1)
-  void* grad_gate;                       // [rows, K] contiguous, every element written, or nullptr: not wanted
+  // Of grad_x: dense rows (stride_s == 1), dense channels last (stride_k == 1), or for Avg stride_s == 0: [N, K]
+  // contiguous, a value that all positions share.
+  int64_t stride_n, stride_k, stride_s;
+  void* grad_gate;  // [rows, K] contiguous, every element written, or nullptr: not wanted
 };
 
 }  // namespace csg

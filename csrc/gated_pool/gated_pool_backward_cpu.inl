@@ -136,6 +136,16 @@ CSG_INLINE void backward_rows(const GatedPoolBackward& p, int64_t begin, int64_t
   }
 }
 
+// Work items are the rows: one value for all positions of each.
+template <typename X>
+CSG_INLINE void backward_shared(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end;) {
+    const int64_t len = min64(min64(end - at, p.k - at % p.k), kChannelBlock);
+    position_gradient(p, at / p.k, at % p.k, len, static_cast<X*>(p.grad_x) + at);
+    at += len;
+  }
+}
+
 // Work items are samples: positions [s, channel] of one sample are one stream.
 template <typename X>
 CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin, int64_t end) {
@@ -264,11 +274,12 @@ CSG_INLINE bool zero_gate_gradient(const GatedPoolBackward& p, ParallelFor paral
 // The gate's comes first, as writing grad_x drives what it reads out of the cache.
 template <typename X>
 CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
-  const bool channels_last = p.stride_k == 1 && (p.stride_s != 1 || p.s == 1);
+  const bool shared = p.stride_s == 0;
+  const bool channels_last = !shared && p.stride_k == 1 && (p.stride_s != 1 || p.s == 1);
   const bool fill = p.grad_x && p.n > 0;
   const int64_t items = !fill ? p.k : channels_last ? p.n : p.n * p.k;
   const int64_t gate_bytes = p.grad_gate ? (p.rows.rows + 2 * p.n) * p.k * int64_t(sizeof(X)) : 0;
-  const int64_t bytes = gate_bytes + (fill ? p.n * p.k * p.s * int64_t(sizeof(X)) : 0);
+  const int64_t bytes = gate_bytes + (fill ? p.n * p.k * (shared ? 1 : p.s) * int64_t(sizeof(X)) : 0);
   const bool zeroed = zero_gate_gradient(p, parallel_for);
   const auto first_channel = [&](int64_t item) {
     return item == items ? p.k : p.k * item / items / kChannelStep * kChannelStep;
@@ -277,6 +288,7 @@ CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
                   [&](int64_t begin, int64_t end) {
                     if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end), zeroed);
                     if (!fill) return;
+                    if (shared) return backward_shared<X>(p, begin, end);
                     if (channels_last) return backward_channels_last<X>(p, begin, end);
                     backward_rows<X>(p, begin, end);
                   });

@@ -1,7 +1,7 @@
 // CUDA kernels of gated_pool, backward: one launch for each gradient.
 //
 // Bytes that must move, with e the size of an element of x, g of the gate:
-//   grad_x      e N K S written, 2 g N K read; x is not read
+//   grad_x      e N K S written, e N K where the positions share their values; 2 g N K read; x is not read
 //   grad_gate   g C K written, 2 g N K read; with a projection, 3 g N K more and g C K read
 // Share of the memory bandwidth reached: not measured on a GPU. Sums have a fixed order: same input, same bits.
 #include "gated_pool_cuda.h"
@@ -179,8 +179,18 @@ int launch_fill_channels(const GatedPoolBackward& p, void* stream) {
   return launch(fill_channels<T, kPool, kWidth>, shape.tiles, kThreads, bytes, stream, p, shape);
 }
 
+// One value for all positions of a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) shared_values(const GatedPoolBackward p) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.n * p.k; i += step)
+    static_cast<T*>(p.grad_x)[i] = row_gradient<T, Pool::Avg>(p, i);
+}
+
 template <typename T, Pool kPool>
 int backward_x(const GatedPoolBackward& p, void* stream) {
+  if (kPool == Pool::Avg && p.stride_s == 0)
+    return launch(shared_values<T>, ceil_div(p.n * p.k, kThreads), kThreads, 0, stream, p);
   if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
     const bool aligned = channels_aligned<T>(p.grad_x, p.k, p.n, p.stride_n, p.s, p.stride_s);
     return aligned ? launch_fill_channels<T, kPool, kVector<T>>(p, stream)

@@ -66,6 +66,11 @@ void gated_pool(ScalarType type, Pool pool, bool channels_last, int64_t n, int64
       grad.data(), nullptr,  pooled.data(), positions,       pool, n, k, s, rows, grad_x.data(), type,
       k * s,       stride_k, stride_s,      grad_gate.data()};
   run("gated_pool backward" + what, [&] { gated_pool_backward_cpu(backward, one_thread); });
+  if (pool == Pool::Max || !channels_last) return;
+  const GatedPoolBackward shared{
+      grad.data(), nullptr, pooled.data(),   nullptr, pool, n, k, s, rows, grad_x.data(), type, k,
+      1,           0,       grad_gate.data()};
+  run("gated_pool backward, shared values" + what, [&] { gated_pool_backward_cpu(shared, one_thread); });
 }
 
 void gate_step(ScalarType type, Projection projection) {

@@ -141,6 +141,12 @@ void test_gated_pool(const Case& c) {
        c.k, c.s, rows, grad_x.data(), c.x_type, stride_n, stride_k, stride_s, grad_gate.data()},
       two_threads);
 
+  Array shared(c.x_type, c.n * c.k);  // one value for all positions
+  if (c.pool == Pool::Avg)
+    gated_pool_backward_cpu({grad_out.data(), grad_pooled.data(), pooled.data(), nullptr, c.pool, c.n, c.k, c.s, rows,
+                             shared.data(), c.x_type, c.k, 1, 0, nullptr},
+                            two_threads);
+
   for (int64_t n = 0; n < c.n; ++n) {
     for (int64_t k = 0; k < c.k; ++k) {
       const double d = row_value(n, k) * grad_out.get(n * c.k + k) + grad_pooled.get(n * c.k + k);
@@ -150,6 +156,8 @@ void test_gated_pool(const Case& c) {
         const double tiny = c.x_type == ScalarType::Float16 ? 0x1p-25 : 0;  // subnormal halves round to 2^-24
         expect(grad_x.get(at(n, k, s)), want, (2 * roundoff(c.x_type) + sums) * scale + tiny, what + ": grad_x",
                at(n, k, s));
+        if (c.pool == Pool::Avg)
+          expect(shared.get(n * c.k + k), grad_x.get(at(n, k, s)), 0, what + ": shared grad_x", at(n, k, s));
       }
     }
   }
