@@ -26,7 +26,7 @@ def _l1_norm(gate: Tensor) -> Tensor:
 
 
 def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") -> Tensor:
-    """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar.
+    """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar, float32 for half gates.
 
     budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
     entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
@@ -42,16 +42,17 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
         budget = real("gate_penalty", "budget", budget)
     excess = F.relu(_l1_norm(gate) - (gate.shape[1] if budget is None else budget))
     if norm == "l1":
-        return excess.to(gate.dtype)
+        return excess
     if norm == "l2":
-        return excess.square().to(gate.dtype)
+        return excess.square()
     if norm == "smooth_l1":
-        return F.smooth_l1_loss(excess, torch.zeros_like(excess)).to(gate.dtype)
+        return F.smooth_l1_loss(excess, torch.zeros_like(excess))
     raise ValueError(f"gate_penalty: norm must be 'l1', 'l2' or 'smooth_l1', got {norm!r}")
 
 
 def l1_density(gate: Tensor) -> Tensor:
-    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar.
+    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar, float32
+    for half gates.
 
     Raises ValueError for another shape or an empty gate, TypeError for one that is not floating.
 
@@ -62,7 +63,7 @@ def l1_density(gate: Tensor) -> Tensor:
     _check_gate("l1_density", gate)
     if gate.numel() == 0:
         raise ValueError(f"l1_density: gate must have an entry, got shape {tuple(gate.shape)}")
-    return (_l1_norm(gate) / gate.numel()).to(gate.dtype)
+    return _l1_norm(gate) / gate.numel()
 
 
 def resolve_path(name: str, labels: Tensor | None, path: str | None) -> str:
