@@ -111,8 +111,8 @@ class ProjectedSGD(Optimizer):
 class ProjectedOptimizer(Optimizer):
     """Projects gates onto V_G after every step of any torch optimizer, such as Adam.
 
-    It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints and AMP work as with the
-    optimizer itself: with a GradScaler, weights and gate in one optimizer are skipped together. A gate without a
+    It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints, hooks and AMP work as with
+    the optimizer itself: with a GradScaler, weights and gate in one optimizer are skipped together. A gate without a
     gradient, as on steps of the STD path, stays as it is.
 
     Args:
@@ -184,13 +184,26 @@ class ProjectedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["optimizer"], state["gates"], state["method"])  # type: ignore[misc]
 
+    # Forwarding leaves out the hooks of this object, which torch calls in the methods that these two replace.
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state."""
-        return self.optimizer.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the wrapped optimizer's state."""
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.optimizer.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the wrapped optimizer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -306,6 +307,48 @@ def test_a_projected_optimizer_and_its_own_stay_one_after_either_loads_a_state(l
         scheduler.step()
     assert optimizer.param_groups is adam.param_groups and optimizer.state is adam.state and len(adam.state) == 1
     assert adam.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+def test_hooks_of_a_projected_optimizer_and_its_own_are_each_called_once():
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    gate.grad = torch.randn(3, 4)
+    optimizer = ProjectedOptimizer(torch.optim.Adam([gate], lr=0.1), [gate])
+    called = []
+
+    def note(name, owner, *args):
+        called.append(name)
+        assert args[0] is owner
+
+    owners = {"outer": optimizer, "inner": optimizer.optimizer}
+    kinds = [
+        "step_pre",
+        "step_post",
+        "state_dict_pre",
+        "state_dict_post",
+        "load_state_dict_pre",
+        "load_state_dict_post",
+    ]
+    for (name, owner), kind in itertools.product(owners.items(), kinds):
+        hook = functools.partial(note, f"{name} {kind}", owner)
+        getattr(owner, f"register_{kind}_hook")(hook)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for kind in ("step", "state_dict", "load_state_dict"):
+        order = ["outer {}_pre", "inner {}_pre", "inner {}_post", "outer {}_post"]
+        assert [name for name in called if f" {kind}_" in name] == [name.format(kind) for name in order]
+    assert len(called) == 12
+
+
+def test_hooks_of_a_projected_optimizer_may_change_the_state():
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    optimizer = ProjectedOptimizer(torch.optim.SGD([gate], lr=0.1), [gate])
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "epoch": 7})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": state.pop("groups")})
+    state = optimizer.state_dict()
+    assert state["epoch"] == 7
+    state["groups"] = [{**state.pop("param_groups")[0], "lr": 0.5}]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and "groups" in state  # the caller's dict stays as it is
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
