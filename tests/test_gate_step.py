@@ -186,6 +186,32 @@ def test_a_graph_notices_the_step(device):
         loss.backward()
 
 
+@pytest.mark.parametrize("how", ["operator", "eager", "aot_eager", "export"])
+def test_a_graph_notices_the_step_of_a_graph_of_operators(device, how):
+    weight = torch.rand(3, 4, device=device, requires_grad=True)
+    gate, grad, buffer = weight.detach(), torch.rand(3, 4, device=device), torch.zeros(3, 4, device=device)
+
+    def step(gate, grad, buffer):
+        csg_ext.gate_step_(gate, grad, buffer, lr=0.1, momentum=0.9)
+        return gate + 1
+
+    if how == "operator":
+        step = torch.ops.csg_ext.gate_step_
+        call = functools.partial(step, gate, grad, buffer, 0.1, 0.9, 0.0, 0.0, False, False, False)
+    elif how == "export":
+        module = torch.nn.Module()
+        module.forward = step
+        call = functools.partial(torch.export.export(module, (gate, grad, buffer)).module(), gate, grad, buffer)
+    else:
+        torch._dynamo.reset()
+        call = functools.partial(torch.compile(step, backend=how, fullgraph=True), gate, grad, buffer)
+    loss, version = weight.square().sum(), buffer._version
+    call()
+    assert buffer._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_opcheck_and_compile(device):
     ops = torch.ops.csg_ext
     gate, grad, buffer = (torch.rand(5, 7, device=device) for _ in range(3))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from csg_ext import reference
 from csg_ext.ops._errors import check_dense, check_writable, explained, real
@@ -141,8 +144,10 @@ def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *op
     # A strided gate or buffer goes through a dense copy: the kernel works on whole matrices.
     dense_gate = gate.contiguous()
     dense_buffer = None if buffer is None else buffer.contiguous()
+    eager = not torch.compiler.is_compiling()
     try:
-        torch.ops.csg_ext.gate_step_.default(dense_gate, grad, dense_buffer, *options)
+        with _below_versions() if eager else contextlib.nullcontext():
+            _kernel(dense_gate, grad, dense_buffer, *options)
     except (RuntimeError, NotImplementedError) as error:
         raise explained(error, op, gate.device, gate=gate, grad=grad, momentum_buffer=buffer) from None
     for tensor, dense in ((gate, dense_gate), (buffer, dense_buffer)):
@@ -150,9 +155,22 @@ def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *op
             continue
         if dense is not tensor:
             tensor.copy_(dense)
-        elif not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(tensor)  # a graph that saved the old values must notice
+        elif eager:
+            increment_version(tensor)
     return gate
+
+
+# A graph that saved the old values must notice. _step tells it without this detour, which takes as long as the kernel
+# of a small gate; compiled and exported graphs call the operator itself.
+def _increment_versions(keys: Any, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: Any) -> None:
+    increment_version(gate if buffer is None else (gate, buffer))
+    _kernel.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, gate, grad, buffer, *options)
+
+
+_kernel = torch.ops.csg_ext.gate_step_.default
+_below_versions = torch._C._AutoDispatchBelowADInplaceOrView
+_library = torch.library.Library("csg_ext", "IMPL")
+_library.impl("gate_step_", _increment_versions, "ADInplaceOrView", with_keyset=True)
 
 
 @torch.library.register_fake("csg_ext::gate_step_")
