@@ -439,6 +439,35 @@ def test_a_gate_that_overlaps_itself_is_refused(strides):
         csg_ext.project_gate_(gate)
 
 
+def test_results_of_a_graph_and_inference_tensors_are_refused_where_pytorch_could_not_follow():
+    """Leaves, and what is done under no_grad or inference_mode, go on as with PyTorch's own operators in place."""
+    leaf = torch.rand(3, 4, requires_grad=True)
+    result = leaf * 1
+    with torch.inference_mode():
+        inferred = torch.rand(3, 4)
+    calls = {
+        "project_gate_: gate": csg_ext.project_gate_,
+        "gate_step_: gate": lambda t: csg_ext.gate_step_(t, matrix(), lr=0.1),
+        "gate_step_: momentum_buffer": lambda t: csg_ext.gate_step_(matrix(), matrix(), t, lr=0.1, momentum=0.9),
+    }
+    for name, call in calls.items():
+        for tensor in (result, leaf[:, :4]):
+            with pytest.raises(ValueError, match=rf"^{name} is updated outside autograd and must be a leaf [^\n]*$"):
+                call(tensor)
+        for tensor in (inferred, inferred[:, ::2]):
+            with pytest.raises(ValueError, match=rf"^{name} must be a normal tensor [^\n]*, got an inference tensor"):
+                call(tensor)
+        call(leaf)
+        call(matrix().requires_grad_().detach())
+        with torch.no_grad():
+            call(leaf[:, :4])
+        with torch.inference_mode():
+            call(inferred)
+    torch._dynamo.reset()
+    torch.compile(csg_ext.project_gate_, backend="eager", fullgraph=True)(leaf)
+    assert in_feasible_set(leaf.detach()) and in_feasible_set(csg_ext.project_gate(inferred))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_projection_under_transforms(method):
     several = torch.randn(5, 4, 3, dtype=torch.float64)

@@ -27,7 +27,20 @@ def check_dense(op: str, name: str, value: Any) -> None:
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Raises ValueError for an expanded or overlapping tensor: several of its entries are one."""
+    """Raises ValueError for a tensor that may not be updated in place outside autograd.
+
+    Such are expanded or overlapping ones, of whose entries several are one; results that are to be differentiated,
+    whose graphs would not know; and, as for PyTorch's operators, inference tensors outside inference mode.
+    """
+    if tensor.requires_grad and not tensor.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} is updated outside autograd and must be a leaf or torch.no_grad() be on, got a result of "
+            "differentiable operators"
+        )
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: {name} must be a normal tensor outside torch.inference_mode(), got an inference tensor: clone it"
+        )
     reached = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if tensor.numel() and size > 1:

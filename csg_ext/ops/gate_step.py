@@ -53,7 +53,8 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
     """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``.
 
-    Arguments and errors: as :func:`project_gate`; ValueError also for a gate that is expanded or overlaps itself.
+    Arguments and errors: as :func:`project_gate`; ValueError also for a gate that is expanded or overlaps itself, that
+    is no leaf of the graph outside ``torch.no_grad()``, and for an inference tensor outside ``torch.inference_mode()``.
     """
     _check_gate("project_gate_", gate, method)
     check_writable("project_gate_", "gate", gate)
@@ -91,7 +92,8 @@ def gate_step_(
         ``gate``.
 
     Raises:
-        ValueError: shapes, options or devices that do not fit. TypeError: dtypes that do not fit.
+        ValueError: shapes, options or devices that do not fit, and what :func:`project_gate_` may not update.
+        TypeError: dtypes that do not fit.
 
     Example:
         >>> gate = torch.tensor([[0.5], [0.5]])
