@@ -529,3 +529,21 @@ BAD = [
 def test_bad_input_is_one_clear_sentence(call, error, message):
     with pytest.raises(error, match=rf"^{message}[^\n]*$"):
         call()
+
+
+@pytest.mark.parametrize(
+    "gate, grad, error, message",
+    [
+        (matrix(), matrix(4), ValueError, r"grad must have the shape of gate, \(3, 4\), got \(4, 4\)"),
+        (matrix(), matrix()[0], ValueError, r"grad must have the shape of gate, \(3, 4\), got \(4,\)"),
+        (matrix(), matrix(dtype=DOUBLE), TypeError, "grad must have the dtype of gate, float32, got float64"),
+        (matrix().to(torch.float8_e5m2), matrix(), TypeError, "gate must be float32, float64, float16 or bfloat16"),
+    ],
+)
+def test_what_has_no_values_is_refused_with_the_same_sentences(gate, grad, error, message):
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^gate_step_: {message}[^\n]*$"):
+            csg_ext.gate_step_(gate.to(device), grad.to(device), lr=0.1)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(csg_ext.gate_step_, backend="eager")(gate, grad, lr=0.1)

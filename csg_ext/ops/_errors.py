@@ -18,6 +18,28 @@ _LAUNCH_FAILURES = {
 }
 
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the kernels name it, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fake_check_floating(op: str, name: str, dtype: torch.dtype) -> None:
+    """For fake kernels: the kernels' own check, in their words."""
+    got = dtype_name(dtype)
+    torch._check(dtype in FLOATS, lambda: f"{op}: {name} must be float32, float64, float16 or bfloat16, got {got}")
+
+
+def fake_check_device(op: str, name: str, tensor: Tensor, other: Tensor) -> None:
+    """For fake kernels: the kernels' own check, in their words."""
+    torch._check(
+        tensor.device == other.device,
+        lambda: f"{op}: {name} must be on the device of the other tensors, {other.device}, got {tensor.device}",
+    )
+
+
 def check_dense(op: str, name: str, value: Any) -> None:
     """Raises TypeError for what is no dense tensor."""
     if not isinstance(value, Tensor):

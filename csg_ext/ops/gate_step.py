@@ -12,7 +12,15 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from csg_ext import reference
-from csg_ext.ops._errors import check_dense, check_writable, explained, real
+from csg_ext.ops._errors import (
+    check_dense,
+    check_writable,
+    dtype_name,
+    explained,
+    fake_check_device,
+    fake_check_floating,
+    real,
+)
 
 METHODS = {"scale": False, "euclidean": True}
 
@@ -175,11 +183,32 @@ _library = torch.library.Library("csg_ext", "IMPL")
 _library.impl("gate_step_", _increment_versions, "ADInplaceOrView", with_keyset=True)
 
 
+# ---- checks and shapes for torch.compile, torch.export and meta tensors: the kernels' own, in their words ------------
+
+
+def _fake_check_gate(op: str, gate: Tensor) -> None:
+    torch._check(gate.dim() == 2, lambda: f"{op}: gate must have the shape (C, K), got {tuple(gate.shape)}")
+    fake_check_floating(op, "gate", gate.dtype)
+
+
 @torch.library.register_fake("csg_ext::gate_step_")
-def _fake_gate_step(gate: Tensor, *_: object) -> None:
-    return None
+def _fake_gate_step(gate: Tensor, grad: Tensor | None, momentum_buffer: Tensor | None, *_: object) -> None:
+    _fake_check_gate("gate_step_", gate)
+    for name, tensor in (("grad", grad), ("momentum_buffer", momentum_buffer)):
+        if tensor is None:
+            continue
+        fake_check_device("gate_step_", name, tensor, gate)
+        types = dtype_name(gate.dtype), dtype_name(tensor.dtype)
+        text = f"gate_step_: {name} must have the dtype of gate, {types[0]}, got {types[1]}"
+        torch._check(tensor.dtype == gate.dtype, lambda text=text: text)
+        text = f"gate_step_: {name} must have the shape of gate, {tuple(gate.shape)}, got {tuple(tensor.shape)}"
+        torch._check(tensor.dim() == 2, lambda text=text: text)
+        for size, expected in zip(tensor.shape, gate.shape, strict=True):
+            torch._check(size == expected, lambda text=text: text)
 
 
 @torch.library.register_fake("csg_ext::column_max")
 def _fake_column_max(gate: Tensor) -> tuple[Tensor, Tensor]:
+    _fake_check_gate("column_max", gate)
+    torch._check(gate.shape[0] > 0, lambda: f"column_max: gate must have at least one row, got {tuple(gate.shape)}")
     return gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1], dtype=torch.int64)
