@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from csg_ext.ops._errors import real
 from csg_ext.ops.gate_step import METHODS, gate_step_, project_gate_
 
 __all__ = ["ProjectedOptimizer", "ProjectedSGD"]
@@ -23,7 +24,8 @@ class ProjectedSGD(Optimizer):
 
     Args:
         params: gates, each (C, K), or parameter groups of gates.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0. A tensor is read at every step, which waits for a GPU. A compiled step is compiled anew
+            for every new value, and a tensor breaks its graph: leave it out of torch.compile where a schedule runs.
         momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
         method: the projection, "scale" or "euclidean"; see :func:`csg_ext.project_gate`.
 
@@ -70,7 +72,7 @@ class ProjectedSGD(Optimizer):
         if options.get("maximize"):
             raise ValueError("ProjectedSGD: maximize must be left out, as the gate's loss is minimised, got True")
         for name in ("lr", "momentum", "weight_decay"):
-            if not options[name] >= 0:
+            if not real("ProjectedSGD", name, options[name]) >= 0:
                 raise ValueError(f"ProjectedSGD: {name} must be >= 0, got {options[name]}")
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise ValueError(

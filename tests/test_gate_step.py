@@ -263,6 +263,26 @@ def test_projected_sgd_is_sgd_then_projection(device, options):
         assert in_feasible_set(gate.detach())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projected_sgd_takes_its_rate_from_a_tensor_that_changes(device, compiled):
+    gates = [torch.full((3, 4), 0.5, device=device, requires_grad=True) for _ in range(2)]
+    ours, other = (
+        ProjectedSGD([g], lr=lr, momentum=0.9) for g, lr in zip(gates, (torch.tensor(1.0), 1.0), strict=True)
+    )
+    torch._dynamo.reset()
+    step = torch.compile(ours.step, backend="eager") if compiled else ours.step
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in (ours, other)]
+    for _ in range(3):
+        for gate in gates:
+            gate.grad = torch.arange(12.0, device=device).view(3, 4).sin()
+        step()
+        other.step()
+        assert torch.equal(*gates)
+        for schedule in schedules:
+            schedule.step()
+    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
+
+
 def test_projected_sgd_resumes(device):
     def run(steps, state=None):
         torch.manual_seed(3)
@@ -516,6 +536,8 @@ BAD = [
     (lambda: csg_ext.gate_penalty([[1.0]]), TypeError, r"gate_penalty: gate must be a torch.Tensor, got list"),
     (lambda: csg_ext.gate_penalty(matrix(), "4"), TypeError, r"gate_penalty: budget must be a number, got '4'"),
     (lambda: sgd(matrix()[0]), ValueError, r"ProjectedSGD: every parameter must be a gate \(C, K\), got \(4,\)"),
+    (lambda: sgd(matrix(), lr="0.1"), TypeError, r"ProjectedSGD: lr must be a number, got '0.1'"),
+    (lambda: sgd(matrix(), lr=torch.ones(2)), TypeError, r"ProjectedSGD: lr must be a number, got tensor"),
     (lambda: sgd(matrix(), lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
     (lambda: group(lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
     (lambda: group(nesterov=True), ValueError, r"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got"),

@@ -86,7 +86,8 @@ def gated_pool(
         channel_dim: the axis of the K channels: 1, or -1 for token layouts.
         validate: on CUDA, check that labels are in [0, C) (a device-to-host copy, which waits for the GPU). Without
             it a sample whose label is outside [0, C) comes out as NaN, never as another class's row. On the CPU labels
-            are always checked.
+            are always checked, but under a ``torch.func`` transform or a dual level inside a compiled function: NaN
+            there, too.
 
     Returns:
         (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
