@@ -186,6 +186,16 @@ def test_a_graph_notices_the_step(device):
         loss.backward()
 
 
+def test_views_of_negated_memory(device):
+    """Such as x.conj().imag, whose sign is changed when it is read."""
+    gate, grad, buffer = (torch.randn(5, 7, device=device) for _ in range(3))
+    negated = [torch._neg_view(-t) for t in (gate, grad, buffer)]
+    csg_ext.gate_step_(gate, grad, buffer, lr=0.1, momentum=0.9)
+    csg_ext.gate_step_(*negated, lr=0.1, momentum=0.9)
+    assert torch.equal(negated[0], gate) and torch.equal(negated[2], buffer)
+    assert torch.equal(csg_ext.project_gate_(torch._neg_view(-grad)), csg_ext.project_gate(grad))
+
+
 @pytest.mark.parametrize("how", ["operator", "eager", "aot_eager", "export"])
 def test_a_graph_notices_the_step_of_a_graph_of_operators(device, how):
     weight = torch.rand(3, 4, device=device, requires_grad=True)

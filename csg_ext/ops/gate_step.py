@@ -151,9 +151,9 @@ def _check_gate(op: str, gate: Tensor, method: str) -> None:
 def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: float | bool) -> Tensor:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(gate).tangent is not None:
         raise ValueError(f"{op}: gate is updated outside autograd and must have no forward-mode tangent, got one")
-    # A strided gate or buffer goes through a dense copy: the kernel works on whole matrices.
-    dense_gate = gate.contiguous()
-    dense_buffer = None if buffer is None else buffer.contiguous()
+    # A strided gate or buffer, or one that negates its memory, goes through a dense copy: the kernel takes whole ones.
+    dense_gate = gate.contiguous().resolve_neg()
+    dense_buffer = None if buffer is None else buffer.contiguous().resolve_neg()
     eager = not torch.compiler.is_compiling()
     try:
         with _below_versions() if eager else contextlib.nullcontext():
