@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from csg_ext.ops._errors import real
 from csg_ext.ops.gate_step import METHODS, gate_step_, project_gate_
 
 __all__ = ["ProjectedOptimizer", "ProjectedSGD"]
@@ -23,7 +24,8 @@ class ProjectedSGD(Optimizer):
 
     Args:
         params: gates, each (C, K), or parameter groups of gates.
-        lr: learning rate, >= 0.
+        lr: learning rate, >= 0. A tensor is read at every step, which waits for a GPU. A compiled step is compiled anew
+            for every new value, and a tensor breaks its graph: leave it out of torch.compile where a schedule runs.
         momentum, dampening, weight_decay, nesterov: as in torch.optim.SGD.
         method: the projection, "scale" or "euclidean"; see :func:`csg_ext.project_gate`.
 
@@ -70,7 +72,7 @@ class ProjectedSGD(Optimizer):
         if options.get("maximize"):
             raise ValueError("ProjectedSGD: maximize must be left out, as the gate's loss is minimised, got True")
         for name in ("lr", "momentum", "weight_decay"):
-            if not options[name] >= 0:
+            if not real("ProjectedSGD", name, options[name]) >= 0:
                 raise ValueError(f"ProjectedSGD: {name} must be >= 0, got {options[name]}")
         if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
             raise ValueError(
@@ -111,8 +113,8 @@ class ProjectedSGD(Optimizer):
 class ProjectedOptimizer(Optimizer):
     """Projects gates onto V_G after every step of any torch optimizer, such as Adam.
 
-    It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints and AMP work as with the
-    optimizer itself: with a GradScaler, weights and gate in one optimizer are skipped together. A gate without a
+    It shares the wrapped optimizer's parameter groups and state, so schedulers, checkpoints, hooks and AMP work as with
+    the optimizer itself: with a GradScaler, weights and gate in one optimizer are skipped together. A gate without a
     gradient, as on steps of the STD path, stays as it is.
 
     Args:
@@ -184,13 +186,26 @@ class ProjectedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["optimizer"], state["gates"], state["method"])  # type: ignore[misc]
 
+    # Forwarding leaves out the hooks of this object, which torch calls in the methods that these two replace.
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state."""
-        return self.optimizer.state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.optimizer.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the wrapped optimizer's state."""
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.optimizer.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the wrapped optimizer."""

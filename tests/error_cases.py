@@ -289,9 +289,9 @@ def step_case(gate: Tensor, grads: list[Tensor], options: dict[str, Any], method
 
 
 def norm_cases(gate: Tensor) -> Iterator[Result]:
-    """The penalty and the density; PyTorch: the formulas in the gate's dtype."""
+    """The penalty and the density; PyTorch: the formulas, for half gates in float32, as ours."""
     size, budget = np.abs(exact(gate)).sum(), gate.shape[1]
-    theirs = gate.abs().sum()
+    theirs = gate.abs().sum(dtype=torch.promote_types(gate.dtype, F32))
     terms = np.atleast_1d(size + budget)
     penalty = np.atleast_1d(max(size - budget, np.longdouble(0)))
     penalties = csg_ext.gate_penalty(gate).view(1), torch.relu(theirs - budget).view(1)

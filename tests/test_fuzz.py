@@ -223,9 +223,7 @@ def test_penalty_and_density(data):
     close = {"rtol": 64 * torch.finfo(dtype).eps, "equal_nan": True, "check_dtype": False}
     error = 16 * torch.finfo(dtype).eps * (total + k + (budget or 0))  # of the excess
     torch.testing.assert_close(density, total / (c * k), atol=0, **close)
-    if total.isfinite() and want > torch.finfo(dtype).max / 2:
-        assert got.isinf() or got > torch.finfo(dtype).max / 4  # a square beyond half precision
-    elif total.isfinite():
+    if total.isfinite():
         torch.testing.assert_close(got, want, atol=float(error * (slope + error)), **close)
         if abs(total - (k if budget is None else budget)) > error:
             (grad,) = torch.autograd.grad(got, gate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import pickle
 
@@ -185,6 +186,42 @@ def test_a_graph_notices_the_step(device):
         loss.backward()
 
 
+def test_views_of_negated_memory(device):
+    """Such as x.conj().imag, whose sign is changed when it is read."""
+    gate, grad, buffer = (torch.randn(5, 7, device=device) for _ in range(3))
+    negated = [torch._neg_view(-t) for t in (gate, grad, buffer)]
+    csg_ext.gate_step_(gate, grad, buffer, lr=0.1, momentum=0.9)
+    csg_ext.gate_step_(*negated, lr=0.1, momentum=0.9)
+    assert torch.equal(negated[0], gate) and torch.equal(negated[2], buffer)
+    assert torch.equal(csg_ext.project_gate_(torch._neg_view(-grad)), csg_ext.project_gate(grad))
+
+
+@pytest.mark.parametrize("how", ["operator", "eager", "aot_eager", "export"])
+def test_a_graph_notices_the_step_of_a_graph_of_operators(device, how):
+    weight = torch.rand(3, 4, device=device, requires_grad=True)
+    gate, grad, buffer = weight.detach(), torch.rand(3, 4, device=device), torch.zeros(3, 4, device=device)
+
+    def step(gate, grad, buffer):
+        csg_ext.gate_step_(gate, grad, buffer, lr=0.1, momentum=0.9)
+        return gate + 1
+
+    if how == "operator":
+        step = torch.ops.csg_ext.gate_step_
+        call = functools.partial(step, gate, grad, buffer, 0.1, 0.9, 0.0, 0.0, False, False, False)
+    elif how == "export":
+        module = torch.nn.Module()
+        module.forward = step
+        call = functools.partial(torch.export.export(module, (gate, grad, buffer)).module(), gate, grad, buffer)
+    else:
+        torch._dynamo.reset()
+        call = functools.partial(torch.compile(step, backend=how, fullgraph=True), gate, grad, buffer)
+    loss, version = weight.square().sum(), buffer._version
+    call()
+    assert buffer._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_opcheck_and_compile(device):
     ops = torch.ops.csg_ext
     gate, grad, buffer = (torch.rand(5, 7, device=device) for _ in range(3))
@@ -234,6 +271,26 @@ def test_projected_sgd_is_sgd_then_projection(device, options):
             other.copy_(reference.project_gate(other))
         torch.testing.assert_close(gate, other, rtol=1e-5, atol=1e-6)
         assert in_feasible_set(gate.detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projected_sgd_takes_its_rate_from_a_tensor_that_changes(device, compiled):
+    gates = [torch.full((3, 4), 0.5, device=device, requires_grad=True) for _ in range(2)]
+    ours, other = (
+        ProjectedSGD([g], lr=lr, momentum=0.9) for g, lr in zip(gates, (torch.tensor(1.0), 1.0), strict=True)
+    )
+    torch._dynamo.reset()
+    step = torch.compile(ours.step, backend="eager") if compiled else ours.step
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in (ours, other)]
+    for _ in range(3):
+        for gate in gates:
+            gate.grad = torch.arange(12.0, device=device).view(3, 4).sin()
+        step()
+        other.step()
+        assert torch.equal(*gates)
+        for schedule in schedules:
+            schedule.step()
+    assert isinstance(ours.param_groups[0]["lr"], torch.Tensor)
 
 
 def test_projected_sgd_resumes(device):
@@ -308,6 +365,48 @@ def test_a_projected_optimizer_and_its_own_stay_one_after_either_loads_a_state(l
     assert adam.param_groups[0]["lr"] == pytest.approx(0.0125)
 
 
+def test_hooks_of_a_projected_optimizer_and_its_own_are_each_called_once():
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    gate.grad = torch.randn(3, 4)
+    optimizer = ProjectedOptimizer(torch.optim.Adam([gate], lr=0.1), [gate])
+    called = []
+
+    def note(name, owner, *args):
+        called.append(name)
+        assert args[0] is owner
+
+    owners = {"outer": optimizer, "inner": optimizer.optimizer}
+    kinds = [
+        "step_pre",
+        "step_post",
+        "state_dict_pre",
+        "state_dict_post",
+        "load_state_dict_pre",
+        "load_state_dict_post",
+    ]
+    for (name, owner), kind in itertools.product(owners.items(), kinds):
+        hook = functools.partial(note, f"{name} {kind}", owner)
+        getattr(owner, f"register_{kind}_hook")(hook)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for kind in ("step", "state_dict", "load_state_dict"):
+        order = ["outer {}_pre", "inner {}_pre", "inner {}_post", "outer {}_post"]
+        assert [name for name in called if f" {kind}_" in name] == [name.format(kind) for name in order]
+    assert len(called) == 12
+
+
+def test_hooks_of_a_projected_optimizer_may_change_the_state():
+    gate = torch.nn.Parameter(torch.rand(3, 4))
+    optimizer = ProjectedOptimizer(torch.optim.SGD([gate], lr=0.1), [gate])
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "epoch": 7})
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: {**state, "param_groups": state.pop("groups")})
+    state = optimizer.state_dict()
+    assert state["epoch"] == 7
+    state["groups"] = [{**state.pop("param_groups")[0], "lr": 0.5}]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and "groups" in state  # the caller's dict stays as it is
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
 def test_a_copy_of_a_projected_optimizer_steps_its_own_parameters(duplicate):
     gate = torch.nn.Parameter(torch.rand(3, 4))
@@ -370,6 +469,35 @@ def test_a_gate_that_overlaps_itself_is_refused(strides):
         csg_ext.project_gate_(gate)
 
 
+def test_results_of_a_graph_and_inference_tensors_are_refused_where_pytorch_could_not_follow():
+    """Leaves, and what is done under no_grad or inference_mode, go on as with PyTorch's own operators in place."""
+    leaf = torch.rand(3, 4, requires_grad=True)
+    result = leaf * 1
+    with torch.inference_mode():
+        inferred = torch.rand(3, 4)
+    calls = {
+        "project_gate_: gate": csg_ext.project_gate_,
+        "gate_step_: gate": lambda t: csg_ext.gate_step_(t, matrix(), lr=0.1),
+        "gate_step_: momentum_buffer": lambda t: csg_ext.gate_step_(matrix(), matrix(), t, lr=0.1, momentum=0.9),
+    }
+    for name, call in calls.items():
+        for tensor in (result, leaf[:, :4]):
+            with pytest.raises(ValueError, match=rf"^{name} is updated outside autograd and must be a leaf [^\n]*$"):
+                call(tensor)
+        for tensor in (inferred, inferred[:, ::2]):
+            with pytest.raises(ValueError, match=rf"^{name} must be a normal tensor [^\n]*, got an inference tensor"):
+                call(tensor)
+        call(leaf)
+        call(matrix().requires_grad_().detach())
+        with torch.no_grad():
+            call(leaf[:, :4])
+        with torch.inference_mode():
+            call(inferred)
+    torch._dynamo.reset()
+    torch.compile(csg_ext.project_gate_, backend="eager", fullgraph=True)(leaf)
+    assert in_feasible_set(leaf.detach()) and in_feasible_set(csg_ext.project_gate(inferred))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_projection_under_transforms(method):
     several = torch.randn(5, 4, 3, dtype=torch.float64)
@@ -418,6 +546,8 @@ BAD = [
     (lambda: csg_ext.gate_penalty([[1.0]]), TypeError, r"gate_penalty: gate must be a torch.Tensor, got list"),
     (lambda: csg_ext.gate_penalty(matrix(), "4"), TypeError, r"gate_penalty: budget must be a number, got '4'"),
     (lambda: sgd(matrix()[0]), ValueError, r"ProjectedSGD: every parameter must be a gate \(C, K\), got \(4,\)"),
+    (lambda: sgd(matrix(), lr="0.1"), TypeError, r"ProjectedSGD: lr must be a number, got '0.1'"),
+    (lambda: sgd(matrix(), lr=torch.ones(2)), TypeError, r"ProjectedSGD: lr must be a number, got tensor"),
     (lambda: sgd(matrix(), lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
     (lambda: group(lr=-1), ValueError, r"ProjectedSGD: lr must be >= 0, got -1"),
     (lambda: group(nesterov=True), ValueError, r"ProjectedSGD: nesterov needs momentum > 0 and dampening = 0, got"),
@@ -431,3 +561,21 @@ BAD = [
 def test_bad_input_is_one_clear_sentence(call, error, message):
     with pytest.raises(error, match=rf"^{message}[^\n]*$"):
         call()
+
+
+@pytest.mark.parametrize(
+    "gate, grad, error, message",
+    [
+        (matrix(), matrix(4), ValueError, r"grad must have the shape of gate, \(3, 4\), got \(4, 4\)"),
+        (matrix(), matrix()[0], ValueError, r"grad must have the shape of gate, \(3, 4\), got \(4,\)"),
+        (matrix(), matrix(dtype=DOUBLE), TypeError, "grad must have the dtype of gate, float32, got float64"),
+        (matrix().to(torch.float8_e5m2), matrix(), TypeError, "gate must be float32, float64, float16 or bfloat16"),
+    ],
+)
+def test_what_has_no_values_is_refused_with_the_same_sentences(gate, grad, error, message):
+    for device in ("cpu", "meta"):
+        with pytest.raises(error, match=rf"^gate_step_: {message}[^\n]*$"):
+            csg_ext.gate_step_(gate.to(device), grad.to(device), lr=0.1)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(csg_ext.gate_step_, backend="eager")(gate, grad, lr=0.1)

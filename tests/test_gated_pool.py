@@ -354,8 +354,19 @@ BAD = [
         r"gate must have a column for each of the K = 8 channels, got the shape \(5, 7\)",
     ),
     (case(gate=(8,)), {}, ValueError, r"gate must have the shape \(C, K\), got \(8,\)"),
-    (case(labels=(3,)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(3,\)"),
-    (case(labels=(4, 1)), {}, ValueError, r"labels must have the shape \(N,\) = \(4,\), got \(4, 1\)"),
+    (
+        case(labels=(3,)),
+        {},
+        ValueError,
+        r"labels must have the shape \(N,\) = \(4,\), or be floating-point rows .*, got int64 of \(3,\)",
+    ),
+    (
+        case(labels=(4, 1)),
+        {},
+        ValueError,
+        r"labels must have the shape \(N,\) = \(4,\), or be floating-point rows .*, got int64 of \(4, 1\)",
+    ),
+    (case(labels=(4, 5)), {}, ValueError, r"labels must .* or be floating-point rows \(N, C\), got int64 of \(4, 5\)"),
     (case(label_dtype=torch.int32), {}, TypeError, r"labels must be int64 class indices .*, got int32"),
     (case(label_dtype=torch.bool), {}, TypeError, r"labels must be int64 class indices .*, got bool"),
     (case(x_dtype=torch.int64), {}, TypeError, r"x must be float32, float64, float16 or bfloat16, got int64"),
@@ -375,6 +386,8 @@ BAD = [
     (case(x=(4, 8, 0, 3)), {}, ValueError, r"x must have at least one spatial position to pool, got .*\(4, 8, 0, 3\)"),
     (case(), {"pool": "median"}, ValueError, r"pool must be 'avg' or 'max', got 'median'"),
     (case(), {"channel_dim": 2}, ValueError, r"channel_dim must be 1 or -1, got 2"),
+    (case(gate=(8,)), {"project": True}, ValueError, r"gate must have the shape \(C, K\), got \(8,\)"),
+    (case(gate_dtype=torch.int32), {"project": True}, TypeError, r"gate must be float32, .* or bfloat16, got int32"),
     (case(gate=(0, 8)), {"project": True}, ValueError, r"gate must have at least one row, got \(0, 8\)"),
     (([[1.0]], *case()[1:]), {}, TypeError, r"x must be a torch.Tensor, got list"),
     ((case()[0], case()[1], [0, 1, 2, 3]), {}, TypeError, r"labels must be a torch.Tensor, got list"),
@@ -387,10 +400,63 @@ def test_bad_input_is_one_clear_sentence(args, options, error, message):
         csg_ext.gated_pool(*args, **options)
 
 
+BAD_OF_ANY_VALUES = [
+    case for case in BAD if all(isinstance(t, torch.Tensor) for t in case[0]) and "labels\\[" not in case[3]
+]
+
+
+@pytest.mark.parametrize("args, options, error, message", BAD_OF_ANY_VALUES, ids=range(len(BAD_OF_ANY_VALUES)))
+def test_what_has_no_values_is_refused_with_the_same_sentences(args, options, error, message):
+    with pytest.raises(error, match=rf"^gated_pool: {message}[^\n]*$"):
+        csg_ext.gated_pool(*(t.to("meta") for t in args), **options)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(csg_ext.gated_pool, backend="eager")(*args, **options)
+
+
+def backward_arguments(**changed):
+    matrix = torch.rand(2, 3)
+    arguments = {
+        "grad_out": matrix, "grad_pooled": matrix, "pooled": matrix, "index": torch.zeros(2, 3, dtype=torch.int64),
+        "gate": torch.rand(5, 3), "labels": torch.tensor([0, 4]), "col_max": torch.rand(3),
+        "col_arg": torch.zeros(3, dtype=torch.int64), "spatial": [4], "channels_last": False, "x_type": F32, "pool": 1,
+        "need_x": True, "need_gate": True,
+    }  # fmt: skip
+    return arguments | changed
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x_type": torch.int32, "need_x": False}, "x must be float32, float64, float16 or bfloat16, got int32"),
+        ({"x_type": torch.int64}, "x must be float32, float64, float16 or bfloat16, got int64"),
+        ({"x_type": F64}, "gate must have the dtype of x, or be float32 with half x, got float32"),
+        ({"pool": 2}, r"pool must be 0 \(avg\) or 1 \(max\), got 2"),
+        ({"spatial": [2, 0]}, "x must have at least one spatial position to pool"),
+        ({"pooled": torch.rand(6)}, r"pooled must have the shape \(N, K\), got \(6,\)"),
+        ({"grad_out": torch.rand(3, 3)}, "gradients, pooled and index must have the shape"),
+        ({"grad_pooled": torch.rand(2, 3, dtype=F64)}, "gradients, pooled and index must have the shape"),
+        ({"index": torch.rand(2, 3)}, "gradients, pooled and index must have the shape"),
+        ({"labels": None}, r"without labels gate must have a row for each sample, got \(5, 3\) for N = 2"),
+        ({"col_arg": None}, "col_max and col_arg come together"),
+        ({"col_max": torch.rand(4)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+    ],
+)
+def test_the_backward_operator_refuses_the_same_with_and_without_values(changed, message):
+    operator, arguments = torch.ops.csg_ext.gated_pool_backward, backward_arguments(**changed)
+    operator(**backward_arguments())
+    for device in ("cpu", "meta"):
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        with pytest.raises(RuntimeError, match=rf"^gated_pool: {message}[^\n]*$"):
+            operator(**moved)
+
+
 def test_meta_tensors_give_shapes_and_mixed_devices_an_error():
     x, gate, labels = (t.to("meta") for t in case())
     assert csg_ext.gated_pool(x, gate, labels, pool="max", project=True).shape == (4, 8)
-    with pytest.raises(ValueError, match=r"^gated_pool: gate and labels must be on the device of x, cpu"):
+    with pytest.raises(
+        ValueError, match=r"^gated_pool: gate must be on the device of the other tensors, cpu, got meta"
+    ):
         csg_ext.gated_pool(case()[0], gate, case()[2])
 
 

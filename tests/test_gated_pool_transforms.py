@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch._dynamo.testing
 from gated_pool_inputs import BF16, F32, F64, inputs
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -62,6 +63,29 @@ def test_compile_in_one_graph(device, pool, soft):
             grads.append((out.detach(), *torch.autograd.grad(out.sum(), (a, g))))
         for eager, graph in zip(*grads, strict=True):
             torch.testing.assert_close(graph, eager)
+
+
+def test_sizes_that_change_or_depend_on_values_compile_once(device):
+    """The checks of shapes while a graph is made bind no size to a number."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def chosen(x, gate, labels, keep):
+        at = keep.nonzero()[:, 0]
+        return csg_ext.gated_pool(x[at], gate, labels[at], pool="max", project=True)
+
+    def whole(x, gate, labels, keep):
+        return csg_ext.gated_pool(x, gate, labels, pool="max", project=True)
+
+    for f in (whole, chosen):
+        torch._dynamo.reset()
+        counter.frame_count = 0
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+            for shape in [(8, 16, 5, 7), (5, 16, 7, 4), (9, 24, 3, 2)]:
+                x, gate, labels = inputs(shape, (F32, F32), device)
+                keep = torch.arange(len(x), device=device) % 3 > 0
+                assert torch.equal(compiled(x, gate, labels, keep), f(x, gate, labels, keep))
+        assert counter.frame_count == 1
 
 
 def test_export(device):

@@ -145,6 +145,31 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.csg_ext.class_mutual_info.default, (x, y, 4, 3, n, multiclass, psi, bits))
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"features": torch.zeros(3)}, r"features must have the shape \(N, K\), got \(3,\)"),
+        ({"features": torch.zeros(20, 3, dtype=torch.int64)}, "features must be float32, .* or bfloat16, got int64"),
+        ({"labels": torch.zeros(20)}, r"labels must be int64 of the shape \(N,\) = \(20,\), got float32 of \(20,\)"),
+        ({"num_classes": 0}, r"num_classes must be in \[1, 2\^26\), got 0"),
+        ({"n_neighbors": 0}, "n_neighbors must be at least 1, got 0"),
+        ({"psi": torch.zeros(20, dtype=torch.int64)}, r"psi must be int64 of the shape \(N \+ 1,\)"),
+        ({"noise": torch.zeros(20, 3)}, "noise must be float64 of the shape of features"),
+        ({"noise": torch.zeros(20, 2, dtype=torch.float64)}, "noise must be float64 of the shape of features"),
+    ],
+)
+def test_the_operator_refuses_the_same_with_and_without_values(changed, message):
+    psi, bits = mutual_info._psi(20, torch.device("cpu"))
+    arguments = {
+        "features": torch.rand(20, 3), "labels": torch.arange(20) % 4, "num_classes": 4, "n_neighbors": 3,
+        "noise": None, "multiclass": False, "psi": psi, "psi_bits": bits,
+    } | changed  # fmt: skip
+    for device in ("cpu", "meta"):
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        with pytest.raises(RuntimeError, match=rf"^class_mutual_info: {message}[^\n]*$"):
+            torch.ops.csg_ext.class_mutual_info(**moved)
+
+
 # ---- bad input, progress, interruption -------------------------------------------------------------------------------
 
 X, Y = np.random.default_rng(0).standard_normal((20, 3)), np.arange(20) % 4

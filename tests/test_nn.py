@@ -36,6 +36,28 @@ def test_gate_starts_at_init_and_projects():
         ClassSpecificGate(3, 4, init=float("nan"))
 
 
+def test_gates_are_made_on_the_device_and_in_the_dtype_that_are_asked_for():
+    gate = ClassSpecificGate(3, 4, 0.25, device="meta", dtype=torch.bfloat16)
+    assert gate.gate.is_meta and gate.gate.dtype == torch.bfloat16 and "num_classes=3" in repr(gate)
+    gate.to_empty(device="cpu").gate.data.fill_(7)
+    gate.reset_parameters()
+    assert torch.equal(gate.gate, torch.full((3, 4), 0.25, dtype=torch.bfloat16)) and gate.gate.requires_grad
+    with torch.device("meta"):
+        assert ClassSpecificGate(3, 4).gate.is_meta
+    model = GatedModel(nn.Identity(), 3, 4, device="meta", dtype=torch.float64)
+    model.to_empty(device="cpu")
+    for module in (model.csg, model.classifier):
+        module.reset_parameters()
+    logits = model(torch.randn(5, 4, 2, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1]))
+    assert logits.dtype == torch.float64 and logits.isfinite().all()
+    meta = GatedModel(nn.Identity(), 3, 4)
+    copied = GatedModel(nn.Identity(), 3, 4, device="meta")
+    copied.load_state_dict(meta.state_dict(), assign=True)
+    assert torch.equal(copied.gate, meta.gate) and copied.gate is copied.csg.gate
+    with pytest.raises(TypeError, match="ClassSpecificGate: dtype must be a floating dtype, got torch.int64"):
+        ClassSpecificGate(3, 4, dtype=torch.int64)
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2", "smooth_l1"])
 @pytest.mark.parametrize("excess", [-1.0, 0.4, 3.0])
 def test_penalty(norm, excess):

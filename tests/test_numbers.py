@@ -120,12 +120,18 @@ def test_a_larger_error_is_found():
         assert_no_larger([Result("out", worse, result.theirs, result.exact, result.terms)], "positive")
 
 
-def test_norms_of_half_gates_are_finite():
-    gate = torch.rand(1000, 300).half().requires_grad_()
-    density, penalty = csg_ext.l1_density(gate), csg_ext.gate_penalty(gate, budget=1.4e5)
-    assert density.dtype == penalty.dtype == torch.float16
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_norms_of_half_gates_are_float32(dtype):
+    """A penalty is added to losses in float32, and soon exceeds float16's largest number, 65504."""
+    gate = torch.ones(1000, 100, dtype=dtype)
+    assert csg_ext.gate_penalty(gate).item() == 99_900
+    assert csg_ext.gate_penalty(gate[:10], norm="l2").item() == 900.0**2
+    assert csg_ext.gate_penalty(gate, norm="smooth_l1").item() == 99_899.5
+    gate = torch.rand(1000, 300).to(dtype).requires_grad_()
+    density, penalty = csg_ext.l1_density(gate), csg_ext.gate_penalty(gate)
+    assert density.dtype == penalty.dtype == torch.float32
     size = gate.detach().double().sum()
-    torch.testing.assert_close(density.double(), size / gate.numel(), rtol=1e-3, atol=0)
-    torch.testing.assert_close(penalty.double(), size - 1.4e5, rtol=1e-3, atol=0)
+    torch.testing.assert_close(density.double(), size / gate.numel())
+    torch.testing.assert_close(penalty.double(), size - 300)
     (grad,) = torch.autograd.grad(penalty, gate)
-    assert grad.dtype == torch.float16 and torch.equal(grad, gate.detach().sign())
+    assert grad.dtype == dtype and torch.equal(grad, gate.detach().sign())

@@ -166,7 +166,7 @@ def main() -> None:
         "  elements, whose memory is reserved but not used; `tests/test_mutual_info_cuda_on_cpu.py` has features and",
         "  noise that far apart. Mutual information takes fewer than 2^30 samples.",
         "- **Sums that overflow** on the way to a result that would not: which ones do depends on the order of the",
-        "  sum, in PyTorch, too. `l1_density` and `gate_penalty` add half gates in float32.",
+        "  sum, in PyTorch, too. `l1_density` and `gate_penalty` of half gates are float32.",
         "",
     ]
     PAGE.write_text("\n".join(lines))

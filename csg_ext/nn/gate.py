@@ -26,7 +26,7 @@ def _l1_norm(gate: Tensor) -> Tensor:
 
 
 def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") -> Tensor:
-    """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar.
+    """Sparsity penalty d(||G||_1, g) = psi(ReLU(||G||_1 - g)) of a gate (C, K); a scalar, float32 for half gates.
 
     budget g is in units of ||G||_1; None means K, the smallest norm that a feasible gate can have (every column has an
     entry of 1). psi is "l1" (the identity), "l2" (the square) or "smooth_l1" (0.5 d^2 below 1, d - 0.5 above).
@@ -42,16 +42,17 @@ def gate_penalty(gate: Tensor, budget: float | None = None, norm: str = "l1") ->
         budget = real("gate_penalty", "budget", budget)
     excess = F.relu(_l1_norm(gate) - (gate.shape[1] if budget is None else budget))
     if norm == "l1":
-        return excess.to(gate.dtype)
+        return excess
     if norm == "l2":
-        return excess.square().to(gate.dtype)
+        return excess.square()
     if norm == "smooth_l1":
-        return F.smooth_l1_loss(excess, torch.zeros_like(excess)).to(gate.dtype)
+        return F.smooth_l1_loss(excess, torch.zeros_like(excess))
     raise ValueError(f"gate_penalty: norm must be 'l1', 'l2' or 'smooth_l1', got {norm!r}")
 
 
 def l1_density(gate: Tensor) -> Tensor:
-    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar.
+    """L1-density ||G||_1 / (K C) of a gate (C, K): between 1/C (every filter has one class) and 1; a scalar, float32
+    for half gates.
 
     Raises ValueError for another shape or an empty gate, TypeError for one that is not floating.
 
@@ -62,7 +63,7 @@ def l1_density(gate: Tensor) -> Tensor:
     _check_gate("l1_density", gate)
     if gate.numel() == 0:
         raise ValueError(f"l1_density: gate must have an entry, got shape {tuple(gate.shape)}")
-    return (_l1_norm(gate) / gate.numel()).to(gate.dtype)
+    return _l1_norm(gate) / gate.numel()
 
 
 def resolve_path(name: str, labels: Tensor | None, path: str | None) -> str:
@@ -89,11 +90,20 @@ class ClassSpecificGate(nn.Module):
     projection follows the first gradients. Call `project_()` after every update by an optimizer that does not project
     (`csg_ext.optim.ProjectedSGD` does).
 
-    Arguments: num_classes is C, num_filters K. Raises ValueError where one is below 1 or init is not finite.
+    Arguments: num_classes is C, num_filters K; device and dtype are the gate's, as for PyTorch's modules.
+    Raises ValueError where a size is below 1 or init is not finite, TypeError for
+    a dtype that is not floating.
     Source: Liang et al., ECCV 2020, section 3.
     """
 
-    def __init__(self, num_classes: int, num_filters: int, init: float = 0.5) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        num_filters: int,
+        init: float = 0.5,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if num_classes < 1 or num_filters < 1:
             raise ValueError(
@@ -102,7 +112,15 @@ class ClassSpecificGate(nn.Module):
             )
         if not math.isfinite(init):
             raise ValueError(f"ClassSpecificGate: init must be a finite number, got {init}")
-        self.gate = nn.Parameter(torch.full((num_classes, num_filters), float(init)))
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"ClassSpecificGate: dtype must be a floating dtype, got {dtype}")
+        self.init = float(init)
+        self.gate = nn.Parameter(torch.empty((num_classes, num_filters), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the gate to `init` everywhere, as after `to_empty` of a module made on the meta device."""
+        nn.init.constant_(self.gate, self.init)
 
     @property
     def num_classes(self) -> int:
@@ -163,15 +181,22 @@ class GatedModel(TwoPaths):
     - ``forward(x, labels, path="both")``: the logits of both, from one pass through backbone and pooling.
 
     Arguments: backbone maps x to a feature map (N, K, *spatial), or to pooled features (N, K); num_classes is C;
-    num_filters is K, taken from `backbone.num_filters` when not given; init is the gate's first value. The state dict
-    holds the gate, as "csg.gate", beside the weights.
+    num_filters is K, taken from `backbone.num_filters` when not given; init is the gate's first value; device and dtype
+    are those of the gate and the classifier, as for PyTorch's modules. The state dict holds the gate, as "csg.gate",
+    beside the weights.
     Raises ValueError where K is not known, for sizes below 1, a path that is none, and a CSG path without labels; what
     gated_pool raises for features or labels that do not fit.
     Source: Liang et al., ECCV 2020, figure 2.
     """
 
     def __init__(
-        self, backbone: nn.Module, num_classes: int, num_filters: int | None = None, init: float = 0.5
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        num_filters: int | None = None,
+        init: float = 0.5,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_filters is None:
@@ -183,8 +208,8 @@ class GatedModel(TwoPaths):
                 )
             num_filters = found
         self.backbone = backbone
-        self.csg = ClassSpecificGate(num_classes, num_filters, init)
-        self.classifier = nn.Linear(num_filters, num_classes)
+        self.csg = ClassSpecificGate(num_classes, num_filters, init, device, dtype)
+        self.classifier = nn.Linear(num_filters, num_classes, device=device, dtype=dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The feature map of the last convolutional layer, (N, K, *spatial)."""

@@ -18,6 +18,28 @@ _LAUNCH_FAILURES = {
 }
 
 
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the kernels name it, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def fake_check_floating(op: str, name: str, dtype: torch.dtype) -> None:
+    """For fake kernels: the kernels' own check, in their words."""
+    got = dtype_name(dtype)
+    torch._check(dtype in FLOATS, lambda: f"{op}: {name} must be float32, float64, float16 or bfloat16, got {got}")
+
+
+def fake_check_device(op: str, name: str, tensor: Tensor, other: Tensor) -> None:
+    """For fake kernels: the kernels' own check, in their words."""
+    torch._check(
+        tensor.device == other.device,
+        lambda: f"{op}: {name} must be on the device of the other tensors, {other.device}, got {tensor.device}",
+    )
+
+
 def check_dense(op: str, name: str, value: Any) -> None:
     """Raises TypeError for what is no dense tensor."""
     if not isinstance(value, Tensor):
@@ -27,7 +49,20 @@ def check_dense(op: str, name: str, value: Any) -> None:
 
 
 def check_writable(op: str, name: str, tensor: Tensor) -> None:
-    """Raises ValueError for an expanded or overlapping tensor: several of its entries are one."""
+    """Raises ValueError for a tensor that may not be updated in place outside autograd.
+
+    Such are expanded or overlapping ones, of whose entries several are one; results that are to be differentiated,
+    whose graphs would not know; and, as for PyTorch's operators, inference tensors outside inference mode.
+    """
+    if tensor.requires_grad and not tensor.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} is updated outside autograd and must be a leaf or torch.no_grad() be on, got a result of "
+            "differentiable operators"
+        )
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{op}: {name} must be a normal tensor outside torch.inference_mode(), got an inference tensor: clone it"
+        )
     reached = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if tensor.numel() and size > 1:

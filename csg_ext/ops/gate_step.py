@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from csg_ext import reference
-from csg_ext.ops._errors import check_dense, check_writable, explained, real
+from csg_ext.ops._errors import (
+    check_dense,
+    check_writable,
+    dtype_name,
+    explained,
+    fake_check_device,
+    fake_check_floating,
+    real,
+)
 
 METHODS = {"scale": False, "euclidean": True}
 
@@ -50,7 +61,8 @@ def project_gate(gate: Tensor, method: str = "scale") -> Tensor:
 def project_gate_(gate: Tensor, method: str = "scale") -> Tensor:
     """In-place :func:`project_gate`, one launch, outside autograd; returns ``gate``.
 
-    Arguments and errors: as :func:`project_gate`; ValueError also for a gate that is expanded or overlaps itself.
+    Arguments and errors: as :func:`project_gate`; ValueError also for a gate that is expanded or overlaps itself, that
+    is no leaf of the graph outside ``torch.no_grad()``, and for an inference tensor outside ``torch.inference_mode()``.
     """
     _check_gate("project_gate_", gate, method)
     check_writable("project_gate_", "gate", gate)
@@ -88,7 +100,8 @@ def gate_step_(
         ``gate``.
 
     Raises:
-        ValueError: shapes, options or devices that do not fit. TypeError: dtypes that do not fit.
+        ValueError: shapes, options or devices that do not fit, and what :func:`project_gate_` may not update.
+        TypeError: dtypes that do not fit.
 
     Example:
         >>> gate = torch.tensor([[0.5], [0.5]])
@@ -138,11 +151,13 @@ def _check_gate(op: str, gate: Tensor, method: str) -> None:
 def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: float | bool) -> Tensor:
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(gate).tangent is not None:
         raise ValueError(f"{op}: gate is updated outside autograd and must have no forward-mode tangent, got one")
-    # A strided gate or buffer goes through a dense copy: the kernel works on whole matrices.
-    dense_gate = gate.contiguous()
-    dense_buffer = None if buffer is None else buffer.contiguous()
+    # A strided gate or buffer, or one that negates its memory, goes through a dense copy: the kernel takes whole ones.
+    dense_gate = gate.contiguous().resolve_neg()
+    dense_buffer = None if buffer is None else buffer.contiguous().resolve_neg()
+    eager = not torch.compiler.is_compiling()
     try:
-        torch.ops.csg_ext.gate_step_.default(dense_gate, grad, dense_buffer, *options)
+        with _below_versions() if eager else contextlib.nullcontext():
+            _kernel(dense_gate, grad, dense_buffer, *options)
     except (RuntimeError, NotImplementedError) as error:
         raise explained(error, op, gate.device, gate=gate, grad=grad, momentum_buffer=buffer) from None
     for tensor, dense in ((gate, dense_gate), (buffer, dense_buffer)):
@@ -150,16 +165,50 @@ def _step(op: str, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *op
             continue
         if dense is not tensor:
             tensor.copy_(dense)
-        elif not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(tensor)  # a graph that saved the old values must notice
+        elif eager:
+            increment_version(tensor)
     return gate
 
 
+# A graph that saved the old values must notice. _step tells it without this detour, which takes as long as the kernel
+# of a small gate; compiled and exported graphs call the operator itself.
+def _increment_versions(keys: Any, gate: Tensor, grad: Tensor | None, buffer: Tensor | None, *options: Any) -> None:
+    increment_version(gate if buffer is None else (gate, buffer))
+    _kernel.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, gate, grad, buffer, *options)
+
+
+_kernel = torch.ops.csg_ext.gate_step_.default
+_below_versions = torch._C._AutoDispatchBelowADInplaceOrView
+_library = torch.library.Library("csg_ext", "IMPL")
+_library.impl("gate_step_", _increment_versions, "ADInplaceOrView", with_keyset=True)
+
+
+# ---- checks and shapes for torch.compile, torch.export and meta tensors: the kernels' own, in their words ------------
+
+
+def _fake_check_gate(op: str, gate: Tensor) -> None:
+    torch._check(gate.dim() == 2, lambda: f"{op}: gate must have the shape (C, K), got {tuple(gate.shape)}")
+    fake_check_floating(op, "gate", gate.dtype)
+
+
 @torch.library.register_fake("csg_ext::gate_step_")
-def _fake_gate_step(gate: Tensor, *_: object) -> None:
-    return None
+def _fake_gate_step(gate: Tensor, grad: Tensor | None, momentum_buffer: Tensor | None, *_: object) -> None:
+    _fake_check_gate("gate_step_", gate)
+    for name, tensor in (("grad", grad), ("momentum_buffer", momentum_buffer)):
+        if tensor is None:
+            continue
+        fake_check_device("gate_step_", name, tensor, gate)
+        types = dtype_name(gate.dtype), dtype_name(tensor.dtype)
+        text = f"gate_step_: {name} must have the dtype of gate, {types[0]}, got {types[1]}"
+        torch._check(tensor.dtype == gate.dtype, lambda text=text: text)
+        text = f"gate_step_: {name} must have the shape of gate, {tuple(gate.shape)}, got {tuple(tensor.shape)}"
+        torch._check(tensor.dim() == 2, lambda text=text: text)
+        for size, expected in zip(tensor.shape, gate.shape, strict=True):
+            torch._check(size == expected, lambda text=text: text)
 
 
 @torch.library.register_fake("csg_ext::column_max")
 def _fake_column_max(gate: Tensor) -> tuple[Tensor, Tensor]:
+    _fake_check_gate("column_max", gate)
+    torch._check(gate.shape[0] > 0, lambda: f"column_max: gate must have at least one row, got {tuple(gate.shape)}")
     return gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1], dtype=torch.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from csg_ext import reference
-from csg_ext.ops._errors import explained
+from csg_ext.ops._errors import dtype_name, explained, fake_check_device, fake_check_floating
 
 _POOLS = {"avg": 0, "max": 1}
 _AVG = 0
@@ -79,7 +79,7 @@ def gated_pool(
             by a copy); or tokens (N, L, K) with ``channel_dim=-1``. float32, float64, float16 or bfloat16.
         gate: (C, K), the dtype of ``x``, or float32 with half ``x`` (the result is then float32).
         labels: int64 class indices (N,); or floating-point weights (N, C) for mixup, soft and multi-label targets, for
-            which the row is ``labels @ gate``. Weights are differentiable too.
+            which the row is ``labels @ gate``. Weights are differentiable too; one-hot rows are such weights.
         pool: "avg" or "max". For "max" the gate multiplies the maximum, which equals the maximum of the gated map for
             every gate >= 0; the gradient goes to the first maximum; a NaN wins.
         return_pooled: also return the ungated (N, K): both paths of training from one read.
@@ -89,7 +89,8 @@ def gated_pool(
         channel_dim: the axis of the K channels: 1, or -1 for token layouts.
         validate: on CUDA, check that labels are in [0, C) (a device-to-host copy, which waits for the GPU). Without
             it a sample whose label is outside [0, C) comes out as NaN, never as another class's row. On the CPU labels
-            are always checked.
+            are always checked, but under a ``torch.func`` transform or a dual level inside a compiled function: NaN
+            there, too.
 
     Returns:
         (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
@@ -340,22 +341,69 @@ torch.library.register_autograd(
 # ---- shapes for torch.compile and torch.export -----------------------------------------------------------------------
 
 
+def _fake_check(x_dtype: torch.dtype, gate: Tensor, pool: int) -> None:
+    """The kernels' own checks, in their words, as those below: sizes may be symbols."""
+    op, got = "gated_pool", dtype_name(gate.dtype)
+    fake_check_floating(op, "x", x_dtype)
+    torch._check(pool in (0, 1), lambda: f"{op}: pool must be 0 (avg) or 1 (max), got {pool}")
+    fake_check_floating(op, "gate", gate.dtype)
+    mixed = gate.dtype == torch.float32 and x_dtype in (torch.float16, torch.bfloat16)
+    torch._check(
+        gate.dtype == x_dtype or mixed,
+        lambda: f"{op}: gate must have the dtype of x, or be float32 with half x, got {got}",
+    )
+
+
+def _fake_check_rows(
+    gate: Tensor, labels: Tensor | None, top: Tensor | None, where: Tensor | None, x: Tensor, n: int, k: int
+) -> None:
+    op, shape = "gated_pool", tuple(gate.shape)
+    fake_check_device(op, "gate", gate, x)
+    torch._check(gate.dim() == 2, lambda: f"{op}: gate must have the shape (C, K), got {shape}")
+    torch._check(
+        shape[1] == k,
+        lambda: f"{op}: gate must have a column for each of the K = {k} channels, got the shape {shape}",
+    )
+    if labels is None:
+        torch._check(
+            shape[0] == n,
+            lambda: f"{op}: without labels gate must have a row for each sample, got {shape} for N = {n}",
+        )
+    else:
+        fake_check_device(op, "labels", labels, x)
+        got = dtype_name(labels.dtype), tuple(labels.shape)
+        torch._check(
+            labels.dtype == torch.int64,
+            lambda: f"{op}: labels must be int64 class indices (or floating-point weights), got {got[0]}",
+        )
+        text = (
+            f"{op}: labels must have the shape (N,) = ({n},), or be floating-point rows (N, C), got int64 of {got[1]}"
+        )
+        torch._check(labels.dim() == 1, lambda: text)
+        torch._check(labels.shape[0] == n, lambda: text)
+    torch._check((top is None) == (where is None), lambda: f"{op}: col_max and col_arg come together")
+    if top is not None and where is not None:
+        text = f"{op}: col_max and col_arg must be what column_max(gate) returns"
+        for name, tensor, dtype in (("col_max", top, gate.dtype), ("col_arg", where, torch.int64)):
+            torch._check(tensor.dim() == 1 and tensor.dtype == dtype, lambda: text)
+            torch._check(tensor.shape[0] == k, lambda: text)
+            fake_check_device(op, name, tensor, x)
+
+
 @torch.library.register_fake("csg_ext::gated_pool")
 @torch.library.register_fake("csg_ext::_gated_pool")
 def _fake_gated_pool(
     x: Tensor, gate: Tensor, labels: Tensor | None, top: Tensor | None, where: Tensor | None, pool: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.dim() < 2 or gate.dim() != 2 or (labels is not None and labels.dim() != 1):
-        raise ValueError(
-            f"gated_pool: x (N, K, *spatial), gate (C, K) and labels (N,) do not fit, got {tuple(x.shape)}, "
-            f"{tuple(gate.shape)} and {None if labels is None else tuple(labels.shape)}"
+    shape = tuple(x.shape)
+    torch._check(x.dim() >= 2, lambda: f"gated_pool: x must have the shape (N, K, *spatial), got {shape}")
+    _fake_check(x.dtype, gate, pool)
+    for size in shape[2:]:
+        torch._check(
+            size > 0, lambda: f"gated_pool: x must have at least one spatial position to pool, got the shape {shape}"
         )
-    if any(t is not None and t.device != x.device for t in (gate, labels)):
-        raise ValueError(f"gated_pool: gate and labels must be on the device of x, {x.device}, got another device")
     n, k = x.shape[:2]
-    torch._check(gate.shape[1] == k, lambda: f"gated_pool: gate must have K = {k} columns, got {tuple(gate.shape)}")
-    rows = gate if labels is None else labels
-    torch._check(rows.shape[0] == n, lambda: f"gated_pool: labels must have the shape (N,) = ({n},)")
+    _fake_check_rows(gate, labels, top, where, x, n, k)
     index_shape = (0,) if pool == _AVG else (n, k)
     return gate.new_empty(n, k), gate.new_empty(n, k), gate.new_empty(index_shape, dtype=torch.int64)
 
@@ -366,7 +414,30 @@ def _fake_gated_pool_backward(
     labels: Tensor | None, top: Tensor | None, where: Tensor | None, spatial: list[int], layout: int,
     x_dtype: torch.dtype, pool: int, need_x: bool, need_gate: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op, shape = "gated_pool", tuple(pooled.shape)
+    torch._check(pooled.dim() == 2, lambda: f"{op}: pooled must have the shape (N, K), got {shape}")
+    _fake_check(x_dtype, gate, pool)
+    for size in spatial:
+        torch._check(size > 0, lambda: f"{op}: x must have at least one spatial position to pool")
     n, k = pooled.shape
+    _fake_check_rows(gate, labels, top, where, pooled, n, k)
+    text = f"{op}: gradients, pooled and index must have the shape (N, K) and the dtypes of the forward pass"
+    matrices = [("pooled", pooled, gate.dtype), ("grad_out", grad_out, gate.dtype)]
+    matrices += [("grad_pooled", grad_pooled, gate.dtype)]
+    matrices += [("index", index, torch.int64)] if pool != _AVG else []
+    for name, tensor, dtype in matrices:
+        if tensor is None:
+            continue
+        torch._check(tensor.dim() == 2 and tensor.dtype == dtype, lambda: text)
+        torch._check(tensor.shape[0] == n, lambda: text)
+        torch._check(tensor.shape[1] == k, lambda: text)
+        fake_check_device(op, name, tensor, pooled)
+    most = 2 if pool == _AVG else 1
+    torch._check(
+        not need_x or 0 <= layout <= most,
+        lambda: f"{op}: layout must be 0 (contiguous), 1 (channels last) or for avg 2 (shared by all positions), "
+        f"got {layout}",
+    )
     if not need_x:
         grad_x = gate.new_empty(0, dtype=x_dtype)
     elif layout == _SHARED:

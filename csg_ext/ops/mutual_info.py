@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from csg_ext.ops._errors import explained
+from csg_ext.ops._errors import dtype_name, explained, fake_check_device, fake_check_floating
 from csg_ext.ops._mutual_info_arguments import (
     CHUNK_VALUES,
     Features,
@@ -421,6 +421,19 @@ def _bounds(counts: Tensor, protocol: str) -> Tensor:
     return torch.special.entr(p) - torch.special.xlog1py(1 - p, -p)
 
 
+def _fake_check(op: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    """The kernels' own checks, in their words, as those below: sizes may be symbols."""
+    shape = tuple(features.shape)
+    torch._check(features.dim() == 2, lambda: f"{op}: features must have the shape (N, K), got {shape}")
+    fake_check_floating(op, "features", features.dtype)
+    got = f"{dtype_name(labels.dtype)} of {tuple(labels.shape)}"
+    text = f"{op}: labels must be int64 of the shape (N,) = ({shape[0]},), got {got}"
+    torch._check(labels.dim() == 1 and labels.dtype == torch.int64, lambda: text)
+    torch._check(labels.shape[0] == shape[0], lambda: text)
+    fake_check_device(op, "labels", labels, features)
+    torch._check(1 <= num_classes < 2**26, lambda: f"{op}: num_classes must be in [1, 2^26), got {num_classes}")
+
+
 @torch.library.register_fake("csg_ext::class_mutual_info")
 def _fake_class_mutual_info(
     features: Tensor,
@@ -432,9 +445,25 @@ def _fake_class_mutual_info(
     psi: Tensor,
     psi_bits: int,
 ) -> Tensor:
-    return features.new_empty((features.shape[1], 1 if multiclass else num_classes), dtype=torch.float64)
+    op = "class_mutual_info"
+    _fake_check(op, features, labels, num_classes)
+    torch._check(n_neighbors >= 1, lambda: f"{op}: n_neighbors must be at least 1, got {n_neighbors}")
+    n, k = features.shape
+    text = f"{op}: psi must be int64 of the shape (N + 1,)"
+    torch._check(psi.dim() == 1 and psi.dtype == torch.int64, lambda: text)
+    torch._check(psi.shape[0] == n + 1, lambda: text)
+    fake_check_device(op, "psi", psi, features)
+    if noise is not None:
+        wrong = f"{op}: noise must be float64 of the shape of features"
+        torch._check(noise.dim() == 2 and noise.dtype == torch.float64, lambda: wrong)
+        torch._check(noise.shape[0] == n, lambda: wrong)
+        torch._check(noise.shape[1] == k, lambda: wrong)
+        fake_check_device(op, "noise", noise, features)
+    return features.new_empty((k, 1 if multiclass else num_classes), dtype=torch.float64)
 
 
 @torch.library.register_fake("csg_ext::binned_class_mutual_info")
 def _fake_binned_class_mutual_info(features: Tensor, labels: Tensor, num_classes: int, bins: int) -> Tensor:
+    _fake_check("binned_class_mutual_info", features, labels, num_classes)
+    torch._check(bins >= 1, lambda: f"binned_class_mutual_info: bins must be at least 1, got {bins}")
     return features.new_empty((features.shape[1], num_classes), dtype=torch.float64)

@@ -75,8 +75,8 @@ inline const char* name_of(TorchType type) {
   }
 }
 
-inline ScalarType floating_type(const Tensor& t, const char* op, const char* argument) {
-  switch (t.scalar_type()) {
+inline ScalarType floating_type(TorchType type, const char* op, const char* argument) {
+  switch (type) {
     case TorchType::Float:
       return ScalarType::Float32;
     case TorchType::Double:
@@ -86,10 +86,12 @@ inline ScalarType floating_type(const Tensor& t, const char* op, const char* arg
     case TorchType::BFloat16:
       return ScalarType::BFloat16;
     default:
-      check(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ",
-            name_of(t.scalar_type()));
+      check(false, op, ": ", argument, " must be float32, float64, float16 or bfloat16, got ", name_of(type));
       return ScalarType::Float32;
   }
+}
+inline ScalarType floating_type(const Tensor& t, const char* op, const char* argument) {
+  return floating_type(t.scalar_type(), op, argument);
 }
 
 struct DeviceOf {
@@ -149,9 +151,11 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
     case TorchType::BFloat16:
       dtype = aoti_torch_dtype_bfloat16();
       break;
-    default:
+    case TorchType::Long:
       dtype = aoti_torch_dtype_int64();
       break;
+    default:
+      check(false, "csg_ext: a new tensor must be of a floating dtype or int64, got ", name_of(type));
   }
   AtenTensorHandle handle = nullptr;
   const auto code = aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle);

@@ -59,14 +59,15 @@ void gate_step_(Tensor gate, std::optional<Tensor> grad, std::optional<Tensor> m
 std::tuple<Tensor, Tensor> column_max(Tensor gate) {
   check_gate(gate, "column_max");
   check(gate.size(0) > 0, "column_max: gate must have at least one row, got ", shape_of(gate));
+  const ScalarType type = floating_type(gate, "column_max", "gate");
   gate = dense(gate);
 #ifdef CSG_CUDA
   const CudaScope scope(gate);
 #endif
   Tensor top = empty_vector(gate.size(1), gate.scalar_type(), gate);
   Tensor where = empty_vector(gate.size(1), TorchType::Long, gate);
-  const ColumnMax p{gate.data_ptr(), floating_type(gate, "column_max", "gate"), gate.size(0), gate.size(1),
-                    top.data_ptr(),  static_cast<int64_t*>(where.data_ptr())};
+  const ColumnMax p{gate.data_ptr(), type,           gate.size(0),
+                    gate.size(1),    top.data_ptr(), static_cast<int64_t*>(where.data_ptr())};
   if (p.k > 0) {
 #ifdef CSG_CUDA
     check_launch(column_max_cuda(p, scope.stream()), "column_max");

@@ -56,8 +56,8 @@ GateRows gate_rows(const Tensor& gate, const std::optional<Tensor>& labels, cons
     check_same_device(*labels, x, kOp, "labels");
     check(labels->scalar_type() == TorchType::Long, kOp, ": labels must be int64 class indices (or floating-point ",
           "weights), got ", name_of(labels->scalar_type()));
-    check(labels->dim() == 1 && labels->size(0) == n, kOp, ": labels must have the shape (N,) = (", n, ",), got ",
-          shape_of(*labels));
+    check(labels->dim() == 1 && labels->size(0) == n, kOp, ": labels must have the shape (N,) = (", n,
+          ",), or be floating-point rows (N, C), got int64 of ", shape_of(*labels));
     g.labels = static_cast<const int64_t*>(labels->data_ptr());
 #ifndef CSG_CUDA
     for (int64_t i = 0; i < n; ++i)
@@ -149,6 +149,8 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
   check(pooled.dim() == 2, kOp, ": pooled must have the shape (N, K), got ", shape_of(pooled));
   GatedPoolBackward p{};
   p.pool = pool_of(pool);
+  p.x_type = floating_type(x_type, kOp, "x");
+  check_types(p.x_type, gate);
   p.n = pooled.size(0), p.k = pooled.size(1), p.s = 1;
   for (const int64_t size : spatial) p.s *= size;
   check(p.s > 0, kOp, ": x must have at least one spatial position to pool");
@@ -184,8 +186,6 @@ std::tuple<Tensor, Tensor> gated_pool_backward(std::optional<Tensor> grad_out, s
     int64_t step = shared ? 0 : layout == kRows ? 1 : p.k;
     for (size_t d = size.size() - 1; d >= 2; --d) stride[d] = step, step *= size[d];
     grad_x = empty_strided(size.data(), stride.data(), int64_t(size.size()), x_type, pooled);
-    p.x_type = floating_type(grad_x, kOp, "x");
-    check_types(p.x_type, gate);
     p.grad_x = grad_x.data_ptr();
     p.stride_n = stride[0], p.stride_k = stride[1], p.stride_s = shared ? 0 : layout == kRows ? 1 : p.k;
 #ifndef CSG_CUDA
