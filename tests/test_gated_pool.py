@@ -190,15 +190,6 @@ def test_what_comes_before_takes_the_gradient(device, before):
         torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize(("layout", "pool"), [(-1, 0), (3, 0), (2, 1)])
-def test_backward_refuses_a_layout_that_it_does_not_write(layout, pool):
-    t, index = torch.rand(2, 3), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=rf"^gated_pool: layout must be 0 .* got {layout}"):
-        torch.ops.csg_ext.gated_pool_backward(
-            t, None, t, index, t, None, None, None, [2, 3], layout, F32, pool, True, False
-        )
-
-
 def test_expanded_inputs(device):
     x = torch.randn(1, 6, 1, 1, device=device).expand(4, 6, 3, 3)
     gate = torch.rand(1, 6, device=device).expand(5, 6)
@@ -419,7 +410,7 @@ def backward_arguments(**changed):
     arguments = {
         "grad_out": matrix, "grad_pooled": matrix, "pooled": matrix, "index": torch.zeros(2, 3, dtype=torch.int64),
         "gate": torch.rand(5, 3), "labels": torch.tensor([0, 4]), "col_max": torch.rand(3),
-        "col_arg": torch.zeros(3, dtype=torch.int64), "spatial": [4], "channels_last": False, "x_type": F32, "pool": 1,
+        "col_arg": torch.zeros(3, dtype=torch.int64), "spatial": [4], "layout": 0, "x_type": F32, "pool": 1,
         "need_x": True, "need_gate": True,
     }  # fmt: skip
     return arguments | changed
@@ -440,6 +431,9 @@ def backward_arguments(**changed):
         ({"labels": None}, r"without labels gate must have a row for each sample, got \(5, 3\) for N = 2"),
         ({"col_arg": None}, "col_max and col_arg come together"),
         ({"col_max": torch.rand(4)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+        ({"layout": 3}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 3"),
+        ({"layout": 2}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 2"),
+        ({"layout": -1}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got -1"),
     ],
 )
 def test_the_backward_operator_refuses_the_same_with_and_without_values(changed, message):
