@@ -109,10 +109,29 @@ def test_ctrl_c_and_resume_end_where_an_uninterrupted_run_ends(run, digits, tmp_
         if (folder / arm / "last.ckpt").exists()
     }
     assert steps and min(steps.values()) < 36
+    noted = json.loads((folder / "run.json").read_text())
+    assert 0 < noted["seconds"] < 120
+    (folder / "run.json").write_text(json.dumps(noted | {"seconds": 5000}))
     assert cli.main(["train", "--resume", "--output", str(folder)]) == 0
+    assert 5000 < json.loads((folder / "summary.json").read_text())["seconds"] < 5120  # of both parts
     for arm in ("std", "csg"):
         whole, resumed = (load_file(f / arm / "model.safetensors") for f in (run[0], folder))
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_the_seconds_of_a_run_that_is_killed_are_noted_by_epochs(digits, tmp_path, monkeypatch):
+    noted = []
+
+    def run_arms(config, data, folder, display, **_):
+        row = {"epoch": 1, "seconds": 3.0, "train_accuracy": 0.5, "loss_std": 1.0, "l1_density": None}
+        for message in ({"step": 1, "steps": 9, "epochs": 1, "row": None}, {"epochs": 1, "row": row}):
+            display("std", message)
+            noted.append(json.loads((folder / "run.json").read_text()).get("seconds"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_arms", run_arms)
+    assert cli.main(["train", "--data", str(digits), "--output", str(tmp_path / "o")]) == 130
+    assert noted[0] is None and 0 <= noted[1] < 60
 
 
 @pytest.mark.parametrize(
