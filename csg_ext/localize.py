@@ -357,13 +357,16 @@ def main(arguments: dict[str, Any]) -> int:
     stored = [read_checkpoint(file) for file in files.values()]
     run = stored[0].run
     path: str | None = arguments["data"] or (run["source"]["data"] if run else None)
-    if path is None:
-        why = f"{stored[0].file} has no run.json of its run beside it" if run is None else "the run's have no masks"
-        raise ValueError(f"the images must be given as --data PATH: {why}")
-    data = source_images(stored, {"data": path, "image_size": arguments["image_size"]})
-    mask_file = arguments["masks"] or (path if path.endswith(".npz") else None)
+    if path is None and run is None:
+        raise ValueError(
+            f"the images must be given as --data PATH: {stored[0].file} has no run.json of its run beside it"
+        )
+    mask_file = arguments["masks"] or (path if path and path.endswith(".npz") else None)
     if mask_file is None:
-        raise ValueError(f"the masks must be given as --masks FILE, as {path} holds none")
+        raise ValueError(
+            f"the masks must be given as --masks FILE, as {path or 'the set inside the package'} holds none"
+        )
+    data = source_images(stored, {"data": path, "image_size": arguments["image_size"]})
     scenes = masked_scenes(data, read_arrays(Path(mask_file)))
     height, width = data.test_images.shape[2:]
     print(
