@@ -64,7 +64,7 @@ class CudaToolkit:
 def alone(folder: Path) -> Iterator[None]:
     """Wait while another build works in the folder: both would write the same files."""
     if not sys.platform.startswith("linux"):
-        raise BuildError(f"csg-ext builds on Linux only, got {sys.platform}.")
+        raise BuildError(f"Linux is needed, got {sys.platform}.")
     import fcntl  # Unix has it
 
     try:

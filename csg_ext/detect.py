@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,35 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(aligned(rows, len(head))) + "\n"
 
 
+class _Progress:
+    """The steps of one network, called with each as it begins: a bar on a terminal, a line for each elsewhere."""
+
+    def __init__(self, network: str, steps: int) -> None:
+        from tqdm import tqdm
+
+        self.network, self.steps, self.begun = network, steps, 0
+        self.bar = tqdm(total=steps, unit="attack", disable=None, leave=False, dynamic_ncols=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, step: str) -> None:
+        if self.bar.disable:
+            print(f"  {self.network}, {self.begun + 1} of {self.steps}: {step}", file=sys.stderr, flush=True)
+        else:
+            self.bar.set_description(f"{self.network}: {step}", refresh=False)
+            self.bar.n = self.begun  # what begins is not done yet
+            self.bar.refresh()
+        self.begun += 1
+
+
 def main(arguments: dict[str, Any]) -> int:
     """Runs `csg-ext detect` with the parsed arguments; returns the exit status."""
     import art
     import sklearn
-    from tqdm import tqdm
 
     from csg_ext.training.compare import pick_device, versions
 
@@ -77,18 +102,12 @@ def main(arguments: dict[str, Any]) -> int:
     for (name, file), s in zip(files.items(), stored, strict=True):
         print(f"  {name}: {file}", flush=True)
         statistics = training_statistics(s, data)
-        try:
-            network, detectors, counts = adv.fit_detectors(restore(s, data).to(device), data, statistics, settings)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        with tqdm(
-            total=len(settings.attacks()) + len(settings.weights), unit="attack", disable=None, leave=False
-        ) as bar:
-
-            def progress(attack: str, bar: Any = bar) -> None:
-                bar.set_description(attack)
-                bar.update()
-
+        with _Progress(name, 1 + len(settings.attacks()) + len(settings.weights)) as progress:
+            progress(f"fitting the detectors on {adv.attack_name(settings.training())}")
+            try:
+                network, detectors, counts = adv.fit_detectors(restore(s, data).to(device), data, statistics, settings)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
             report, found = adv.measure(network, detectors, data, settings, progress)
         thresholds = {d.name: d.threshold for d in detectors}
         facts = {"name": name, "file": str(file), "model": s.config.model, "train_images": counts}

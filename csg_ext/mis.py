@@ -183,10 +183,9 @@ def _text(
         lines.append(
             f"  {classes[c]:{width}}  {counts[c]:{digits},}  {counts[c] / len(mi):6.1%}  mean MI {mean:.4f} nats"
         )
-    others, none = int((counts > 0).sum()) - len(listed), int((counts == 0).sum())
+    others = int((counts > 0).sum()) - len(listed)
     if others:
         lines.append(f"  in {others:,} other classes: {counts.sum() - counts[listed].sum():,}")
-    lines.append(f"classes without a filter: {none:,}")
     lines += filter_remarks(best, best < 0, classes, "mutual information")
     return "\n".join(lines) + "\n\n"
 

@@ -20,7 +20,7 @@ from csg_ext._text import name_list, reason
 from csg_ext.data.images import ImageData, find_images, load_found
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, read_json
+from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, is_number, read_json
 from csg_ext.training.network import build_model
 from csg_ext.training.weights import check_finite, check_state, load_checkpoint
 
@@ -196,8 +196,8 @@ def _read_torch(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def read_run(file: Path) -> dict[str, Any]:
-    """What run.json says of a run: config, source (with the keys of SOURCE), sha256 and perhaps statistics and images
-    (the classes, in the order of the labels, and the shape that the run saw).
+    """What run.json says of a run: config, source (with the keys of SOURCE), sha256 and perhaps statistics, images
+    (the classes, in the order of the labels, and the shape that the run saw) and seconds (what it took so far).
 
     Raises OSError or ValueError with one sentence.
     """
@@ -212,6 +212,8 @@ def read_run(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected the settings of a run with config, source and sha256, got other JSON")
     if not _is_seen(run.get("images")):
         raise ValueError(f"{file}: images must hold classes and shape, got {run['images']!r:.100}")
+    if not is_number(seconds := run.get("seconds", 0)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{file}: seconds must be a number, finite and at least 0, got {seconds!r:.100}")
     try:
         check_source(source)
     except ValueError as error:

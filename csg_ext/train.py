@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ def main(arguments: dict[str, Any]) -> int:
             _check_free(folder, overwrite, source["data"])  # again: another run may have begun meanwhile
             _begin(folder, config, source, data)
         elif arguments.get("data"):
-            _keep_source(folder, source)
+            _note(folder, source=source)
+        begun -= _run(folder).get("seconds", 0)  # of the parts before this one
         height, width = data.train_images.shape[2:]
         print(
             f"{'Resuming' if resume else 'Training'} STD and CSG ({config.model}, {config.epochs} epochs, "
@@ -85,9 +87,15 @@ def main(arguments: dict[str, Any]) -> int:
             f"{len(data.test_labels)} test images, {height}x{width}, {len(data.classes)} classes.",
             flush=True,
         )
-        with Progress(compare.ARMS) as display:
+        with Progress(compare.ARMS) as display, _noting_seconds(folder, begun) as note_seconds:
+
+            def show(arm: str, message: dict[str, Any]) -> None:
+                display(arm, message)
+                if message.get("row"):  # where a part that is killed is counted to
+                    note_seconds()
+
             options = {"resume": resume, "device": device, "threads": threads, "tensorboard": tensorboard}
-            results = compare.run_arms(config, data, folder, display=display, inherited=(lock,), **options)
+            results = compare.run_arms(config, data, folder, display=show, inherited=(lock,), **options)
         summary = compare.summarise(results, config, data, time.monotonic() - begun)
         compare.save_summary(folder, summary)
         print("\n" + compare.table(summary), flush=True)
@@ -124,13 +132,31 @@ def _stored_request(folder: Path, request: dict[str, Any]) -> tuple[TrainConfig,
     return config, stored["source"] | {"data": request.get("data", known["data"])}, stored["sha256"]
 
 
-def _keep_source(folder: Path, source: dict[str, Any]) -> None:
-    """Notes in run.json where the images are now, for the report and the other commands."""
+def _run(folder: Path) -> dict[str, Any]:
     from csg_ext.runs import read_run
 
-    run = read_run(folder / RUN)
-    if run["source"] != source:
-        write_text(folder / RUN, json.dumps(run | {"source": source}, indent=1) + "\n")
+    return read_run(folder / RUN)
+
+
+def _note(folder: Path, **facts: Any) -> None:
+    """Notes in run.json what is known by now: where the images are, how long the run took so far."""
+    run = _run(folder)
+    if run != run | facts:
+        write_text(folder / RUN, json.dumps(run | facts, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _noting_seconds(folder: Path, begun: float) -> Iterator[Callable[[], None]]:
+    """Gives a function that notes the seconds since `begun`, which is called at the end, too, whatever ends it."""
+
+    def note() -> None:
+        with contextlib.suppress(OSError):  # a full disk: the arms say so of what matters
+            _note(folder, seconds=round(time.monotonic() - begun, 1))
+
+    try:
+        yield note
+    finally:
+        note()
 
 
 def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:

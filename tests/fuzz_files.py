@@ -41,9 +41,9 @@ with followed:
     from torch import nn
 
     from csg_ext.analysis import detectors
+    from csg_ext.analysis.masks import read_arrays
     from csg_ext.data import load_images
     from csg_ext.data.images import ImageData
-    from csg_ext.localize import read_arrays
     from csg_ext.mis import read_features
     from csg_ext.report.collect import read_history, read_summary
     from csg_ext.runs import load_source, read_checkpoint, read_run, training_statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -14,7 +15,7 @@ from adversarial_inputs import CLASSES, STATISTICS, fresh_rng, quarters_data, qu
 from sklearn.feature_selection import mutual_info_classif
 from sklearn.metrics import roc_auc_score
 
-from csg_ext import cli
+from csg_ext import cli, detect
 from csg_ext.analysis import adversarial as adv
 from csg_ext.analysis import detectors as det
 from csg_ext.training.files import WEIGHTS
@@ -115,7 +116,8 @@ def test_rows_without_a_gate_are_the_filters_mutual_information():
         ({"images": 1}, "images must be at least 2, got 1"),
         ({"weights": (-1,)}, "weights must be finite and at least 0"),
         ({"train_attack": "deepfool"}, "train_attack must be fgsm or pgd"),
-        ({"epsilons": (0,)}, "epsilon must lie in (0, 255]"),
+        ({"epsilons": (4, 0)}, "epsilons must lie in (0, 255], in units of 1/255, got 0"),
+        ({"train_epsilon": float("nan")}, "train_epsilon must lie in (0, 255], in units of 1/255, got nan"),
     ],
 )
 def test_settings_errors(options, message):
@@ -157,7 +159,12 @@ def test_detect_measures_both_arms_and_writes_detectors(run_folder, tmp_path, ca
     options = ["--images", "16", "--epsilons", "20", "--train-epsilon", "20", "--steps", "2", "--weights", "0", "5"]
     command = ["detect", str(run_folder), "--device", "cpu", *options]
     assert cli.main([*command, "--output", str(tmp_path / "a")]) == 0, capsys.readouterr().err
-    text = capsys.readouterr().out
+    text, shown = capsys.readouterr()
+    assert shown.splitlines()[:2] == [
+        "  std, 1 of 8: fitting the detectors on pgd 20/255",
+        "  std, 2 of 8: pgd 20/255",
+    ]
+    assert shown.splitlines()[-1] == "  csg, 8 of 8: adaptive 20/255, weight 5"
     report = json.loads((tmp_path / "a" / "detection.json").read_text())
     assert [c["name"] for c in report["checkpoints"]] == ["std", "csg"]
     assert [c["gated"] for c in report["checkpoints"]] == [False, True]
@@ -178,6 +185,19 @@ def test_detect_measures_both_arms_and_writes_detectors(run_folder, tmp_path, ca
     assert again == report
 
 
+def test_progress_on_a_terminal_counts_what_is_done(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with detect._Progress("std", 3) as progress:
+        for step in ("fitting", "pgd", "fgsm"):
+            progress(step)
+            assert progress.bar.n == progress.begun - 1
+        assert "std: fgsm:  67%" in str(progress.bar)
+
+
 def test_detect_of_one_arm_and_its_errors(run_folder, tmp_path, capsys, monkeypatch):
     out = ["--output", str(tmp_path / "out"), "--device", "cpu"]
     small = ["--images", "8", "--epsilons", "30", "--train-epsilon", "30", "--steps", "1", "--weights"]
@@ -187,7 +207,7 @@ def test_detect_of_one_arm_and_its_errors(run_folder, tmp_path, capsys, monkeypa
     assert cli.main(["detect", str(run_folder), "--images", "1", *out]) == 2
     assert "images must be at least 2" in capsys.readouterr().err
     assert cli.main(["detect", str(run_folder), "--train-epsilon", "1e-6", "--images", "8", *out]) == 2
-    assert "give a larger train_epsilon" in capsys.readouterr().err
+    assert "give a larger train_epsilon (--train-epsilon of csg-ext detect)" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "art", None)
     assert cli.main(["detect", str(run_folder), *out]) == 1
     assert "it needs art, which is missing: pip install 'csg-ext[train,analysis]'" in capsys.readouterr().err

@@ -102,6 +102,14 @@ def test_backend_reports_an_old_setuptools(monkeypatch, tmp_path):
             hook(str(tmp_path))
 
 
+@pytest.mark.parametrize("platform", ["darwin", "win32"])
+def test_other_systems_are_refused_before_anything_is_written(monkeypatch, tmp_path, platform):
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(toolchain.BuildError, match=f"^Linux is needed, got {platform}"):
+        native.build(tmp_path, tmp_path / "build", "0.1")
+    assert not (tmp_path / "build").exists()
+
+
 def test_a_torch_that_is_too_old_or_has_no_headers(fake_torch, tmp_path):
     with pytest.raises(toolchain.BuildError, match=r"torch >= 2\.10 is needed, got torch 2\.9\.1"):
         toolchain.find_torch([fake_torch("2.9.1")])

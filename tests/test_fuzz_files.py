@@ -44,6 +44,7 @@ def test_variants_of_whole_files(name, tmp_path):
         ("run.json", lambda run: run["source"].update(data="a\0b"), "the source's data must be a path or null"),
         ("run.json", lambda run: run["images"].update(classes=[7]), "images must hold classes and shape, got"),
         ("run.json", lambda run: run["images"].update(shape=[1, 28, True]), "images must hold classes and shape, got"),
+        ("run.json", lambda run: run.update(seconds=-1), "seconds must be a number, finite and at least 0, got -1"),
         ("summary.json", lambda summary: summary["data"].update(shape=[4, 4]), "expected the numbers that"),
         ("metrics.json", lambda rows: rows[1].update(loss_std="1"), "loss_std must be a number, got '1'"),
         ("result.json", lambda result: result.pop("mis"), "mis must be a number, got None"),

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from csg_ext import cli, localize
 from csg_ext.analysis import localization as loc
 from csg_ext.data import load_images
 from csg_ext.nn import GatedModel
+from csg_ext.runs import SOURCE, load_source
+from csg_ext.training.config import TrainConfig
+from csg_ext.training.network import build_model
 
 # ---- a network whose filters are known
 
@@ -271,3 +275,25 @@ def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, cap
     assert status == 2 and "holds weights alone" in err
     status, _, err = _localize(capsys, run[0], "--data", digits)
     assert status == 2 and f"masks: expected the array test_masks in {digits}" in err
+
+
+def test_masks_of_the_images_inside_the_package(tmp_path, capsys):
+    source = SOURCE | {"classes": ["Bag", "Trouser"]}
+    data = load_source(source)
+    config = TrainConfig()
+    stored = {"config": config.as_dict(), "source": source, "sha256": data.fingerprint()}
+    (tmp_path / "std").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps(stored | {"statistics": data.statistics()}))
+    weights = {name: w.contiguous() for name, w in build_model(config, data).state_dict().items()}
+    save_file(weights, tmp_path / "std" / "model.safetensors")
+    arguments = (tmp_path / "std", "--output", tmp_path / "out")
+    status, _, err = _localize(capsys, *arguments)
+    assert status == 2 and err.endswith(
+        "error: the masks must be given as --masks FILE, as the set inside the package holds none\n"
+    )
+    np.save(tmp_path / "masks.npy", data.test_images[:, 0] > 100)
+    status, out, err = _localize(capsys, *arguments, "--masks", tmp_path / "masks.npy")
+    assert status == 0, err
+    assert "28x28, 2 classes" in out
+    report = json.loads((tmp_path / "out" / "localization.json").read_text())
+    assert report["checkpoints"][0]["images"] == 200  # every second one chooses the filters' classes

@@ -20,8 +20,8 @@ from torch import nn
 import csg_ext
 from csg_ext import cli
 from csg_ext.analysis.detectors import load_detector
+from csg_ext.analysis.masks import read_arrays
 from csg_ext.data import load_images
-from csg_ext.localize import read_arrays
 from csg_ext.mis import read_features
 from csg_ext.runs import read_checkpoint
 from csg_ext.training import AtomicCheckpointIO, load_checkpoint, load_weights

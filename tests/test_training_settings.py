@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from csg_ext.training import Schedule, TrainConfig
+from csg_ext.training import Schedule, TrainConfig, compare
 
 
 def _schedule(**options) -> Schedule:
@@ -160,3 +161,24 @@ def test_sizes():
     config = TrainConfig(epochs=5, low_scale=0.7, low_share=0.6)
     assert config.sizes(28) == [20, 20, 20, 28, 28] and config.sizes(32) == [24] * 3 + [32] * 2
     assert config.sizes(3) == [3] * 5 and replace(config, low_share=0.0).sizes(28) == [28] * 5
+
+
+@pytest.mark.parametrize(
+    "name, kernels_error, message",
+    [
+        ("cuda", "torch 2.13.0 has no CUDA.", "needs csg_ext's CUDA kernels, which are not there: torch 2.13.0 has no"),
+        ("cuda:2", None, "device must be one of the 2 GPUs, counted from 0, got 'cuda:2'"),
+        ("cuda:x", None, "device must be auto, cpu, cuda or cuda:INDEX, got 'cuda:x'"),
+        ("cuda:1", None, None),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_refused_at_once(monkeypatch, name, kernels_error, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(compare, "CUDA_ERROR", kernels_error)
+    assert compare.pick_device("auto") == ("cpu" if kernels_error else "cuda")
+    if message is None:
+        assert compare.pick_device(name) == name
+    else:
+        with pytest.raises(ValueError, match=message):
+            compare.pick_device(name)

@@ -60,7 +60,9 @@ class Settings:
             raise ValueError(f"weights must be finite and at least 0, got {list(self.weights)}")
         if self.train_attack not in ("fgsm", "pgd"):
             raise ValueError(f"train_attack must be fgsm or pgd, got {self.train_attack!r}")
-        self.attacks()
+        for name, strengths in (("epsilons", self.epsilons), ("train_epsilon", [self.train_epsilon])):
+            if wrong := [e for e in strengths if not 0 < e <= 255]:
+                raise ValueError(f"{name} must lie in (0, 255], in units of 1/255, got {wrong[0]:g}")
 
     def training(self) -> Attack:
         """The attack that the detectors are fitted on."""
@@ -222,7 +224,7 @@ def fit_detectors(
     if not changed.any():
         raise ValueError(
             f"{settings.train_attack} at {settings.train_epsilon:g}/255 changes none of {len(fits)} predictions: a "
-            "detector cannot be fitted; give a larger train_epsilon"
+            "detector cannot be fitted; give a larger train_epsilon (--train-epsilon of csg-ext detect)"
         )
     benign, successful = _take(clean, fits), _take(attacked, changed)
     detectors: list[Detector] = [

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -292,8 +293,12 @@ def pick_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() and CUDA_ERROR is None else "cpu"
     if name == "cpu":
         return name
-    if name.split(":")[0] != "cuda":
+    if not re.fullmatch(r"cuda(:[0-9]+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:INDEX, got {name!r}")
     if not torch.cuda.is_available():
         raise ValueError(f"device {name!r} needs a GPU that this torch can use, got none (torch {torch.__version__})")
+    if CUDA_ERROR is not None:  # a GPU of ROCm among others
+        raise ValueError(f"device {name!r} needs csg_ext's CUDA kernels, which are not there: {CUDA_ERROR}")
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one of the {torch.cuda.device_count()} GPUs, counted from 0, got {name!r}")
     return name
