@@ -435,8 +435,10 @@ def _fake_gated_pool_backward(
     most = 2 if pool == _AVG else 1
     torch._check(
         not need_x or 0 <= layout <= most,
-        lambda: f"{op}: layout must be 0 (contiguous), 1 (channels last) or for avg 2 (shared by all positions), "
-        f"got {layout}",
+        lambda: (
+            f"{op}: layout must be 0 (contiguous), 1 (channels last) or for avg 2 (shared by all positions), "
+            f"got {layout}"
+        ),
     )
     if not need_x:
         grad_x = gate.new_empty(0, dtype=x_dtype)
