@@ -274,8 +274,8 @@ def main(arguments: dict[str, Any]) -> int:
     for s, model in zip(stored, models, strict=True):
         measured.append(evaluate_model(model, data, training_statistics(s, data), seed))
     report = _report(files, stored, measured, data, seed, device)
-    print("\n" + table(report))
     written = _write(Path(arguments["output"]), report, dict(zip(files, measured, strict=True)), data.classes)
+    print("\n" + table(report))
     print(f"Written to {arguments['output']}: {', '.join(written)}")
     return 0
 

@@ -366,7 +366,13 @@ def main(arguments: dict[str, Any]) -> int:
         raise ValueError(
             f"the masks must be given as --masks FILE, as {path or 'the set inside the package'} holds none"
         )
-    data = source_images(stored, {"data": path, "image_size": arguments["image_size"]})
+    chosen = [f"--{k.replace('_', '-')}" for k in ("hold_out", "imbalance") if run and run["source"][k] is not None]
+    if chosen and arguments["data"] is None and arguments["masks"] is None:
+        raise ValueError(
+            f"the masks must be given as --masks FILE, as those of {path} are not of the images that the run chose by "
+            f"{' and '.join(chosen)}, or the images as --data PATH"
+        )
+    data = source_images(stored, arguments)
     scenes = masked_scenes(data, read_arrays(Path(mask_file)))
     height, width = data.test_images.shape[2:]
     print(

@@ -277,15 +277,19 @@ def test_command_refuses_masks_that_do_not_fit(run, digits, masks, tmp_path, cap
     assert status == 2 and f"masks: expected the array test_masks in {digits}" in err
 
 
-def test_masks_of_the_images_inside_the_package(tmp_path, capsys):
-    source = SOURCE | {"classes": ["Bag", "Trouser"]}
-    data = load_source(source)
-    config = TrainConfig()
+def _stored_run(folder, source):
+    """A run's folder with the weights of an arm before training; its images."""
+    data, config = load_source(source), TrainConfig()
     stored = {"config": config.as_dict(), "source": source, "sha256": data.fingerprint()}
-    (tmp_path / "std").mkdir()
-    (tmp_path / "run.json").write_text(json.dumps(stored | {"statistics": data.statistics()}))
+    (folder / "std").mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(stored | {"statistics": data.statistics()}))
     weights = {name: w.contiguous() for name, w in build_model(config, data).state_dict().items()}
-    save_file(weights, tmp_path / "std" / "model.safetensors")
+    save_file(weights, folder / "std" / "model.safetensors")
+    return data
+
+
+def test_masks_of_the_images_inside_the_package(tmp_path, capsys):
+    data = _stored_run(tmp_path, SOURCE | {"classes": ["Bag", "Trouser"]})
     arguments = (tmp_path / "std", "--output", tmp_path / "out")
     status, _, err = _localize(capsys, *arguments)
     assert status == 2 and err.endswith(
@@ -297,3 +301,26 @@ def test_masks_of_the_images_inside_the_package(tmp_path, capsys):
     assert "28x28, 2 classes" in out
     report = json.loads((tmp_path / "out" / "localization.json").read_text())
     assert report["checkpoints"][0]["images"] == 200  # every second one chooses the filters' classes
+
+
+def test_without_data_the_run_s_own_images_are_scored(digits, masks, tmp_path, capsys):
+    scenes = tmp_path / "scenes.npz"
+    with np.load(digits) as images:
+        arrays = dict(images)
+    np.savez(scenes, **arrays, **masks[1])
+    _stored_run(tmp_path / "whole", SOURCE | {"data": str(scenes)})
+    held = _stored_run(tmp_path / "held", SOURCE | {"data": str(scenes), "hold_out": 60})
+    output = ("--output", tmp_path / "out")
+    status, out, err = _localize(capsys, tmp_path / "whole" / "std", *output)
+    assert status == 0 and "Localizing on scenes: 135 test images" in out, err
+    status, _, err = _localize(capsys, tmp_path / "whole" / "std", "--image-size", "9", *output)
+    assert status == 2 and "--image-size applies to --data, which is not given" in err
+    status, _, err = _localize(capsys, tmp_path / "held" / "std", *output)
+    assert status == 2 and f"as those of {scenes} are not of the images that the run chose by --hold-out" in err
+    np.save(tmp_path / "masks.npy", held.test_images[:, 0] > 120)
+    status, out, err = _localize(capsys, tmp_path / "held" / "std", "--masks", tmp_path / "masks.npy", *output)
+    assert status == 0 and f"(validation: {len(held.test_labels)} of its train images)" in out, err
+    arrays["test_images"] = arrays["test_images"][::-1]
+    np.savez(scenes, **arrays, **masks[1])
+    status, _, err = _localize(capsys, tmp_path / "whole" / "std", *output)
+    assert status == 2 and f"expected the images that the run saw, got others from {scenes}" in err
