@@ -15,7 +15,7 @@ GRID = [(case, peer) for case in gated_pool_cases.grid() for peer in PEERS if ga
 def bench_gated_pool(benchmark, direction, case, peer):
     gated_pool_cases.check(case, PEERS[peer])
     run = getattr(gated_pool_cases, direction)(PEERS[peer], case.inputs())
-    moved = case.bytes * (2 if direction == "both" else 1)
+    moved = case.bytes * {"both": 2, "relu": 5}.get(direction, 1)
     benchmark.group = f"{direction} {case.id}"
     benchmark.extra_info.update(bytes=moved, device=measure.DEVICE, peer=peer)
     run = measure.synchronized(run)

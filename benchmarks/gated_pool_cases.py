@@ -12,7 +12,7 @@ from torch import Tensor
 
 import csg_ext
 
-DIRECTIONS = ("forward", "backward", "both")
+DIRECTIONS = ("forward", "backward", "both", "relu")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -179,9 +179,17 @@ def both(f: Pool, inputs: Inputs) -> Callable[[], object]:
     return lambda: torch.autograd.grad(f(x, gate, labels), (x, gate), grad)
 
 
-def limit(direction: str, inputs: Inputs) -> Callable[[], object]:
-    """What no implementation with dense gradients can avoid: forward reads x, backward writes those of x and gate.
+def relu(f: Pool, inputs: Inputs) -> Callable[[], object]:
+    """A call of forward and backward with a ReLU before the pooling, as networks have it: it reads the gradient."""
+    x, gate, labels, grad = inputs
+    return lambda: torch.autograd.grad(f(torch.relu(x), gate, labels), (x, gate), grad)
 
+
+def limit(direction: str, inputs: Inputs) -> Callable[[], object]:
+    """What must be read and written: forward reads x, a written gradient of x is as large; with a ReLU both.
+
+    A gradient that is handed back as a view writes nothing: its share of the limit of backward may be above 1. A ReLU
+    reads and writes x's bytes in forward and in backward, where its gradient needs its result; the pooling reads them.
     x is read as fp32 whatever its type: adding half numbers would bound the sum, not the memory.
     """
     x, gate = (t.detach() for t in inputs[:2])
@@ -194,6 +202,8 @@ def limit(direction: str, inputs: Inputs) -> Callable[[], object]:
         return lambda: memory.sum()
     if direction == "backward":
         return write
+    if direction == "relu":
+        return lambda: (torch.empty_like(x).copy_(x), memory.sum(), torch.empty_like(x).copy_(x))
     if DEVICE == "cpu":
         return lambda: (memory.sum(), write())
     return lambda: (torch.empty_like(x).copy_(x), torch.empty_like(gate).fill_(1))

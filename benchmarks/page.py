@@ -12,7 +12,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-DIRECTIONS = {"forward": "Forward", "backward": "Backward", "both": "Forward with backward"}
+DIRECTIONS = {
+    "forward": "Forward",
+    "backward": "Backward",
+    "both": "Forward with backward",
+    "relu": "Forward with backward, a ReLU before it",
+}
 # Okabe and Ito's colours, and a marker each: readable without colours, too.
 STYLES = {
     "csg_ext": ("#000000", "o"),
@@ -41,25 +46,21 @@ with fp64 first.
 POOL = """\
 The limit of forward is one read of x (`sum` over its memory, taken as fp32 whatever its type: a sum of half numbers
 would bound the adding, not the memory), of backward one write of the gradients of x and gate (`fill_`), of both the
-two in one go{copy}. Share of the limit: the limit's time over csg_ext's. A peer's cell has its time in multiples of
-csg_ext's (above 1x csg_ext is faster), then its peak memory: the most that is allocated at a time beyond the inputs,
-in multiples of x's bytes. A share above 1 says that PyTorch's loop, which stands for the limit, did not reach it. C is
-the number of classes. rows: contiguous; channels_last: also the memory of tokens (N, L, K).
+two in one go{copy}; with a ReLU before the pooling a copy of x, a read and another copy, which is what the ReLU must
+move forward and backward beside the pooling's read. Share of the limit: the limit's time over csg_ext's. Above 1 it
+says that PyTorch's loop, which stands for the limit, did not reach it, or that the gradient of x, the same at all
+positions, is handed back as a broadcast view of (N, K) values (csg_ext where that is faster; viewed): then backward
+writes nothing, and what it costs the operator before the pooling to read the view is in the figures with a ReLU. A
+peer's cell has its time in multiples of csg_ext's (above 1x csg_ext is faster), then its peak memory: the most that is
+allocated at a time beyond the inputs, in multiples of x's bytes. C is the number of classes. rows: contiguous;
+channels_last: also the memory of tokens (N, L, K).
 
 - eager: `x.mean(spatial) * gate[labels]`
 - masked: `(x * gate[labels][..., None, None]).mean(spatial)`, the method as it is written
 - compiled: the same under `torch.compile`; autotuned: under its mode max-autotune-no-cudagraphs ({few})
+- viewed: `x.sum(spatial) * (gate[labels] / S)`, the shortest form whose gradient of x is a view
 {others}- backward: `torch.autograd.grad` through one graph that is kept (`retain_graph`), gradients to x and gate
   (memory: what backward allocates itself, without what the graph holds)
-"""
-VIEWED = """\
-- viewed: `x.sum(spatial) * (gate[labels] / S)`, whose gradient of x is a broadcast view of (N, K) values: nothing is
-  written, so the limit of backward is none for it; what reading the view costs the operator before the pooling is not
-  in its figure
-"""
-NOT_VIEWED = """\
-- not measured here: `x.sum(spatial) * (gate[labels] / S)`, whose gradient of x is a broadcast view of (N, K) values:
-  nothing is written, so the limit of backward is none for it (`viewed` in benchmarks/gated_pool_cases.py)
 """
 GATE = """\
 A momentum step on a gate (C, K) with its projection. The limit is a copy that moves as many bytes as the step
@@ -68,13 +69,8 @@ must: gate and momentum buffer read and written, the gradient read. Peers: `torc
 both under one `torch.compile`. A peer's cell has its time in multiples of csg_ext's, then its peak memory in multiples
 of the gate's bytes; csg_ext's is without the maxima, at most 65 rows, that the CPU kernel takes beside torch's
 allocator. The first step, which makes the momentum buffer, is not measured.
-"""
-IN_PLACE = """\
+
 in place: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates without NaN and without such columns.
-"""
-NOT_IN_PLACE = """\
-Not measured here, and leaner than these peers: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates
-without NaN and without such columns (`in place` in benchmarks/gate_step_cases.py).
 """
 END_TO_END = """\
 Whole training steps: forward, loss, backward, optimizers. The ratio to the STD step of the same network is
@@ -174,7 +170,9 @@ def picture(rows: list[dict], path: Path) -> None:
         ticks.append((at, row["kind"]))
         heights[row["case"]] = at
         at += 1
-    figure, panels = plt.subplots(1, 3, figsize=(14, 1.6 + 0.19 * at), sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(DIRECTIONS), figsize=(17, 1.6 + 0.19 * at), sharex=True, sharey=True, layout="constrained"
+    )
     for panel, (direction, title) in zip(panels, DIRECTIONS.items(), strict=True):
         for name, (colour, marker) in reversed(STYLES.items()):
             shares = [(_shares(row, direction).get(name), heights[row["case"]]) for row in rows]
@@ -214,8 +212,7 @@ def pool_section(part: dict, device: str, image: str) -> list[str]:
     method = POOL.format(
         copy="" if device == "cpu" else " (a copy of x)",
         few="few cases, since compiling takes seconds each: " + ", ".join(few),
-        others=(VIEWED if any("viewed" in row["pairs"]["forward"] for row in rows) else NOT_VIEWED)
-        + ("" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n"),
+        others="" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n",
     )
     lines = ["### gated_pool", "", *machine_lines(part["machine"]), method, pool_summary(rows), ""]
     lines += [f"![share of the limit per case]({image})", ""]
@@ -242,8 +239,7 @@ def gate_section(part: dict) -> list[str]:
             ]
         )
     head = ["C x K", "bytes moved (MB)", "csg_ext (ms)", "share of the limit", "memory", *peers]
-    method = [GATE, IN_PLACE if "in place" in peers else NOT_IN_PLACE]
-    return ["### gate_step", "", *machine_lines(part["machine"]), *method, *table(head, lines)]
+    return ["### gate_step", "", *machine_lines(part["machine"]), GATE, *table(head, lines)]
 
 
 def _overhead(row: dict) -> str:

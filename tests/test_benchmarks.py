@@ -40,10 +40,10 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
     report.main(["--output", str(page), "--results", str(tmp_path)])
     text = page.read_text()
     for case in grid:
-        assert text.count(f"| {case.id} |") == 3  # forward, backward, both
+        assert text.count(f"| {case.id} |") == 4  # forward, backward, both, the same with a ReLU
     assert "| 5 x 8 |" in text and "| released |" in text
     assert "- viewed: " in text and "\nin place: " in text and "ot measured here" not in text
-    assert " in 18 comparisons with peers: " in text  # two maps, three directions, three peers; the limit is none
+    assert " in 24 comparisons with peers: " in text  # two maps, four directions, three peers; the limit is none
     picture = tmp_path / "images" / f"performance_{cases.DEVICE}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
