@@ -33,22 +33,33 @@ def test_what_is_left_of_a_class(study):
     assert study.after_removal(train, test, weight, bias, np.zeros(6, bool), 1)["class"] == 1
 
     found = study.measure(train, test, weight, bias, weight, seed=0)
-    assert list(found) == ["weight", "mi", "gate", "random", "logit"]
+    assert list(found) == ["weight", "mi", "gate", "random", "logit", "classes"]
     for name in ("weight", "mi", "gate"):
         assert found[name] == {"filters": 2, "class": 0, "others": 1, "probe": pytest.approx(found[name]["probe"])}
     assert found["random"]["filters"] == 2 and found["random"]["others"] < 1
     assert found["logit"] == {"filters": 0, "class": 0, "others": 1}
+    each = found["classes"]
+    assert each["before"] == {"class": [1, 1, 1], "others": [1, 1, 1]}
+    assert each["gate"] | {"probe": []} == {"filters": [2] * 3, "class": [0] * 3, "others": [1] * 3, "probe": []}
+    assert np.mean(each["random"]["others"]) == pytest.approx(found["random"]["others"])
     assert "gate" not in study.measure(train, test, weight, bias, None, seed=0)
 
 
 def test_the_table_has_the_means_of_the_seeds(study):
     numbers = {key: 0.5 for key in study.MEASURES}
     for seed, value in enumerate((0.2, 0.4)):
-        arm = {"weight": numbers | {"class": value}, "logit": numbers}
+        each = {key: [value + 0.01 * c for c in range(10)] for key in study.MEASURES}
+        classes = {"before": each, "mi": each, "gate": {key: [1 - v for v in vs] for key, vs in each.items()}}
+        arm = {"weight": numbers | {"class": value}, "logit": numbers, "classes": classes}
         (study.RESULTS / f"seed-{seed}.json").parent.mkdir(exist_ok=True)
         (study.RESULTS / f"seed-{seed}.json").write_text(json.dumps({"std": arm, "csg": arm}))
-    study.PAGE.write_text(f"before\n{study.BEGIN}\nold\n<!-- end -->\nafter\n")
+    study.PAGE.write_text(
+        f"before\n{study.BEGIN_CLASSES}\nold\n<!-- end -->\n{study.BEGIN}\nold\n<!-- end -->\nafter\n"
+    )
     study.report()
     page = study.PAGE.read_text()
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert "| CSG | filters by the classifier's weights | 0.5 | 30.0% ± 14.1% | 50.0% ± 0.0% | 50.0% ± 0.0% |" in page
+    same, gate = "| 0 | 20.0% → 20.0% | 20.0% → 20.0% ", "| 1 | 20.0% → 80.0% | 20.0% → 80.0% |"
+    assert f"| T-shirt/top {same}{same}{gate}" in page  # the first seed's
+    assert "| **mean** |  | 24.5% → 24.5% | 24.5% → 24.5% |" in page

@@ -2,13 +2,14 @@
 
     python examples/reproduction/study.py run --only demo          trains what is measured here
     python examples/reproduction/removal.py run                    measures every seed of it
-    python examples/reproduction/removal.py report                 writes the table
+    python examples/reproduction/removal.py report                 writes the tables
 
 Every class of every seed is forgotten in turn (csg_ext.analysis.forget does the same to a model): the features of its
 filters are set to 0. Whose filters they are is said by mutual information on train images, by the classifier's largest
 weight, or by the gate. Two controls: as many filters drawn at random, and all filters left while the class's own logit
 is taken away. A probe, a logistic regression on the features of the filters that are left, fitted on train images,
-shows what these still tell of the class. Accuracies are those of test images. Numbers: results/removal/seed-S.json.
+shows what these still tell of the class. Accuracies are those of test images. Numbers: results/removal/seed-S.json,
+under "classes" those of every class instead of their mean.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results" / "removal"
 PAGE = ROOT / "docs" / "removal.md"
 BEGIN = "<!-- begin: examples/reproduction/removal.py report -->"
+BEGIN_CLASSES = "<!-- begin: examples/reproduction/removal.py report, classes -->"
 RUNS = ROOT / "runs" / "reproduction" / "demo"
 PROBED = 4000  # train images that say whose the filters are and that a probe is fitted on
 NAMES = {
@@ -38,6 +41,7 @@ NAMES = {
     "logit": "no filter, but the class's logit",
 }
 MEASURES = ("filters", "class", "others", "probe")
+SHOWN = (("std", "mi"), ("csg", "mi"), ("csg", "gate"))  # in the table of the classes
 
 Features = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -66,8 +70,8 @@ def after_removal(
 
 def measure(
     train: Features, test: Features, weight: NDArray[Any], bias: NDArray[Any], gate: NDArray[Any] | None, seed: int
-) -> dict[str, dict[str, float]]:
-    """Every way to take a class away, means over the classes."""
+) -> dict[str, dict[str, Any]]:
+    """Every way to take a class away, means over the classes; "classes": each class, with nothing taken away, too."""
     from csg_ext.metrics import best_class, class_mutual_info
 
     classes = len(weight)
@@ -77,16 +81,22 @@ def measure(
     draw = np.random.default_rng(seed).permutation
     losts = {name: [owner == c for c in range(classes)] for name, owner in owners.items()}
     losts["random"] = [draw(lost) for lost in losts[next(reversed(owners))]]
-    found = {}
+    logits = test[0] @ weight.T + bias
+    right, own = logits.argmax(1) == test[1], [test[1] == c for c in range(classes)]
+    each: dict[str, dict[str, list[float]]] = {
+        "before": {"class": [float(right[o].mean()) for o in own], "others": [float(right[~o].mean()) for o in own]}
+    }
+    found: dict[str, dict[str, Any]] = {}
     for name, lost in losts.items():
-        each = [after_removal(train, test, weight, bias, lost[c], c) for c in range(classes)]
-        found[name] = {key: statistics.mean(one[key] for one in each) for key in MEASURES}
-    logits, others = test[0] @ weight.T + bias, []
+        left = [after_removal(train, test, weight, bias, lost[c], c) for c in range(classes)]
+        each[name] = {key: [one[key] for one in left] for key in MEASURES}
+        found[name] = {key: statistics.mean(values) for key, values in each[name].items()}
+    others = []
     for c in range(classes):
         without = np.where(np.arange(classes) == c, -np.inf, logits).argmax(1)
         others.append(float((without == test[1])[test[1] != c].mean()))
     found["logit"] = {"filters": 0.0, "class": 0.0, "others": statistics.mean(others)}  # a probe would see all
-    return found
+    return found | {"classes": each}
 
 
 def run(runs: Path) -> None:
@@ -144,11 +154,37 @@ def tables(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def class_table(found: dict[str, Any], names: Sequence[str]) -> str:
+    """Every class of one seed: accuracy before and after."""
+    rules = {"mi": "MI", "gate": "the gate"}
+    heads = [f"{arm.upper()}, by {rules[rule]}: filters | class | others" for arm, rule in SHOWN]
+    lines = [f"| forgotten | {' | '.join(heads)} |", "|---" * (1 + 3 * len(SHOWN)) + "|"]
+    chosen = [(found[arm]["classes"]["before"], found[arm]["classes"][rule]) for arm, rule in SHOWN]
+
+    def change(before: float, after: float) -> str:
+        return f"{before:.1%} → {after:.1%}"
+
+    for c, name in enumerate(names):
+        cells = [name]
+        for before, after in chosen:
+            cells.append(f"{after['filters'][c]:.0f}")
+            cells += [change(before[key][c], after[key][c]) for key in ("class", "others")]
+        lines.append(f"| {' | '.join(cells)} |")
+    cells = ["**mean**"]
+    for before, after in chosen:
+        cells.append("")
+        cells += [change(statistics.mean(before[key]), statistics.mean(after[key])) for key in ("class", "others")]
+    return "\n".join([*lines, f"| {' | '.join(cells)} |"])
+
+
 def report() -> None:
-    """Writes the table between the marks in docs/removal.md."""
+    """Writes the tables between the marks in docs/removal.md: the classes of the first seed, the means of all."""
+    from csg_ext.data import load_images
+
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed-*.json"))]
     if not found:
         raise SystemExit(f"removal: expected results of `run` in {RESULTS}, got none")
+    write_between(PAGE, BEGIN_CLASSES, class_table(found[0], load_images().classes))
     write_between(PAGE, BEGIN, tables(found))
 
 
