@@ -83,6 +83,7 @@ def of_pool() -> Iterator[tuple[str, Run]]:
             yield f"fill_rows<{name}, {pool}>", pooled(dtype, "rows", short, pool)
             yield f"fill_channels<{name}, {pool}, {width}>", pooled(dtype, "channels last", aligned, pool)
             yield f"fill_channels<{name}, {pool}, 1>", pooled(dtype, "channels last", odd, pool)
+        yield f"shared_values<{name}>", pooled(dtype, "rows", short)
         yield f"gate_gradient<{name}>", pooled(dtype, "rows", short)
         yield f"max_columns<{name}>", pooled(dtype, "rows", short, project=True)
 
