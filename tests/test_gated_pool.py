@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from gated_pool_inputs import BF16, F16, F32, F64, LAYOUTS, SHAPES, TYPE_IDS, TYPES, compare, inputs
+from meta_tensors import on_meta
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -431,6 +432,8 @@ def backward_arguments(**changed):
         ({"labels": None}, r"without labels gate must have a row for each sample, got \(5, 3\) for N = 2"),
         ({"col_arg": None}, "col_max and col_arg come together"),
         ({"col_max": torch.rand(4)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+        ({"col_max": torch.rand(6)[::2]}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+        ({"col_arg": torch.zeros(1).long().expand(3)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
         ({"layout": 3}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 3"),
         ({"layout": 2}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 2"),
         ({"layout": -1}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got -1"),
@@ -440,7 +443,7 @@ def test_the_backward_operator_refuses_the_same_with_and_without_values(changed,
     operator, arguments = torch.ops.csg_ext.gated_pool_backward, backward_arguments(**changed)
     operator(**backward_arguments())
     for device in ("cpu", "meta"):
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        moved = {k: on_meta(v) if device == "meta" else v for k, v in arguments.items()}
         with pytest.raises(RuntimeError, match=rf"^gated_pool: {message}[^\n]*$"):
             operator(**moved)
 

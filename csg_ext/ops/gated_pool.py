@@ -385,7 +385,7 @@ def _fake_check_rows(
     if top is not None and where is not None:
         text = f"{op}: col_max and col_arg must be what column_max(gate) returns"
         for name, tensor, dtype in (("col_max", top, gate.dtype), ("col_arg", where, torch.int64)):
-            torch._check(tensor.dim() == 1 and tensor.dtype == dtype, lambda: text)
+            torch._check(tensor.dim() == 1 and tensor.dtype == dtype and tensor.is_contiguous(), lambda: text)
             torch._check(tensor.shape[0] == k, lambda: text)
             fake_check_device(op, name, tensor, x)
 
