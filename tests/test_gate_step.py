@@ -563,6 +563,15 @@ def test_bad_input_is_one_clear_sentence(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("name", ["gate", "momentum_buffer"])
+def test_the_operator_refuses_other_strides_with_and_without_values(name):
+    tensors = {"gate": matrix(), "grad": matrix(), "momentum_buffer": matrix()} | {name: matrix(4, 3).T}
+    for device in ("cpu", "meta"):
+        moved = [t.to(device) for t in tensors.values()]
+        with pytest.raises(RuntimeError, match=rf"^gate_step_: {name} must be contiguous, got other strides$"):
+            torch.ops.csg_ext.gate_step_(*moved, 0.1, 0.9, 0.0, 0.0, False, False, False)
+
+
 @pytest.mark.parametrize(
     "gate, grad, error, message",
     [

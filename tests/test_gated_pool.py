@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from gated_pool_inputs import BF16, F16, F32, F64, LAYOUTS, SHAPES, TYPE_IDS, TYPES, compare, inputs
+from meta_tensors import on_meta
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -141,20 +142,34 @@ def test_partial_gradients(device):
     torch.testing.assert_close(grad, torch.full_like(grad, 1 / 25))
 
 
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_pooled_gives_the_gate_no_gradient(device, soft, project):
+    """None as in PyTorch's operators: zeros would let an optimizer's momentum and weight decay move the gate."""
+    x, gate, labels = inputs((4, 8, 6, 6), (F32, F32), device, soft=soft, project=project)
+    for create_graph, pool in itertools.product((False, True), ("avg", "max")):
+        x, gate = x.detach().requires_grad_(), gate.detach().requires_grad_()
+        _, pooled = csg_ext.gated_pool(x, gate, labels, pool=pool, project=project, return_pooled=True)
+        grads = torch.autograd.grad(pooled.sum(), (x, gate), create_graph=create_graph, allow_unused=True)
+        torch.testing.assert_close(grads[0].sum((2, 3)), torch.ones(4, 8, device=device))
+        assert grads[1] is None
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 def test_gradient_keeps_the_layout_or_is_a_view(device, dtype, memory_format):
-    for side, pool in itertools.product((5, 6, 14), ("avg", "max")):
+    for side, pool in itertools.product((1, 5, 6, 14), ("avg", "max")):
         x, gate, labels = inputs((4, 8, side, side), (dtype, dtype), device)
         x = x.contiguous(memory_format=memory_format).requires_grad_()
         (grad,) = torch.autograd.grad(csg_ext.gated_pool(x, gate, labels, pool=pool).sum(), x)
         wide, channels_last = dtype in (F32, F64), memory_format == torch.channels_last
         short = not channels_last and side**2 < (32 if wide else 192)
-        view = pool == "avg" and (wide if x.is_cuda else not short)
+        view = pool == "avg" and side > 1 and (wide if x.is_cuda else not short)
         assert grad.stride() == (8, 1, 0, 0) if view else grad.is_contiguous(memory_format=memory_format)
         x.grad = None
         csg_ext.gated_pool(x, gate, labels, pool=pool).sum().backward()
         assert x.grad.is_contiguous(memory_format=memory_format) and torch.equal(x.grad, grad)
+        assert 0 not in x.grad.stride()
 
 
 @pytest.mark.parametrize("types", [(F32, F32), (F64, F64), (BF16, BF16), (F16, F32)], ids=str)
@@ -431,6 +446,8 @@ def backward_arguments(**changed):
         ({"labels": None}, r"without labels gate must have a row for each sample, got \(5, 3\) for N = 2"),
         ({"col_arg": None}, "col_max and col_arg come together"),
         ({"col_max": torch.rand(4)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+        ({"col_max": torch.rand(6)[::2]}, r"col_max and col_arg must be what column_max\(gate\) returns"),
+        ({"col_arg": torch.zeros(1).long().expand(3)}, r"col_max and col_arg must be what column_max\(gate\) returns"),
         ({"layout": 3}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 3"),
         ({"layout": 2}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got 2"),
         ({"layout": -1}, r"layout must be 0 \(contiguous\), 1 \(channels last\) or for avg 2 .*, got -1"),
@@ -440,7 +457,7 @@ def test_the_backward_operator_refuses_the_same_with_and_without_values(changed,
     operator, arguments = torch.ops.csg_ext.gated_pool_backward, backward_arguments(**changed)
     operator(**backward_arguments())
     for device in ("cpu", "meta"):
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        moved = {k: on_meta(v) if device == "meta" else v for k, v in arguments.items()}
         with pytest.raises(RuntimeError, match=rf"^gated_pool: {message}[^\n]*$"):
             operator(**moved)
 

@@ -88,6 +88,29 @@ def test_sizes_that_change_or_depend_on_values_compile_once(device):
         assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("pool", ["avg", "max"])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_gradients_where_sizes_depend_on_values(device, axis, pool):
+    """Channels or positions chosen by a mask: no layout may be decided by comparing their number."""
+
+    def chosen(x, gate, labels, keep):
+        at = keep.nonzero()[:, 0]
+        gate = gate[:, at] if axis == 1 else gate
+        return csg_ext.gated_pool(x.index_select(axis, at), gate, labels, pool=pool).sin()
+
+    for channels_last in (False, True):
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            compiled = torch.compile(chosen, backend="aot_eager", fullgraph=True)
+            x, gate, labels = inputs((3, 6, 40), (F32, F32), device)
+            x = x.mT.contiguous().mT if channels_last else x
+            x, gate = x.requires_grad_(), gate.requires_grad_()
+            for step in (2, 3):
+                keep = torch.arange(x.shape[axis], device=device) % step > 0
+                found = [torch.autograd.grad(f(x, gate, labels, keep).sum(), (x, gate)) for f in (chosen, compiled)]
+                torch.testing.assert_close(*found)
+
+
 def test_export(device):
     class Head(torch.nn.Module):
         def __init__(self):

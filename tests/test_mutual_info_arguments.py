@@ -10,6 +10,7 @@ from _thread import interrupt_main
 import numpy as np
 import pytest
 import torch
+from meta_tensors import on_meta
 from mutual_info_inputs import sample
 
 import csg_ext
@@ -154,6 +155,17 @@ def test_opcheck(device):
         ({"num_classes": 0}, r"num_classes must be in \[1, 2\^26\), got 0"),
         ({"n_neighbors": 0}, "n_neighbors must be at least 1, got 0"),
         ({"psi": torch.zeros(20, dtype=torch.int64)}, r"psi must be int64 of the shape \(N \+ 1,\)"),
+        ({"psi": torch.zeros(42, dtype=torch.int64)[::2]}, r"psi must be int64 of the shape \(N \+ 1,\)"),
+        ({"psi_bits": 54}, r"psi_bits must be in \[0, 53\], got 54"),
+        ({"psi_bits": -1}, r"psi_bits must be in \[0, 53\], got -1"),
+        (
+            {"features": torch.zeros(0, 3), "labels": torch.zeros(0, dtype=torch.int64)},
+            r"features must have at least one sample, got \(0, 3\)",
+        ),
+        (
+            {"features": torch.zeros(1, 1).expand(2**30, 1), "labels": torch.zeros(1, dtype=torch.int64).expand(2**30)},
+            r"features must have fewer than 2\^30 samples, got 1073741824",
+        ),
         ({"noise": torch.zeros(20, 3)}, "noise must be float64 of the shape of features"),
         ({"noise": torch.zeros(20, 2, dtype=torch.float64)}, "noise must be float64 of the shape of features"),
     ],
@@ -165,7 +177,7 @@ def test_the_operator_refuses_the_same_with_and_without_values(changed, message)
         "noise": None, "multiclass": False, "psi": psi, "psi_bits": bits,
     } | changed  # fmt: skip
     for device in ("cpu", "meta"):
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        moved = {k: on_meta(v) if device == "meta" else v for k, v in arguments.items()}
         with pytest.raises(RuntimeError, match=rf"^class_mutual_info: {message}[^\n]*$"):
             torch.ops.csg_ext.class_mutual_info(**moved)
 

@@ -191,9 +191,15 @@ def _fake_check_gate(op: str, gate: Tensor) -> None:
     fake_check_floating(op, "gate", gate.dtype)
 
 
+def _fake_check_contiguous(name: str, tensor: Tensor) -> None:
+    text = f"gate_step_: {name} must be contiguous, got other strides"
+    torch._check(tensor.is_contiguous(), lambda: text)
+
+
 @torch.library.register_fake("csg_ext::gate_step_")
 def _fake_gate_step(gate: Tensor, grad: Tensor | None, momentum_buffer: Tensor | None, *_: object) -> None:
     _fake_check_gate("gate_step_", gate)
+    _fake_check_contiguous("gate", gate)
     for name, tensor in (("grad", grad), ("momentum_buffer", momentum_buffer)):
         if tensor is None:
             continue
@@ -205,6 +211,8 @@ def _fake_gate_step(gate: Tensor, grad: Tensor | None, momentum_buffer: Tensor |
         torch._check(tensor.dim() == 2, lambda text=text: text)
         for size, expected in zip(tensor.shape, gate.shape, strict=True):
             torch._check(size == expected, lambda text=text: text)
+    if momentum_buffer is not None:
+        _fake_check_contiguous("momentum_buffer", momentum_buffer)
 
 
 @torch.library.register_fake("csg_ext::column_max")

@@ -94,9 +94,9 @@ def gated_pool(
 
     Returns:
         (N, K), and with ``return_pooled`` also the pooled (N, K), both in the dtype of ``gate``. Gradients of any order
-        flow to ``x``, ``gate`` and weights; the gate's gradient is deterministic. The mean's gradient of ``x`` may be a
-        broadcast view, as that of ``torch.sum``. Forward-mode derivatives are those of PyTorch's operators, without
-        the fused kernel.
+        flow to ``x``, ``gate`` and weights, from the pooled to ``x`` alone; the gate's gradient is deterministic. The
+        mean's gradient of ``x`` may be a broadcast view, as that of ``torch.sum``: a hook must not write into it.
+        Forward-mode derivatives are those of PyTorch's operators, without the fused kernel.
 
     Raises:
         ValueError: shapes, labels or devices that do not fit.
@@ -241,16 +241,30 @@ def _reads_a_view(x: Tensor, layout: int, positions: int) -> bool:
     on a CPU (measured), half numbers that are not contiguous on a GPU (by their code; not measured).
     """
     wide = x.dtype in _WIDE
-    return wide if x.is_cuda else layout == 1 or positions >= (32 if wide else 192)
+    return positions > 1 and (wide if x.is_cuda else layout == 1 or positions >= (32 if wide else 192))
+
+
+def _traced_layout(x: Tensor, pool: int) -> int:
+    """The layout in a graph, whose sizes may be symbols: those that depend on values cannot be compared."""
+    if x.dim() == 2:
+        return 0
+    if pool == _AVG:
+        return _SHARED
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return 1 if guard_or_false(x.shape[1] > 1) and guard_or_false(x.stride(1) == 1) else 0
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], pooled: Tensor, index: Tensor, traced: bool = False) -> None:
     x, gate, labels, top, where, pool = inputs
     ctx.save_for_backward(gate, labels, top, where, pooled, index)
     _, k, *spatial = x.shape
-    layout = 1 if k > 1 and spatial and x.stride(1) == 1 else 0
-    if pool == _AVG and spatial and (traced or _reads_a_view(x, layout, math.prod(spatial))):
-        layout = _SHARED
+    if traced:
+        layout = _traced_layout(x, pool)
+    else:
+        layout = 1 if k > 1 and spatial and x.stride(1) == 1 else 0
+        if pool == _AVG and spatial and _reads_a_view(x, layout, math.prod(spatial)):
+            layout = _SHARED
     # The kernel's options: a list, because torch.Size takes longer to hand over.
     ctx.options = spatial, layout, x.dtype, pool
     ctx.set_materialize_grads(False)
@@ -261,6 +275,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     gate, labels, top, where, pooled, index = ctx.saved_tensors
     need_x, need_gate, *_ = ctx.needs_input_grad
+    need_gate = need_gate and grad_out is not None  # pooled is no function of the gate
     if grad_out is None and grad_pooled is None:
         return None, None, None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True
@@ -385,7 +400,7 @@ def _fake_check_rows(
     if top is not None and where is not None:
         text = f"{op}: col_max and col_arg must be what column_max(gate) returns"
         for name, tensor, dtype in (("col_max", top, gate.dtype), ("col_arg", where, torch.int64)):
-            torch._check(tensor.dim() == 1 and tensor.dtype == dtype, lambda: text)
+            torch._check(tensor.dim() == 1 and tensor.dtype == dtype and tensor.is_contiguous(), lambda: text)
             torch._check(tensor.shape[0] == k, lambda: text)
             fake_check_device(op, name, tensor, x)
 

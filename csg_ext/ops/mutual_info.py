@@ -33,6 +33,7 @@ Progress = Callable[[int, int], object]
 _OP = "class_mutual_info"
 _TIES = ("noise", "exact")
 _PROTOCOLS = ("one-vs-rest", "balanced")
+_MOST_PSI_BITS = 53  # kMostPsiBits of the kernels
 _NOISE_VALUES = 2**29  # 4 GiB: beyond, the stream of the noise is drawn once for every so many values
 
 
@@ -403,7 +404,7 @@ def _psi(n: int, device: torch.device) -> tuple[Tensor, int]:
 
     Those are sums of 2^bits / j for j < i; of their whole parts and of what is left of them, so that no bit is lost.
     """
-    bits = 53
+    bits = _MOST_PSI_BITS
     j = torch.arange(1, max(n, 1), device="cpu")
     whole = torch.div(2**bits, j, rounding_mode="floor")
     left = ((2**bits - whole * j) / j.double()).cumsum(0).round().to(torch.int64)
@@ -432,6 +433,10 @@ def _fake_check(op: str, features: Tensor, labels: Tensor, num_classes: int) -> 
     torch._check(labels.shape[0] == shape[0], lambda: text)
     fake_check_device(op, "labels", labels, features)
     torch._check(1 <= num_classes < 2**26, lambda: f"{op}: num_classes must be in [1, 2^26), got {num_classes}")
+    n, k = features.shape
+    torch._check(n < 2**30, lambda: f"{op}: features must have fewer than 2^30 samples, got {n}")
+    # Not `or`, which would ask for the value of a symbol.
+    torch._check((n >= 1) | (k == 0), lambda: f"{op}: features must have at least one sample, got {shape}")
 
 
 @torch.library.register_fake("csg_ext::class_mutual_info")
@@ -450,9 +455,11 @@ def _fake_class_mutual_info(
     torch._check(n_neighbors >= 1, lambda: f"{op}: n_neighbors must be at least 1, got {n_neighbors}")
     n, k = features.shape
     text = f"{op}: psi must be int64 of the shape (N + 1,)"
-    torch._check(psi.dim() == 1 and psi.dtype == torch.int64, lambda: text)
+    torch._check(psi.dim() == 1 and psi.dtype == torch.int64 and psi.is_contiguous(), lambda: text)
     torch._check(psi.shape[0] == n + 1, lambda: text)
     fake_check_device(op, "psi", psi, features)
+    most = _MOST_PSI_BITS
+    torch._check(0 <= psi_bits <= most, lambda: f"{op}: psi_bits must be in [0, {most}], got {psi_bits}")
     if noise is not None:
         wrong = f"{op}: noise must be float64 of the shape of features"
         torch._check(noise.dim() == 2 and noise.dtype == torch.float64, lambda: wrong)
