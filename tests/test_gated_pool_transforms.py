@@ -85,7 +85,7 @@ def test_sizes_that_change_or_depend_on_values_compile_once(device):
                 x, gate, labels = inputs(shape, (F32, F32), device)
                 keep = torch.arange(len(x), device=device) % 3 > 0
                 assert torch.equal(compiled(x, gate, labels, keep), f(x, gate, labels, keep))
-        assert counter.frame_count == 1
+        assert counter.frame_count == (os.environ.get("TORCHDYNAMO_DISABLE") != "1")  # it is under the sanitizers
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
