@@ -52,8 +52,9 @@ says that PyTorch's loop, which stands for the limit, did not reach it, or that 
 positions, is handed back as a broadcast view of (N, K) values (csg_ext where that is faster; viewed): then backward
 writes nothing, and what it costs the operator before the pooling to read the view is in the figures with a ReLU. A
 peer's cell has its time in multiples of csg_ext's (above 1x csg_ext is faster), then its peak memory: the most that is
-allocated at a time beyond the inputs, in multiples of x's bytes. C is the number of classes. rows: contiguous;
-channels_last: also the memory of tokens (N, L, K).
+allocated at a time beyond the inputs, in multiples of x's bytes. A case is named by layer, type, layout and number of
+classes C. rows: contiguous; channels_last: also the memory of tokens (N, L, K). The layers' maps (N, K, *spatial), S
+positions each: {layers}.
 
 - eager: `x.mean(spatial) * gate[labels]`
 - masked: `(x * gate[labels][..., None, None]).mean(spatial)`, the method as it is written
@@ -74,10 +75,11 @@ in place: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates w
 """
 END_TO_END = """\
 Whole training steps: forward, loss, backward, optimizers. The ratio to the STD step of the same network is
-the median over turns of one step each; in brackets the 95 % interval of the median (bootstrap). The overhead of csg is
-what the gate costs; joint has both paths' losses from one pass.
+the median over turns of one step each; in brackets the 95 % interval of the median (bootstrap). The ms of a row are
+those of its own turns, which ran at another time than those of other rows: compare rows by their ratios. The overhead of
+csg is what the gate costs; joint has both paths' losses from one pass.
 
-- std beside itself: the error of the measurement
+- std beside itself: the error of the measurement; a difference that is no larger shows nothing
 - csg, joint: `csg_ext.nn.GatedModel` with gated_pool and `ProjectedSGD`
 - masked: the map gated by broadcasting, then pooled; gate by `torch.optim.SGD`, then the projection in PyTorch
 - released: the same with a mask of (N, K, H, W) filled in a loop over the samples, as the released method does
@@ -144,7 +146,8 @@ def pool_summary(rows: list[dict]) -> str:
         if name != "limit" and not pair["disturbed"] and pair["ratio"] < 1
     ]
     disturbed = sum(pair["disturbed"] for *_, pair in pairs)
-    lines.append(f"- Faster than csg_ext in {compared} comparisons with peers: {'; '.join(faster) or 'no peer'}.")
+    named = f": {'; '.join(faster)}" if faster else ""
+    lines.append(f"- A peer was faster than csg_ext in {len(faster)} of {compared} comparisons{named}.")
     lines.append(f"- Comparisons left out because other programs disturbed them (*): {disturbed}.")
     return "\n".join(lines)
 
@@ -211,6 +214,7 @@ def pool_section(part: dict, device: str, image: str) -> list[str]:
     few = sorted({row["layer"] for row in rows if "eager autotuned" in row["pairs"]["forward"]})
     method = POOL.format(
         copy="" if device == "cpu" else " (a copy of x)",
+        layers="; ".join(dict.fromkeys(f"{row['layer']} ({', '.join(map(str, row['shape']))})" for row in rows)),
         few="few cases, since compiling takes seconds each: " + ", ".join(few),
         others="" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n",
     )
@@ -243,12 +247,14 @@ def gate_section(part: dict) -> list[str]:
 
 
 def _overhead(row: dict) -> str:
-    """What the gate adds to a step, and how the released form compares."""
-    csg, released = row["forms"]["csg"], row["forms"]["released"]
-    more, low, high = (100 * (ratio - 1) for ratio in (csg["ratio"], *csg["interval"]))
+    """What the gate and the released form add to a step, beside the error."""
+    shares = {
+        form: "{:+.1f} % ({:+.1f} to {:+.1f})".format(*(100 * (ratio - 1) for ratio in (pair["ratio"], *pair["interval"])))
+        for form, pair in row["forms"].items()
+    }
     return (
-        f"- {row['network']}: csg's step against std's {more:+.1f} % ({low:+.1f} to {high:+.1f}); "
-        f"the released form's step against csg's {released['ratio'] / csg['ratio']:.2f} times."
+        f"- {row['network']}, over std's step: csg {shares['csg']}, released {shares['released']}; "
+        f"std beside itself {shares['std']}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,11 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
         assert text.count(f"| {case.id} |") == 4  # forward, backward, both, the same with a ReLU
     assert "| 5 x 8 |" in text and "| released |" in text
     assert "- viewed: " in text and "\nin place: " in text and "ot measured here" not in text
-    assert " in 24 comparisons with peers: " in text  # two maps, four directions, three peers; the limit is none
+    slower = sum(text.count(f"{name} of {case.id}, ") for case in grid for name in ("eager", "masked", "viewed"))
+    # 24: two maps, four directions, three peers; the limit is none
+    assert f"\n- A peer was faster than csg_ext in {slower} of 24 comparisons" in text
+    assert "tiny (4, 8, 3, 3)." in text  # what a layer's name stands for
+    assert re.search(r"\n- resnet20, over std's step: csg [+-].* released [+-].*; std beside itself [+-]", text)
     picture = tmp_path / "images" / f"performance_{cases.DEVICE}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
