@@ -41,6 +41,8 @@ def main(arguments: dict[str, Any]) -> int:
     folder = Path(arguments.pop("output"))
     resume, overwrite = arguments.pop("resume"), arguments.pop("overwrite")
     device, threads, tensorboard = (arguments.pop(name) for name in ("device", "threads", "tensorboard"))
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other, got both")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     if threads is not None and threads > _MOST_THREADS:
@@ -49,6 +51,7 @@ def main(arguments: dict[str, Any]) -> int:
         arguments["data"] = str(Path(arguments["data"]).absolute())
     if "weights" in arguments:
         arguments["weights"] = str(Path(arguments["weights"]).absolute())
+    share_given = "test_share" in arguments and not resume
     if resume:
         config, source, fingerprint = _stored_request(folder, arguments)
     else:
@@ -57,6 +60,7 @@ def main(arguments: dict[str, Any]) -> int:
 
     from tqdm import tqdm
 
+    from csg_ext.data.images import find_images, has_test_part
     from csg_ext.report import draw, read_run, write_report
     from csg_ext.runs import load_source, tell_skipped
     from csg_ext.training import compare
@@ -64,7 +68,17 @@ def main(arguments: dict[str, Any]) -> int:
 
     device = compare.pick_device(device)
     begun = time.monotonic()
-    data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
+
+    def reading(files: Any) -> Any:
+        return tqdm(files, desc="reading images", unit="", disable=None, leave=False)
+
+    found = find_images(source["data"], strict=source["strict"], progress=reading)
+    if share_given and has_test_part(found):
+        raise ValueError(
+            f"--test-share applies to images without a test part of their own, got {source['test_share']} for "
+            f"{found.name}"
+        )
+    data = load_source(source, reading, found)
     tell_skipped(data.skipped, f"all of them are in {folder / _SKIPPED}")
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(
@@ -173,6 +187,10 @@ def _new_request(request: dict[str, Any]) -> tuple[TrainConfig, dict[str, Any]]:
                 f"{name} must be left out with the joint schedule, which takes both paths in every step, got "
                 f"{request[name]}"
             )
+    if "csg_at" in request and "csg_share" in request:
+        raise ValueError(
+            f"csg_share must be left out with csg_at, which says what takes the CSG path, got {request['csg_share']}"
+        )
     return config, source
 
 

@@ -170,6 +170,34 @@ def test_a_model_without_pooling():
     torch.testing.assert_close(last(x, labels), wanted)
 
 
+def test_an_example_that_shows_no_pooling_is_told_from_a_model_without():
+    model, small = MODELS["torchvision-resnet18"].build(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"example must be larger, .* \(2, 3, 32, 32\) the last map has a single pos"):
+        csg_ext.attach(model, example=small)
+    with pytest.raises(ValueError, match=r"example must give finite logits, got NaN or infinity .* \(2, 3, 64, 64\)"):
+        csg_ext.attach(model, example=torch.full((2, 3, 64, 64), torch.nan))
+    g = csg_ext.attach(model, "layer4", example=small)
+    assert str(g.plan.gate) == "input of fc" and g(torch.randn(2, 3, 96, 96), torch.tensor([0, 3])).shape == (
+        2,
+        CLASSES,
+    )
+
+    class TwoHeads(nn.Module):
+        """The map goes around the pooling, too: a larger example would not help."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)
+            self.a, self.b = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.conv(x)
+            return self.a(self.pool(z).flatten(1)) + self.b(z.square().mean((2, 3)))
+
+    with pytest.raises(ValueError, match="layer must be given for a model without global pooling .* such as conv, "):
+        csg_ext.attach(TwoHeads(), example=small)
+
+
 class Twice(nn.Module):
     """A module that runs twice."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,11 @@ def test_peak_memory_counts_what_is_held_at_a_time(bench):
         return second.sum()  # a scalar
 
     assert 8000 <= measure.peak_bytes(run) < 11000  # a GPU's allocator counts in blocks of 512 bytes
+
+
+def test_the_tables_of_scaling_are_those_of_the_script(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scaling.py"])
+    runpy.run_path(str(BENCHMARKS / "scaling.py"), run_name="__main__")
+    page = (BENCHMARKS.parent / "docs" / "scaling.md").read_text().splitlines()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows and [line for line in page if line.startswith("| ")] == rows

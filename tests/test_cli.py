@@ -145,6 +145,11 @@ def test_the_seconds_of_a_run_that_is_killed_are_noted_by_epochs(digits, tmp_pat
         (["--csg-lr", "0.05"], "csg_lr must be left out with the joint schedule, which takes both paths in every step"),
         (["--csg-at", "1"], "csg_at must be left out with the joint schedule, which takes both paths in every step"),
         (["--schedule", "joint", "--period", "3"], "takes both paths in every step, got 3"),
+        (
+            ["--schedule", "steps", "--csg-at", "1", "--csg-share", "0.5"],
+            "csg_share must be left out with csg_at, which says what takes the CSG path, got 0.5",
+        ),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other, got both"),
         (["--batch-size", "12001"], "batch_size must be at most 12000, the number of train images, got 12001"),
         (["--shift", "29"], "shift must be at most 28, the side of the train images, got 29"),
         (["--threads", "100000"], "threads must be at most 1024, got 100000"),

@@ -234,6 +234,25 @@ def test_command_line_options_reach_the_data(tmp_path, monkeypatch, capsys):
     assert data.classes == ["emu", "cat"] and data.channels == 3
     assert np.bincount(data.train_labels).tolist() == [10, 2] and np.bincount(data.test_labels).tolist() == [10, 10]
     assert data.fingerprint() == seen[1].fingerprint()
+    data.save(tmp_path / "packed.npz")
+    assert (
+        cli.main(
+            [
+                "train",
+                "--data",
+                str(tmp_path / "packed.npz"),
+                "--output",
+                str(tmp_path / "o"),
+                "--overwrite",
+                "--test-share",
+                "0.5",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "--test-share applies to images without a test part of their own, got 0.5 for packed" in capsys.readouterr().err
+    )
     direct = load_images(tmp_path / "images", classes=["emu", "cat"], imbalance=4, channels=3, test_share=0.5, seed=9)
     assert direct.fingerprint() == data.fingerprint()
     for bad, message in (

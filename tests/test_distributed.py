@@ -13,6 +13,9 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
+import torch.distributed as dist
+
+from csg_ext.training import DivergedError
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 ROOT = WORKER.parents[1]
@@ -128,3 +131,30 @@ def test_a_lost_rank_ends_the_run_loudly_and_the_next_one_resumes(tmp_path):
     for got, want in zip(resumed, two_processes("train", whole), strict=True):
         assert got["start"] == 6 and want["start"] == 0
         assert all(torch.equal(got["state"][k], v) for k, v in want["state"].items())
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "gate"])
+def test_the_example_stops_at_a_loss_of_nan_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, spoiled):
+    """Step 6, counted from 1, has a loss of NaN, or leaves a gate of NaN behind a loss that is finite."""
+    data, objective = worker.batches(), worker.train_torchrun.Objective
+    if spoiled == "loss":
+        data[5][0][0] = torch.nan
+    else:
+        calls = []
+
+        def losses(model, x, labels, path):
+            found = objective()(model, x, labels, path)
+            calls.append(path)
+            extra = (model.module.gate.sum() * 0).sqrt() if len(calls) == 6 else 0  # adds 0, with a gradient of NaN
+            return found._replace(total=found.total + extra)
+
+        monkeypatch.setattr(worker.train_torchrun, "Objective", lambda: losses)
+    message = {"loss": "the loss is not finite at step 6 of 9: try", "gate": "csg.gate is NaN or infinite after step 6"}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(DivergedError, match=message[spoiled]):
+            worker.train_torchrun.train(worker.model(), data, worker.SCHEDULE, tmp_path, every=worker.SAVE_EVERY)
+    finally:
+        dist.destroy_process_group()
+    good = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert good["step"] == 3 and all(value.isfinite().all() for value in good["model"].values())

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 
 import csg_ext
 from csg_ext.metrics import MutualInformationScore
+from csg_ext.metrics import metric as metric_module
 
 CASES = [{}, {"ties": "exact", "n_neighbors": 5}, {"protocol": "balanced", "normalize": True, "random_state": 4}]
 
@@ -81,7 +82,13 @@ def _process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     half = slice(0, 100) if rank == 0 else slice(100, 240)
-    results = []
+    results, shares, work = [], [], metric_module._class_mutual_info
+
+    def recorded(features, labels, begin, end, **options):
+        shares.append((begin, end))
+        return work(features, labels, begin, end, **options)
+
+    metric_module._class_mutual_info = recorded  # this process serves this test alone
     for filters in FILTERS:
         x, y = sample(k=filters)
         for options in CASES:
@@ -99,14 +106,17 @@ def _process(rank: int, world: int, folder: str) -> None:
     metric.update(x[half], y[half]) if rank == 1 else metric.update(x[half].double(), y[half])
     with pytest.raises(ValueError, match="one dtype and number of filters, got torch.float32 with 7 and torch.float64"):
         metric.compute()
-    torch.save(results, f"{folder}/{rank}.pt")
+    torch.save((results, shares), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_give_the_value_of_one(tmp_path):
     mp.start_processes(_process, (2, str(tmp_path)), nprocs=2, start_method="spawn")
     for rank in range(2):
-        results = iter(torch.load(tmp_path / f"{rank}.pt"))
+        found, shares = torch.load(tmp_path / f"{rank}.pt")
+        results = iter(found)
+        seven, one = ((0, 4), (0, 1)) if rank == 0 else ((4, 7), (1, 1))  # the filters that this rank works on
+        assert shares == [seven] * len(CASES) + [one] * len(CASES) + [seven] * 2
         for filters in FILTERS:
             x, y = sample(k=filters)
             for options in CASES:

@@ -251,7 +251,7 @@ def load_found(
     from csg_ext.data.folder import read_into_memory
 
     index = found.subset(classes)
-    if len(index.parts) == 1:
+    if not has_test_part(index):
         index = index.split("test", test_share, seed)
     return read_into_memory(
         index.check().imbalanced(imbalance, seed),
@@ -316,6 +316,11 @@ def find_images(
         if data is not None:
             return data
     return _index_directory(root, entries, strict, progress)
+
+
+def has_test_part(found: ImageData | ImageIndex[Any]) -> bool:
+    """Whether what find_images gave has a part to measure on, so that none is held out."""
+    return isinstance(found, ImageData) or len(found.parts) > 1
 
 
 def _named_shards(path: str) -> list[Path]:

@@ -440,6 +440,17 @@ def _last_map(trace: _Trace, width: int | None, channel_dim: int | None) -> tupl
         tokens = x.dim() == 3 and -1 in dims and x.shape[-1] == width and event.place.side == "output"
         if tokens and trace.gradient(trace.target, x) is not None:
             return index, -1, None
+    shape = tuple(trace.example.shape)
+    if not trace.logits.isfinite().all():
+        raise ValueError(
+            f"attach: example must give finite logits, got NaN or infinity among those of one of shape {shape}"
+        )
+    last = [e.tensor.shape[2:] for e in trace.events if e.tensor.dim() == 4 and e.tensor.shape[1] == width]
+    if last and all(size == (1, 1) for size in last):
+        raise ValueError(
+            f"attach: example must be larger, or layer be given, because with one of shape {shape} the last map has a "
+            "single position, which no pooling follows"
+        )
     maps = dict.fromkeys(
         e.place.name for e in trace.events if _is_map(e.tensor, trace.samples) and e.place.side == "output"
     )

@@ -11,7 +11,7 @@ from csg_ext.training.config import TrainConfig
 from csg_ext.training.distributed import average_gradient
 from csg_ext.training.freeze import fixed_statistics, freeze
 from csg_ext.training.mix import Mix
-from csg_ext.training.monitor import DensityWarning, DivergedError
+from csg_ext.training.monitor import DensityWarning, DivergedError, FiniteLoss
 from csg_ext.training.objective import Losses, Objective
 from csg_ext.training.schedule import Schedule
 from csg_ext.training.weights import load_checkpoint, load_weights, save_checkpoint
@@ -30,6 +30,7 @@ __all__ = [
     "ClassSpecificGateCallback",
     "DensityWarning",
     "DivergedError",
+    "FiniteLoss",
     "GatedTraining",
     "GatedWeightAveraging",
     "Losses",

@@ -20,7 +20,18 @@ class DensityWarning(UserWarning):
 
 
 class FiniteLoss:
-    """Stops a run whose loss is NaN or infinite, and says at which step: at once on a CPU, soon on a GPU."""
+    """Stops a run whose loss is NaN or infinite, and says at which step: at once on a CPU, soon on a GPU.
+
+    name, advice: of what the error speaks, and what it recommends. Call observe() before the backward pass of every
+    step, check_parameters() before every checkpoint.
+
+    Example:
+        >>> finite = FiniteLoss("the loss", "try a lower learning rate")
+        >>> finite.observe(torch.tensor(0.5), step=0, total_steps=10)
+        >>> finite.observe(torch.tensor(float("nan")), step=1, total_steps=10)
+        Traceback (most recent call last):
+        csg_ext.training.monitor.DivergedError: the loss is not finite at step 2 of 10: try a lower learning rate
+    """
 
     def __init__(self, name: str, advice: str) -> None:
         self.name, self.advice = name, advice

@@ -44,7 +44,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu", what: str = "a 
     except pickle.UnpicklingError:  # torch's own message recommends to execute what the file holds
         raise ValueError(f"{expected}, got one that holds more than tensors and plain values, or is damaged") from None
     except Exception as error:  # a damaged zip or pickle can raise almost anything
-        raise ValueError(f"{expected}, got one that fails with: {reason(error)}") from None
+        said = reason(error).partition(". This is an internal miniz error")[0]  # of a truncated file, then advice
+        raise ValueError(f"{expected}, got one that fails with: {said}") from None
 
 
 def check_state(module: nn.Module, state: Mapping[str, Any], what: str = "") -> None:
