@@ -235,6 +235,7 @@ def test_channel_axis_of_a_named_layer():
         ({"classifier": "haed"}, ValueError, r"classifier must be the name of .* got 'haed'; nearest: head, "),
         ({"classifier": "pool"}, ValueError, r"classifier must be an nn.Linear, got 'pool', a AdaptiveAvgPool2d"),
         ({"num_classes": 5}, ValueError, r"num_classes must be the model's number of logits, 4, got 5"),
+        ({"num_classes": "4"}, ValueError, "num_classes must be the model's number of logits, 4, got '4'"),
         ({"layer": "head"}, ValueError, r"layer must give a feature map .* got 'head', which gives \(2, 4\)"),
         ({"layer": "relu", "channel_dim": 3}, ValueError, r"channel_dim must be 1, -1 or None, got 3"),
         ({"example": torch.zeros(2, 9, 6, 6)}, ValueError, r"example must be a batch .* \(2, 9, 6, 6\), with"),

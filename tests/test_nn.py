@@ -34,6 +34,8 @@ def test_gate_starts_at_init_and_projects():
         ClassSpecificGate(0, 4)
     with pytest.raises(ValueError, match="init must be a finite number, got nan"):
         ClassSpecificGate(3, 4, init=float("nan"))
+    with pytest.raises(TypeError, match="init must be a number, got 'half'"):
+        ClassSpecificGate(3, 4, init="half")
 
 
 def test_gates_are_made_on_the_device_and_in_the_dtype_that_are_asked_for():

@@ -110,11 +110,12 @@ class ClassSpecificGate(nn.Module):
                 "ClassSpecificGate: num_classes and num_filters must be at least 1, "
                 f"got {num_classes} and {num_filters}"
             )
+        init = real("ClassSpecificGate", "init", init)
         if not math.isfinite(init):
             raise ValueError(f"ClassSpecificGate: init must be a finite number, got {init}")
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"ClassSpecificGate: dtype must be a floating dtype, got {dtype}")
-        self.init = float(init)
+        self.init = init
         self.gate = nn.Parameter(torch.empty((num_classes, num_filters), device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -391,7 +391,7 @@ def locate(
             f"{linear[1].out_features} outputs"
         )
     if num_classes is not None and num_classes != classes:
-        raise ValueError(f"attach: num_classes must be the model's number of logits, {classes}, got {num_classes}")
+        raise ValueError(f"attach: num_classes must be the model's number of logits, {classes}, got {num_classes!r}")
     width = None if linear is None else linear[1].in_features
     if layer is None:
         index, dim, gate = _last_map(trace, width, channel_dim)
