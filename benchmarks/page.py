@@ -76,8 +76,8 @@ in place: fused, then `gate.div_(gate.amax(0)).clamp_(0, 1)`, enough for gates w
 END_TO_END = """\
 Whole training steps: forward, loss, backward, optimizers. The ratio to the STD step of the same network is
 the median over turns of one step each; in brackets the 95 % interval of the median (bootstrap). The ms of a row are
-those of its own turns, which ran at another time than those of other rows: compare rows by their ratios. The overhead of
-csg is what the gate costs; joint has both paths' losses from one pass.
+those of its own turns, which ran at another time than those of other rows: compare rows by their ratios. The overhead
+of csg is what the gate costs; joint has both paths' losses from one pass.
 
 - std beside itself: the error of the measurement; a difference that is no larger shows nothing
 - csg, joint: `csg_ext.nn.GatedModel` with gated_pool and `ProjectedSGD`
@@ -248,10 +248,10 @@ def gate_section(part: dict) -> list[str]:
 
 def _overhead(row: dict) -> str:
     """What the gate and the released form add to a step, beside the error."""
-    shares = {
-        form: "{:+.1f} % ({:+.1f} to {:+.1f})".format(*(100 * (ratio - 1) for ratio in (pair["ratio"], *pair["interval"])))
-        for form, pair in row["forms"].items()
-    }
+    shares = {}
+    for form, pair in row["forms"].items():
+        more, low, high = (100 * (ratio - 1) for ratio in (pair["ratio"], *pair["interval"]))
+        shares[form] = f"{more:+.1f} % ({low:+.1f} to {high:+.1f})"
     return (
         f"- {row['network']}, over std's step: csg {shares['csg']}, released {shares['released']}; "
         f"std beside itself {shares['std']}."

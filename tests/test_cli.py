@@ -337,6 +337,33 @@ def test_without_the_extras_a_command_names_what_it_lacks(tmp_path, words, statu
     assert "MIS: mutual information" in done.stdout or words != ["mis", "f.npz"]
 
 
+def _unheard(*words: str | Path, errors_too: bool = False) -> tuple[int, str]:
+    """The exit status and errors of a command whose output is a pipe that nobody reads, as after `| head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "csg_ext", *map(str, words)],
+        stdout=write,
+        stderr=write if errors_too else subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(write)
+    return done.returncode, done.stderr or ""
+
+
+def test_a_reader_who_is_gone_costs_no_results(run, digits, tmp_path):
+    said = "the output is read no further; the files are written all the same\n"
+    assert _unheard("evaluate", run[0], "--output", tmp_path / "e") == (0, f"csg-ext evaluate: {said}")
+    assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["checkpoints"]
+    folder = tmp_path / "r"
+    words = "train", "--data", digits, "--output", folder, *SHORT, "--epochs", "1"
+    assert _unheard(*words, errors_too=True) == (0, "")
+    assert (folder / "report.html").exists()
+    assert _unheard("info") == _unheard("train", "--help") == (0, "")
+
+
 def test_info_and_help(capsys):
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)

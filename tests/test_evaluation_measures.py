@@ -251,6 +251,9 @@ def test_confusion_picture_shows_shares_of_the_true_class():
     assert {t.get_position(): t.get_text() for t in axes.texts} == {(0, 0): "75", (1, 0): "25", (1, 1): "100"}
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "c"]
     assert axes.get_title(loc="left") == "Accuracy 88.89%" and axes.get_ylabel() == "true class"
+    figure.draw_without_rendering()
+    scale = figure.axes[1]  # in percent, as the numbers in the cells
+    assert scale.get_ylabel() == "% of the true class" and scale.get_yticklabels()[-1].get_text() == "100"
     many, axes = plots.plot_confusion(np.eye(100, dtype=int), [str(i) for i in range(100)])
     assert many.get_size_inches().max() < 20 and not axes.texts
     with pytest.raises(ValueError, match=r"plot_confusion: .* got shape \(3, 2\)"):

@@ -218,6 +218,9 @@ def plot_confusion(confusion: ArrayLike, classes: Sequence[str], *, axes: Axes |
             if counts[row, column]:
                 colour = "black" if share > 0.5 else "white"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    figure.colorbar(image, ax=axes, label="share of the true class", pad=0.01)
+    from matplotlib.ticker import PercentFormatter
+
+    percent = PercentFormatter(1, symbol="")  # as in the cells
+    figure.colorbar(image, ax=axes, label="% of the true class", format=percent, pad=0.01)
     axes.set_title(f"Accuracy {np.trace(counts) / max(1, counts.sum()):.2%}", loc="left")
     return figure, axes
