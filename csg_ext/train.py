@@ -58,13 +58,15 @@ def main(arguments: dict[str, Any]) -> int:
     from tqdm import tqdm
 
     from csg_ext.report import draw, read_run, write_report
-    from csg_ext.runs import load_source, tell_skipped
+    from csg_ext.runs import load_source, saying_where_to_give_moved_images, tell_skipped
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
     device = compare.pick_device(device)
     begun = time.monotonic()
-    data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
+    moved = saying_where_to_give_moved_images() if resume and "data" not in arguments else contextlib.nullcontext()
+    with moved:
+        data = load_source(source, lambda files: tqdm(files, desc="reading images", unit="", disable=None, leave=False))
     tell_skipped(data.skipped, f"all of them are in {folder / _SKIPPED}")
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(
