@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet 
 .SECONDARY:
 
 help:
-	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 cores"
+	@echo "make demo          train with and without class-specific gates on real images; at most 6 minutes on 2 free cores"
 	@echo "make test          run all tests: make pytest those of Python, make ctest those of C++"
 	@echo "make op            build what changed, test and time one operator: OP=gated_pool (or gate_step, mutual_info)"
 	@echo "make fuzz          new random inputs for operators, files and the CPU kernels: FUZZ_EXAMPLES=2000 a test, FUZZ_SECONDS=60"
@@ -41,7 +41,7 @@ help:
 
 demo:
 	@echo "csg-ext demo: installs PyTorch and this package in $(VENV), then trains a small ResNet on Fashion-MNIST twice,"
-	@echo "without and with class-specific gates, and compares the two: at most 6 minutes on 2 CPU cores."
+	@echo "without and with class-specific gates, and compares the two: at most 6 minutes on 2 free CPU cores."
 	@$(MAKE) --silent --no-print-directory $(VENV)/.package-train
 	@$(BIN)/csg-ext train --output $(DEMO) --overwrite
 

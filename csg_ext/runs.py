@@ -5,10 +5,11 @@ Nothing in a file is executed: torch files are read with weights_only=True, the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -20,7 +21,7 @@ from csg_ext._text import name_list, reason
 from csg_ext.data.images import ImageData, find_images, load_found
 from csg_ext.nn.gate import GatedModel
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, is_number, read_json
+from csg_ext.training.files import ARMS, CHECKPOINT, RUN, WEIGHTS, is_number, read_json, sentence
 from csg_ext.training.network import build_model
 from csg_ext.training.weights import check_finite, check_state, load_checkpoint
 
@@ -268,6 +269,15 @@ def load_source(
     return data if source["hold_out"] is None else data.hold_out(source["hold_out"])
 
 
+@contextlib.contextmanager
+def saying_where_to_give_moved_images() -> Iterator[None]:
+    """Adds to the error that a run's images are not where they were how a command gets their new place."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{sentence(error)}; if the run's images have moved, give --data PATH") from error
+
+
 def tell_skipped(skipped: list[str], rest: str) -> None:
     """Names on the standard error output what was left out of the images, if anything: ten of them, then `rest`."""
     if skipped:
@@ -297,7 +307,8 @@ def _source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> Imag
         raise ValueError(
             "both checkpoints must be measured on the same images, got runs on different ones: give --data"
         )
-    data = load_source(run["source"])
+    with saying_where_to_give_moved_images():
+        data = load_source(run["source"])
     if data.fingerprint() != run["sha256"]:
         raise ValueError(
             f"expected the images that the run saw, got others from {run['source']['data'] or 'the package'}"
@@ -335,7 +346,8 @@ def _other_images(stored: list[StoredModel], path: str, image_size: int | None) 
             f"--data must hold the classes that the network was trained on, {name_list(names)}, got {name_list(own)}"
         )
     source["channels"] = shape[0] if shape[0] in (1, 3) else None
-    source["image_size"] = image_size or (shape[1] if shape[1] == shape[2] else None)
+    packed = isinstance(found, ImageData)  # has its size, which is compared below
+    source["image_size"] = image_size or (shape[1] if shape[1] == shape[2] and not packed else None)
     data = load_source(source, found=found)
     got = list(data.test_images.shape[1:])
     if got != shape and (image_size is None or got[0] != shape[0]):

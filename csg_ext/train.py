@@ -62,7 +62,7 @@ def main(arguments: dict[str, Any]) -> int:
 
     from csg_ext.data.images import find_images, has_test_part
     from csg_ext.report import draw, read_run, write_report
-    from csg_ext.runs import load_source, tell_skipped
+    from csg_ext.runs import load_source, saying_where_to_give_moved_images, tell_skipped
     from csg_ext.training import compare
     from csg_ext.training.display import Progress
 
@@ -72,13 +72,15 @@ def main(arguments: dict[str, Any]) -> int:
     def reading(files: Any) -> Any:
         return tqdm(files, desc="reading images", unit="", disable=None, leave=False)
 
-    found = find_images(source["data"], strict=source["strict"], progress=reading)
-    if share_given and has_test_part(found):
-        raise ValueError(
-            f"--test-share applies to images without a test part of their own, got {source['test_share']} for "
-            f"{found.name}"
-        )
-    data = load_source(source, reading, found)
+    moved = saying_where_to_give_moved_images() if resume and "data" not in arguments else contextlib.nullcontext()
+    with moved:
+        found = find_images(source["data"], strict=source["strict"], progress=reading)
+        if share_given and has_test_part(found):
+            raise ValueError(
+                f"--test-share applies to images without a test part of their own, got {source['test_share']} for "
+                f"{found.name}"
+            )
+        data = load_source(source, reading, found)
     tell_skipped(data.skipped, f"all of them are in {folder / _SKIPPED}")
     if fingerprint not in (None, data.fingerprint()):
         raise ValueError(

@@ -190,7 +190,10 @@ def test_resume_finds_images_that_moved(tmp_path, capsys, monkeypatch):
         cli.main(["train", "--data", str(images), "--output", out])
     images.rename(moved)
     assert cli.main(["train", "--resume", "--output", out]) == 2
-    assert "images, which does not exist" in capsys.readouterr().err
+    gone = "images, which does not exist; if the run's images have moved, give --data PATH\n"
+    assert capsys.readouterr().err.endswith(gone)
+    assert cli.main(["train", "--data", str(images), "--output", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err.endswith("images, which does not exist\n")
     for arguments in (["--data", str(moved)], []):  # the second time run.json knows
         with pytest.raises(ZeroDivisionError):
             cli.main(["train", "--resume", "--output", out, *arguments])

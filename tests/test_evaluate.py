@@ -183,6 +183,18 @@ def test_single_checkpoints(report, run, digits, tmp_path, capsys):
     assert "moved.ckpt has no run.json of its run beside it: give the images as --data" in capsys.readouterr().err
 
 
+def test_images_that_are_gone_are_asked_for(run, digits, tmp_path, capsys):
+    folder = tmp_path / "r"
+    shutil.copytree(run[0], folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["source"]["data"] = str(tmp_path / "gone.npz")
+    (folder / "run.json").write_text(json.dumps(about))
+    assert _evaluate(tmp_path / "o", folder / "csg") == 2
+    gone = "gone.npz, which does not exist; if the run's images have moved, give --data PATH\n"
+    assert capsys.readouterr().err.endswith(gone)
+    assert _evaluate(tmp_path / "o", folder / "csg", "--data", digits) == 0
+
+
 def test_two_checkpoints(report, run, tmp_path, capsys):
     """Given the other way round the difference changes its sign; a run beside another checkpoint is its CSG arm."""
     assert _evaluate(tmp_path / "o", run[0], run[0] / "std") == 0
@@ -300,6 +312,9 @@ def test_other_images_in_the_size_and_colour_of_the_run(report, run, digits, tmp
     load_images(tmp_path / "large").save(tmp_path / "large.npz")
     capsys.readouterr()
     assert _evaluate(tmp_path / "o", run[0], "--data", tmp_path / "large.npz") == 2
+    shapes = "--data must hold images of the shape that the network was trained on, [1, 8, 8], got [1, 16, 16]"
+    assert shapes in capsys.readouterr().err
+    assert _evaluate(tmp_path / "o", run[0], "--data", tmp_path / "large.npz", "--image-size", "8") == 2
     assert "image_size applies to image folders and shards, got 8 for 16 x 16 images" in capsys.readouterr().err
 
 
