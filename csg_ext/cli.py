@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from csg_ext import __version__
+from csg_ext._streams import unread
 from csg_ext.training.files import RUN, sentence
 
 _HELP = {
@@ -405,55 +404,9 @@ def _add_info(commands: _Commands) -> None:
     info.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 
-class _Unread:
-    """A standard stream that falls silent once nobody reads it any more, as after `| head -1`: results are files."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.remark = ""  # is printed then
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """As of the stream; what is lost counts as written."""
-        with self._silenced():
-            return self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """As of the stream."""
-        with self._silenced():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _silenced(self) -> Iterator[None]:
-        try:
-            yield
-        except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # takes what is still buffered, too
-            os.close(nowhere)
-            if self.remark:
-                print(self.remark, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _unread() -> Iterator[list[_Unread]]:
-    """Makes the standard streams, where they are open, fall silent instead of failing when their reader is gone."""
-    out, err = (None if stream is None else _Unread(stream) for stream in (sys.stdout, sys.stderr))
-    with contextlib.redirect_stdout(cast(TextIO, out)), contextlib.redirect_stderr(cast(TextIO, err)):
-        try:
-            yield [] if out is None else [out]
-        finally:
-            for stream in (out, err):
-                if stream is not None:
-                    stream.flush()  # not at exit, where a reader who is gone would be an error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 after a failure, 2 for bad input, 130 after Ctrl-C."""
-    with _unread() as streams:
+    with unread() as streams:
         arguments = vars(_parser().parse_args(argv))
         for stream in streams:
             if arguments["command"] != "info":

@@ -210,7 +210,7 @@ LAYERS = [
     {"nn"},
     {"ops"},
     {"_extension"},
-    {"data", "remarks", "reference", "_bind"},
+    {"data", "remarks", "reference", "_bind", "_streams"},
     {"_text"},
 ]
 
