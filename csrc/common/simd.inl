@@ -108,6 +108,18 @@ struct Simd<Half> {
 #endif
 };
 
+// sum + v, a vector of T widened. Of halves as v * 1 + sum, which rounds the same: Zen 4 has the shifts and conversions
+// that widen them in the units that add, not in those that multiply.
+template <typename T>
+CSG_INLINE typename Simd<T>::Vec add_widened(typename Simd<T>::Vec sum, typename Simd<T>::Vec v) {
+#if CSG_LEVEL == 2
+  if constexpr (sizeof(T) == 2) return (VecF)_mm512_fmadd_ps((__m512)v, (__m512)opaque(VecF{} + 1), (__m512)sum);
+#elif CSG_LEVEL == 1
+  if constexpr (sizeof(T) == 2) return (VecF)_mm256_fmadd_ps((__m256)v, (__m256)opaque(VecF{} + 1), (__m256)sum);
+#endif
+  return sum + v;
+}
+
 // One element, with the same instructions as a vector of them.
 template <typename T>
 CSG_INLINE Accumulator<T> widen_element(T v) {

@@ -1,12 +1,14 @@
 // gated_pool's CPU kernel, forward: sums or maxima over the positions, then pooled and out. Part of gated_pool_cpu.inl.
 
-constexpr int64_t kRowBlock = 64;            // rows of one work item
+constexpr int64_t kRowBlock = 128;           // rows of one work item
 constexpr int64_t kChain = 32;               // additions one after the other, whose rounding errors add up
 constexpr int64_t kChainWide = 16;           // the same where a sum is one chain, not the sum of many
 constexpr int64_t kSumBlockWide = 128;       // positions of channels-last maps summed in one go
 constexpr int64_t kMaxBlock = 1 << 30;       // positions whose number fits a 32-bit lane
 constexpr int64_t kPrefetchBytes = 4096;     // how far ahead of strided reads, into L1
-constexpr int64_t kRowPrefetchBytes = 8192;  // the same for rows
+constexpr int64_t kFarBytes = 16384;         // the same into L2, where x may not lie in the last cache:
+constexpr int64_t kFarFromBytes = 16 << 20;  // from this size on
+constexpr int64_t kRowPrefetchBytes = 8192;  // how far ahead of rows, into L1
 constexpr int64_t kCacheBytes = 40 << 20;    // such an x is larger; prefetching slows down rows that are in a cache
 
 // pooled = sum / divisor, out = row * pooled; the row is of type T or already in the accumulator's.
@@ -79,10 +81,10 @@ CSG_INLINE typename Simd<X>::Vec block_sums(const X* x, int64_t n, bool from_dra
     if (from_dram)
       for (int ahead = 0; ahead < 4 * CSG_WIDTH; ahead += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kRowPrefetchBytes + ahead, 0, 2);
-    a += S::load(x + i);
-    b += S::load(x + i + L);
-    c += S::load(x + i + 2 * L);
-    d += S::load(x + i + 3 * L);
+    a = add_widened<X>(a, S::load(x + i));
+    b = add_widened<X>(b, S::load(x + i + L));
+    c = add_widened<X>(c, S::load(x + i + 2 * L));
+    d = add_widened<X>(d, S::load(x + i + 3 * L));
   }
   if (i + L <= n) b += S::load(x + i), i += L;
   if (i + L <= n) c += S::load(x + i), i += L;
@@ -101,7 +103,7 @@ struct Strip {
   Vec sum{};
   static CSG_MEMBER Int load(const X* x) { return (Int)Simd<X>::load(x); }
   CSG_MEMBER void set(Int bits) { sum = (Vec)bits; }
-  CSG_MEMBER void add(Int bits) { sum += (Vec)bits; }
+  CSG_MEMBER void add(Int bits) { sum = add_widened<X>(sum, (Vec)bits); }
   CSG_MEMBER void add(const Strip& other) { sum += other.sum; }
   CSG_MEMBER Vec total() const { return sum; }
   CSG_MEMBER void store(Accumulator<X>* to) const { store_bits(to, sum); }
@@ -118,8 +120,8 @@ struct Strip<BFloat16> {
     odd = (VecF)((VecU32)bits & 0xffff0000u);
   }
   CSG_MEMBER void add(Int bits) {
-    even += (VecF)((VecU32)bits << 16);
-    odd += (VecF)((VecU32)bits & 0xffff0000u);
+    even = add_widened<BFloat16>(even, (VecF)((VecU32)bits << 16));
+    odd = add_widened<BFloat16>(odd, (VecF)((VecU32)bits & 0xffff0000u));
   }
   CSG_MEMBER void add(const Strip& other) { even += other.even, odd += other.odd; }
   CSG_MEMBER VecF total() const { return even + odd; }
@@ -199,7 +201,8 @@ CSG_INLINE int64_t sum_rows_of_49(const X* x, int64_t stride, int64_t len, bool 
 }
 #if CSG_LEVEL == 2
 // From two loads of 32 that overlap: fewer instructions than splitting the vectors that two rows share.
-CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len, bool, float* sum) {
+template <bool prefetch>
+CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len, float* sum) {
   constexpr int lanes = kLanes<BFloat16>, fresh = 15;  // the second load's first element that the other does not hold
   VecU32 odd_fresh;
   for (int i = 0; i < lanes; ++i) odd_fresh[i] = 2 * i + 1 >= fresh ? 0xffff0000u : 0;
@@ -210,17 +213,21 @@ CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len
 #pragma GCC unroll 16
     for (int r = 0; r < lanes; ++r, x += stride) {
       const char* later = reinterpret_cast<const char*>(x) + kRowPrefetchBytes;
-      __builtin_prefetch(later, 0, 3);
-      if (r % 2) __builtin_prefetch(later + 48, 0, 3);  // a row is one and a half cache lines
+      if (prefetch) __builtin_prefetch(later, 0, 3);
+      if (prefetch && r % 2) __builtin_prefetch(later + 48, 0, 3);  // a row is one and a half cache lines
       const __m512i first = loaded_once(load_bits<__m512i>(x));
       const __m512i last = loaded_once(load_bits<__m512i>(x + 49 - 2 * lanes));
-      const VecF even = (VecF)_mm512_slli_epi32(first, 16) + (VecF)_mm512_maskz_slli_epi32(even_fresh, last, 16);
-      const VecF odd = (VecF)((VecU32)first & 0xffff0000u) + (VecF)((VecU32)last & odd_fresh);
-      part[r] = even + odd;
+      constexpr auto add = add_widened<BFloat16>;
+      const VecF even = add((VecF)_mm512_slli_epi32(first, 16), (VecF)_mm512_maskz_slli_epi32(even_fresh, last, 16));
+      const VecF odd = add((VecF)((VecU32)first & 0xffff0000u), (VecF)((VecU32)last & odd_fresh));
+      part[r] = add(even, odd);
     }
     store_bits(sum + j, transposed_sum<1>(part));
   }
   return j;
+}
+CSG_INLINE int64_t sum_rows_of_49(const BFloat16* x, int64_t stride, int64_t len, bool from_dram, float* sum) {
+  return from_dram ? sum_rows_of_49<true>(x, stride, len, sum) : sum_rows_of_49<false>(x, stride, len, sum);
 }
 #endif
 
@@ -318,20 +325,26 @@ constexpr int kStrips = (CSG_LEVEL == 2 ? 16 : 8) * kLanes<X> / Strip<X>::lanes;
 
 // sum[j] = the sum of x[s, j] over `count` positions, for the channels of Strips strips: the sums stay in registers, so
 // memory is read in pieces of Strips strips, one from each position. `next` is where the next piece begins.
-template <int Strips, typename X>
+template <int Strips, bool far, typename X>
 CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* next, Accumulator<X>* sum) {
   constexpr int channels = Strip<X>::lanes;
   constexpr int64_t piece = Strips * channels * int64_t(sizeof(X));
-  const int64_t ahead = min64(count, max64(1, kPrefetchBytes / piece));
+  const int64_t near_ahead = min64(count, max64(1, kPrefetchBytes / piece));
+  const int64_t far_ahead = min64(count, max64(1, kFarBytes / piece));
   Strip<X> total[Strips];
   for (int64_t s = 0; s < count;) {
     Strip<X> strip[Strips];
     for (const int64_t end = min64(count, s + kChainWide); s < end; ++s, x += stride) {
-      const X* later = s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
+      const auto position = [=](int64_t ahead) {
+        return s + ahead < count ? x + ahead * stride : next + (s + ahead - count) * stride;
+      };
+      const X *soon = position(near_ahead), *later = position(far_ahead);
 #pragma GCC unroll 16
       for (int i = 0; i < Strips; ++i) {
-        if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels)
-          __builtin_prefetch(later + i * channels, 0, 3);
+        if (i * channels * sizeof(X) % 64 == 0 && stride != Strips * channels) {
+          __builtin_prefetch(soon + i * channels, 0, 3);
+          if (far) __builtin_prefetch(later + i * channels, 0, 2);
+        }
         strip[i].add(Strip<X>::load(x + i * channels));
       }
     }
@@ -343,19 +356,19 @@ CSG_INLINE void sum_strips(const X* x, int64_t stride, int64_t count, const X* n
 }
 
 // The same for the channels of whole strips; returns how many they are.
-template <int Strips, typename X>
+template <int Strips, bool far, typename X>
 CSG_INLINE int64_t sum_whole_strips(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
                                     Accumulator<X>* sum) {
   constexpr int piece = Strips * Strip<X>::lanes;
   int64_t j = 0;
   for (; j + piece <= len; j += piece)
-    sum_strips<Strips>(x + j, stride, count, j + 2 * piece <= len ? x + j + piece : next, sum + j);
-  if constexpr (Strips > 1) j += sum_whole_strips<Strips / 2>(x + j, stride, count, len - j, next, sum + j);
+    sum_strips<Strips, far>(x + j, stride, count, j + 2 * piece <= len ? x + j + piece : next, sum + j);
+  if constexpr (Strips > 1) j += sum_whole_strips<Strips / 2, far>(x + j, stride, count, len - j, next, sum + j);
   return j;
 }
 
 // sum[j] = the sum of x[s, j] over `count` positions; `next`: what will be read after them.
-template <typename X>
+template <bool far, typename X>
 CSG_INLINE void sum_positions(const X* x, int64_t stride, int64_t count, int64_t len, const X* next,
                               Accumulator<X>* sum) {
   constexpr int lanes = Strip<X>::lanes;
@@ -367,8 +380,8 @@ CSG_INLINE void sum_positions(const X* x, int64_t stride, int64_t count, int64_t
         for (int64_t j = 0; j < len; ++j) part[j] += widen(x[j]);
       for (int64_t j = 0; j < len; ++j) sum[j] += part[j];
     }
-  } else if (sum_whole_strips<kStrips<X>>(x, stride, count, len, next, sum) < len) {
-    sum_strips<1>(x + len - lanes, stride, count, next, sum + len - lanes);  // overlaps: sums some again
+  } else if (sum_whole_strips<kStrips<X>, far>(x, stride, count, len, next, sum) < len) {
+    sum_strips<1, far>(x + len - lanes, stride, count, next, sum + len - lanes);  // overlaps: sums some again
   }
 }
 
@@ -399,7 +412,7 @@ CSG_INLINE void max_positions(const X* x, int64_t stride, int64_t count, int64_t
 }
 
 // Channels last: the channels of one position are contiguous. Work items are (sample, block of channels).
-template <typename X>
+template <bool far, typename X>
 CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   using Lane = decltype(typename Simd<X>::Int{}[0] + 0);
@@ -415,7 +428,7 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
         const int64_t count = min64(kSumBlockWide, p.s - s);
         const X* at = x + s * p.stride_s;
         const X* next = s + count < p.s ? at + count * p.stride_s : x + p.stride_n;
-        sum_positions(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
+        sum_positions<far>(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
         for (int64_t j = 0; j < len && s == 0; ++j) error[j] = 0;
         for (int64_t j = 0; j < len && s > 0; ++j) add_exactly(part[j], &pooled[j], &error[j]);
       }
@@ -441,7 +454,12 @@ CSG_INLINE void forward(const GatedPoolForward& p, ParallelFor parallel_for) {
     const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
     const int64_t bytes = p.s * min64(p.k, kWideBlock) * int64_t(sizeof(X));
     parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / max64(1, bytes)),
-                    [&](int64_t begin, int64_t end) { forward_channels_last<X>(p, begin, end); });
+                    [&](int64_t begin, int64_t end) {
+                      if (p.n * p.k * p.s * int64_t(sizeof(X)) >= kFarFromBytes)
+                        forward_channels_last<true, X>(p, begin, end);
+                      else
+                        forward_channels_last<false, X>(p, begin, end);
+                    });
   } else {
     const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
     const int64_t bytes = p.s * min64(p.k, kRowBlock) * int64_t(sizeof(X));
