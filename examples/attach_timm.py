@@ -1,6 +1,6 @@
-"""A class-specific gate in a model of timm: both paths in every step, then the model without the gate.
+"""A class-specific gate in a model of timm: both paths in every step, every measure, then the model without the gate.
 
-pip install timm
+pip install timm "csg-ext[train]"
 python examples/attach_timm.py [model] [steps] [images]
 """
 
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import csg_ext
+from csg_ext.analysis import evaluate_model, evaluation_table
 from csg_ext.data import Batches, load_images
+from csg_ext.data.batches import normalise
 
 name = sys.argv[1] if len(sys.argv) > 1 else "resnet10t"  # any of timm.list_models()
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 200
@@ -44,8 +46,12 @@ for step in range(steps):
     if step % 20 == 0 or step == steps - 1:
         print(f"step {step:4d}  STD loss {loss_std.item():.3f}  L1-density of the gate {g.csg.density():.3f}")
 
-x, labels = batches[steps]
+test = [
+    (images(normalise(data.test_images[i : i + 250], mean, std)), torch.from_numpy(data.test_labels[i : i + 250]))
+    for i in range(0, len(data.test_labels), 250)
+]
+print(evaluation_table({name: evaluate_model(g, test, classes=data.classes)}), end="")
 model = csg_ext.detach(g).eval()
 with torch.inference_mode():
-    accuracy = (model(images(x)).argmax(1) == labels).float().mean()
-print(f"accuracy on a batch, without labels and without the gate: {accuracy:.2f}")
+    right = sum(int((model(x).argmax(1) == labels).sum()) for x, labels in test)
+print(f"accuracy of the model without the gate: {right / len(data.test_labels):.2%}")

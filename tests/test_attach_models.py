@@ -273,7 +273,9 @@ def test_detach_takes_what_attach_returned():
 def test_example(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["attach_timm.py", "resnet10t", "2", "640"])
     runpy.run_path(str(ROOT / "examples" / "attach_timm.py"), run_name="__main__")
-    attached, *steps, last = capsys.readouterr().out.splitlines()
+    attached, *lines, last = capsys.readouterr().out.splitlines()
     assert attached.startswith("attach: gate (10 classes x 512 filters) on the output of layer4")
-    assert [line.split()[1] for line in steps] == ["0", "1"] and float(steps[-1].split()[-1]) > 0.1
-    assert last.startswith("accuracy on a batch")
+    steps = [line.split() for line in lines if line.startswith("step")]
+    assert [step[1] for step in steps] == ["0", "1"] and float(steps[-1][-1]) > 0.1
+    accuracy = next(line.split()[-1] for line in lines if line.startswith("accuracy (STD path"))
+    assert last == f"accuracy of the model without the gate: {accuracy}"

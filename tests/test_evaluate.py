@@ -21,6 +21,7 @@ from short_run import SHORT
 from torch import nn
 
 from csg_ext import cli, evaluate, metrics
+from csg_ext.analysis import evaluation
 from csg_ext.data import load_images
 from csg_ext.runs import read_checkpoint, restore, training_statistics
 from csg_ext.training.arm import predict
@@ -32,8 +33,8 @@ from csg_ext.training.arm import predict
 def _few_draws():
     """Fewer splits and permutations: here they need no precision."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "SPLITS", 10)
-        patch.setattr(evaluate, "PERMUTATIONS", 100)
+        patch.setattr(evaluation, "SPLITS", 10)
+        patch.setattr(evaluation, "PERMUTATIONS", 100)
         yield
 
 
@@ -111,7 +112,7 @@ def test_a_confidence_of_one_is_in_the_last_bin():
     """Of 15 bins: 0.95 and what rounds to 1 share the last, in which 3 of 4 are right."""
     margin = float(np.log(0.95 / 0.05))
     logits = torch.tensor([[margin, 0.0], [margin, 0.0], [200.0, 0.0], [200.0, 0.0]])
-    found = evaluate._calibration_error(logits, torch.tensor([0, 0, 0, 1]))
+    found = evaluation._calibration_error(logits, torch.tensor([0, 0, 0, 1]))
     assert found == pytest.approx(abs((0.95 * 2 + 2) / 4 - 3 / 4), abs=1e-6)
 
 
@@ -122,9 +123,10 @@ def test_few_images_have_a_difference_of_mis_without_an_interval(samples):
         features, logits = rng.standard_normal((samples, 3)), rng.standard_normal((samples, 2))
         hits, nothing = {"accuracy": rng.random(samples) > 0.5}, np.zeros(0, bool)
         numbers = {"accuracy": float(hits["accuracy"].mean()), "mis": 0.1 * seed}
-        return evaluate.Evaluation(numbers, hits, features, logits, np.eye(2), None, nothing, nothing, [])
+        labels = np.arange(samples) % 2
+        return evaluation.Evaluation(numbers, hits, features, logits, labels, np.eye(2), None, nothing, nothing, [])
 
-    found = evaluate.differences(measured(1), measured(2), np.arange(samples) % 2)
+    found = evaluation.evaluation_differences(measured(1), measured(2))
     assert found["accuracy"]["method"] == "paired bootstrap"
     assert found["mis"]["method"] == (None if samples < 8 else "split halves")
     assert (found["mis"]["low"] is None) == (samples < 8)
@@ -159,7 +161,7 @@ def test_the_table_shows_every_measure(report):
     ]
     assert re.search(rf"L1-density of the gate +-  +{csg['l1_density']:.4f}\n", out)
     assert re.search(r"STD +CSG  CSG - STD \[95% interval\]\n", out)
-    assert {key for key, _, _ in evaluate._ROWS} == csg.keys()
+    assert {key for key, _, _ in evaluation._ROWS} == csg.keys()
     assert "Measuring on digits: 137 test images, 8x8, 3 classes." in out
     assert "Written to " in out and "filter_similarity_csg.png" in out
 
@@ -445,6 +447,6 @@ def test_ctrl_c_writes_nothing(run, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "evaluate_model", interrupted)
+    monkeypatch.setattr(evaluate, "evaluate_images", interrupted)
     assert _evaluate(tmp_path / "o", run[0]) == 130
     assert capsys.readouterr().err == "Interrupted; nothing is written\n" and not (tmp_path / "o").exists()

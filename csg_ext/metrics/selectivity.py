@@ -88,7 +88,7 @@ def specificity(
     features: NDArray[Any],
     labels: NDArray[np.int64],
     mi: NDArray[np.float64],
-    weight: NDArray[Any],
+    weight: NDArray[Any] | None,
     ceilings: NDArray[np.float64],
 ) -> dict[str, float]:
     """What is reported beside MIS of any network, with a gate or without; means over all K filters.
@@ -99,15 +99,17 @@ def specificity(
       the ratio of both means it does not grow when filters move to classes that are easy to tell;
     - weight_agreement: class_agreement with the classifier's weights in the gate's place.
 
-    features (N, K), labels (N,), mi (K, C) with 0 for dead filters, weight (C, K), ceilings (C,): nats.
+    features (N, K), labels (N,), mi (K, C) with 0 for dead filters, weight (C, K), or None to leave weight_agreement
+    out, ceilings (C,): nats.
     """
     own = np.where(mi.max(1) > 0, best_class(mi, features, labels), -1)
     told, top = mi.max(1).clip(0), ceilings[own]
     found = {
         "quiet_filters": float(quiet_filters(features, labels, own).mean()),
         "mis_of_ceiling": float(np.divide(told, top, out=np.zeros_like(told), where=(own >= 0) & (top > 0)).mean()),
-        "weight_agreement": class_agreement(weight, mi, features, labels),
     }
+    if weight is not None:
+        found["weight_agreement"] = class_agreement(weight, mi, features, labels)
     if features.min() >= 0:
         found["class_selectivity"] = float(class_selectivity(features, labels, mi.shape[1]).mean())
     if mi.shape[1] > 2:

@@ -51,7 +51,7 @@ def kernel_similarity(model: nn.Module, num_filters: int) -> NDArray[np.float64]
         kernels = last_convolution(model, num_filters).weight
     except ValueError:  # a DenseNet's last map is concatenated
         return None
-    return filter_similarity(kernels.detach().cpu().numpy())
+    return filter_similarity(kernels.detach().double().cpu().numpy())  # NumPy has no bf16
 
 
 class BlockScore(NamedTuple):

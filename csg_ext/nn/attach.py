@@ -168,27 +168,32 @@ class AttachedModel(TwoPaths):
         """The gated layer's feature map, (N, K, *spatial), or tokens (N, L, K); ungated."""
         place = self.plan.layer
         # A gate that waits for the pooling belongs to the map that is pooled, in-place operations on it included.
-        features = self._run(place.name, place.side, not self.plan.pooled, x, kwargs)
+        features, _ = self._run(place.name, place.side, not self.plan.pooled, x, kwargs)
         return features.movedim(self.plan.channel_dim, 1) if features.dim() > 3 else features
 
     def pooled_features(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The ungated features (N, K) that the gate multiplies; of a gated map, the means over its positions."""
-        place = self.plan.gate
-        features = self._run(place.name, place.side, True, x, kwargs)
-        if self.plan.pooled:
-            return features.flatten(1)
-        return features.movedim(self.plan.channel_dim, 1).flatten(2).mean(2)
+        return self.features_and_logits(x, **kwargs)[0]
 
-    def _run(self, name: str, side: str, copy: bool, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def features_and_logits(self, x: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(pooled_features (N, K), STD logits (N, C)), from one pass."""
+        place = self.plan.gate
+        features, output = self._run(place.name, place.side, True, x, kwargs)
+        if self.plan.pooled:
+            return features.flatten(1), logits_of(output)
+        return features.movedim(self.plan.channel_dim, 1).flatten(2).mean(2), logits_of(output)
+
+    def _run(self, name: str, side: str, copy: bool, x: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """What goes into or comes out of a module, and what the model returns."""
         keep = _Keep(copy)
         handle = _hook_onto(self.model, name, side, keep)
         try:
-            self.model(x, **kwargs)
+            output = self.model(x, **kwargs)
         finally:
             handle.remove()
         if keep.kept is None:
             raise RuntimeError(f"AttachedModel: {name!r} did not run: was the model changed after attach?")
-        return keep.kept
+        return keep.kept, output
 
     def __enter__(self) -> AttachedModel:
         return self

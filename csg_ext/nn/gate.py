@@ -173,6 +173,10 @@ class TwoPaths(nn.Module):
         """Every parameter but the gate."""
         return [p for p in self.parameters() if p is not self.csg.gate]
 
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(pooled features (N, K), STD logits (N, C)), from one pass."""
+        raise NotImplementedError
+
 
 class GatedModel(TwoPaths):
     """A backbone, a class-specific gate and a linear classifier: the two forward paths of the method.
@@ -219,6 +223,11 @@ class GatedModel(TwoPaths):
     def pooled_features(self, x: Tensor) -> Tensor:
         """The ungated pooled features, (N, K): what mutual information is measured on."""
         return _pool(self.forward_features(x))
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(pooled features (N, K), STD logits (N, C)), from one pass."""
+        pooled = self.pooled_features(x)
+        return pooled, self.classifier(pooled)
 
     def forward(
         self, x: Tensor, labels: Tensor | None = None, path: str | None = None

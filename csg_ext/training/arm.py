@@ -154,9 +154,10 @@ def predict(
     features, logits = [], []
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            pooled = model.pooled_features(normalise(images[start : start + batch_size], mean, std, device))
+            batch = normalise(images[start : start + batch_size], mean, std, device)
+            pooled, scores = model.features_and_logits(batch)
             features.append(pooled.cpu())
-            logits.append(model.classifier(pooled).cpu())
+            logits.append(scores.cpu())
     return torch.cat(features).numpy(), torch.cat(logits).numpy()
 
 
