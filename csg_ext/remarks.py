@@ -20,12 +20,15 @@ def filter_remarks(
     said = []
     if dead.any():
         which = ", ".join(map(str, np.flatnonzero(dead)))
+        are, have = ("is", "has") if dead.sum() == 1 else ("are", "have")
         said.append(
-            f"{dead.sum()} of {len(dead)} filters are dead (one activation on all images) and have no class: {which}."
+            f"{dead.sum()} of {len(dead)} filters {are} dead (one activation on all images) and {have} no class: "
+            f"{which}."
         )
     without = np.setdiff1d(np.arange(len(classes)), filter_classes)
     if len(without):
         names = ", ".join(classes[c] for c in without[:_NAMED])
         names += f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
-        said.append(f"{len(without)} of {len(classes)} classes have no filter by {by}: {names}.")
+        have = "has" if len(without) == 1 else "have"
+        said.append(f"{len(without)} of {len(classes)} classes {have} no filter by {by}: {names}.")
     return said

@@ -270,12 +270,12 @@ def load_source(
 
 
 @contextlib.contextmanager
-def saying_where_to_give_moved_images() -> Iterator[None]:
+def saying_where_to_give_moved_images(remedy: str = "give --data PATH") -> Iterator[None]:
     """Adds to the error that a run's images are not where they were how a command gets their new place."""
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{sentence(error)}; if the run's images have moved, give --data PATH") from error
+        raise FileNotFoundError(f"{sentence(error)}; if the run's images have moved, {remedy}") from error
 
 
 def tell_skipped(skipped: list[str], rest: str) -> None:
@@ -288,17 +288,19 @@ def tell_skipped(skipped: list[str], rest: str) -> None:
 
 def source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
     """The images to measure on: --data, or those of the run, checked to be the same. Says what was left out."""
-    data = _source_images(stored, arguments)
+    if arguments["data"] is not None:
+        data = _other_images(stored, arguments["data"], arguments["image_size"])
+    else:
+        if arguments["image_size"] is not None:
+            raise ValueError("--image-size applies to --data, which is not given")
+        data = run_images(stored)
     tell_skipped(data.skipped, f"and {len(data.skipped) - 10} more")
     return data
 
 
-def _source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> ImageData:
+def run_images(stored: list[StoredModel], remedy: str = "give --data PATH") -> ImageData:
+    """The images of the run, checked to be the same; `remedy`: what to do where they have moved."""
     run = stored[0].run
-    if arguments["data"] is not None:
-        return _other_images(stored, arguments["data"], arguments["image_size"])
-    if arguments["image_size"] is not None:
-        raise ValueError("--image-size applies to --data, which is not given")
     for s in stored:
         if s.run is None:
             raise ValueError(f"{s.file} has no run.json of its run beside it: give the images as --data PATH")
@@ -307,7 +309,7 @@ def _source_images(stored: list[StoredModel], arguments: dict[str, Any]) -> Imag
         raise ValueError(
             "both checkpoints must be measured on the same images, got runs on different ones: give --data"
         )
-    with saying_where_to_give_moved_images():
+    with saying_where_to_give_moved_images(remedy):
         data = load_source(run["source"])
     if data.fingerprint() != run["sha256"]:
         raise ValueError(

@@ -21,7 +21,7 @@ from csg_ext.training import compare
 from csg_ext.training.arm import evaluate
 
 SAID = "2 of 64 filters are dead (one activation on all images) and have no class: "
-NO_FILTER = "1 of 3 classes have no filter by the gate: 2."
+NO_FILTER = "1 of 3 classes has no filter by the gate: 2."
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,11 @@ def test_mis_of_nothing_but_dead_filters(tmp_path, capsys):
 
 def test_evaluate(blind, dead, tmp_path, capsys):
     out = _call(capsys, "evaluate", blind, "--device", "cpu", "--output", tmp_path)
-    assert f"csg: {SAID}{dead[0]}, {dead[1]}.\n" in out and f"csg: {NO_FILTER}\n" in out
+    assert f"CSG: {SAID}{dead[0]}, {dead[1]}.\n" in out and f"CSG: {NO_FILTER}\n" in out
     std, csg = _json(tmp_path / "evaluation.json")["checkpoints"]
     assert csg["dead"] == dead and csg["measures"]["dead_filters"] == 2
     assert csg["measures"]["classes_without_filter_gate"] == 1
-    assert f"std: No measure by the gate: {'the checkpoint has no trained gate: its entries are all 0.5'}." in out
+    assert f"STD: No measure by the gate: {'the checkpoint has no trained gate: its entries are all 0.5'}." in out
     assert len(std["dead"]) == std["measures"]["dead_filters"]
 
 
@@ -169,7 +169,7 @@ def gateless(run, tmp_path_factory) -> Path:
 
 def test_evaluate_without_a_gate(run, gateless, tmp_path, capsys):
     out = _call(capsys, "evaluate", gateless / "std", "--device", "cpu", "--output", tmp_path / "a")
-    assert "std: No measure by the gate: the checkpoint holds no gate." in out
+    assert "STD: No measure by the gate: the checkpoint holds no gate." in out
     _call(capsys, "evaluate", run[0] / "std", "--device", "cpu", "--output", tmp_path / "b")
     (a,), (b,) = (_json(tmp_path / x / "evaluation.json")["checkpoints"] for x in "ab")
     assert a["measures"] == b["measures"]

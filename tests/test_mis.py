@@ -70,7 +70,7 @@ def test_mis_reads_every_format(features, tmp_path, capsys, arguments):
     assert "400 samples, 12 filters, 5 classes; 3 neighbours, ties noise, one-vs-rest, seed 0" in out
     assert f"  class 2  3   25.0%  mean MI {mi[2::4, 2].mean():.4f} nats\n" in out
     assert [line for line in out.splitlines() if "filter" in line and "class 4" in line] == [
-        "1 of 5 classes have no filter by mutual information: class 4."
+        "1 of 5 classes has no filter by mutual information: class 4."
     ]
     assert "without a filter" not in out  # the same again
     with Image.open(tmp_path / "o" / "mutual_information.png") as picture:

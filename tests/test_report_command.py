@@ -126,6 +126,23 @@ def test_bad_runs(run, tmp_path, damage, expected):
     assert not (tmp_path / "page").exists()
 
 
+def test_images_that_moved_have_a_remedy_that_works(run, digits, tmp_path):
+    """The report has no --data: training notes the new place, after which both write the page."""
+    from csg_ext import cli
+
+    folder = tmp_path / "r"
+    shutil.copytree(run[0], folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["source"]["data"] = str(tmp_path / "gone.npz")
+    (folder / "run.json").write_text(json.dumps(about))
+    status, _, err = report_command(folder)
+    remedy = f"csg-ext train --resume --output {folder} --data PATH"
+    assert status == 2 and err.endswith(f"if the run's images have moved, {remedy} notes their new place\n")
+    assert cli.main([*remedy.replace("PATH", str(digits)).split()[1:]]) == 0
+    (folder / "report.html").unlink()
+    assert report_command(folder)[0] == 0 and (folder / "report.html").is_file()
+
+
 def test_bad_arguments(run, tmp_path):
     status, _, err = report_command(run[0], run[0])
     assert status == 2 and "--output must name the folder" in err

@@ -139,6 +139,12 @@ def test_an_optimizer_of_its_own_for_csg_steps():
     assert_same(model, expected)
 
 
+def test_an_optimizer_for_csg_steps_is_refused_where_there_are_none():
+    for make in (lambda **o: GatedTraining(tiny(), **o), ClassSpecificGateCallback):
+        with pytest.raises(ValueError, match="csg_optimizer must be None in a joint schedule, .* got one: take"):
+            make(csg_optimizer=functools.partial(torch.optim.SGD, lr=0.03))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_users_module_trains_as_gated_training_does(case):
     schedule = Schedule(**CASES[case][0], lr_warmup=0.0, lr_decay="constant")

@@ -20,7 +20,7 @@ from csg_ext.data.formats import load_numpy
 from csg_ext.data.images import ImageData
 from csg_ext.nn.gate import GatedModel
 from csg_ext.remarks import filter_remarks
-from csg_ext.runs import checkpoint_files, read_checkpoint, restore, source_images, training_statistics
+from csg_ext.runs import checkpoint_files, read_checkpoint, restore, run_images, tell_skipped, training_statistics
 from csg_ext.training.compare import table
 from csg_ext.training.files import ARMS, ARRAYS, METRICS_JSON, RUN, SUMMARY, is_number, read_json
 
@@ -104,7 +104,9 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
             raise FileNotFoundError(f"report: RUN must be a finished run, got {place} without {file}")
     summary = read_summary(place / SUMMARY)
     stored = [read_checkpoint(file) for file in files]
-    data = data or source_images(stored, {"data": None, "image_size": None})
+    if data is None:
+        data = run_images(stored, f"csg-ext train --resume --output {place} --data PATH notes their new place")
+        tell_skipped(data.skipped, f"and {len(data.skipped) - 10} more")
     arms = []
     for name, checkpoint in zip(ARMS, stored, strict=True):
         note = "" if checkpoint.holds_gate else "The checkpoint holds no gate."

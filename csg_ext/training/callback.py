@@ -105,14 +105,15 @@ class ClassSpecificGateCallback(Callback):
             that alone), all others are the module's own loss.
         gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does.
         csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own; None: the
-            module's optimizer takes them too.
+            module's optimizer takes them too. Not with a joint schedule, whose steps take both paths at once.
         labels: gives the labels of a batch: int64 (N,) or float (N, C); default: its second entry.
         mix: makes a batch (x, labels) into (x, soft labels), such as csg_ext.training.Mix.
         gate_clip_norm: largest norm of the gate's gradient.
         model: the gated module's name inside the LightningModule; needed when there are several.
 
-    Raises ValueError when fitting begins: manual optimization or several optimizers, no gated module, a sharded gate,
-    a run of unknown length or without a CSG step, an optimizer that unscales gradients by itself under fp16.
+    Raises ValueError for a csg_optimizer in a joint schedule, and when fitting begins: manual optimization or several
+    optimizers, no gated module, a sharded gate, a run of unknown length or without a CSG step, an optimizer that
+    unscales gradients by itself under fp16.
     Source: Liang et al., ECCV 2020, algorithm 1.
     """
 
@@ -129,6 +130,11 @@ class ClassSpecificGateCallback(Callback):
         model: str | None = None,
     ) -> None:
         self.schedule, self.objective = schedule or Schedule(), objective or Objective()
+        if csg_optimizer is not None and self.schedule.kind == "joint":
+            raise ValueError(
+                "ClassSpecificGateCallback: csg_optimizer must be None in a joint schedule, which has no CSG steps, "
+                "got one: take Schedule(kind='steps') or 'epochs'"
+            )
         self.make_gate_optimizer, self.make_csg_optimizer = gate_optimizer, csg_optimizer
         self.labels, self.mix, self.gate_clip_norm, self.model = labels, mix, gate_clip_norm, model
         self.gate_optimizer: Optimizer | None = None
