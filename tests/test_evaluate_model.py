@@ -166,6 +166,14 @@ def test_two_networks_side_by_side():
         evaluation_differences(first, other)
 
 
+def test_the_model_may_be_on_another_device_than_the_batches(device):
+    expected = evaluate_model(attached(), batches(60), batches(60, seed=1))
+    found = evaluate_model(attached().to(device), batches(60), batches(60, seed=1))
+    assert found.numbers.keys() == expected.numbers.keys()
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-3, atol=1e-3)  # TF32 on a GPU
+    assert found.numbers["mis"] == pytest.approx(expected.numbers["mis"], abs=0.05)
+
+
 def test_half_precision_is_measured_in_fp32():
     g = attached().to(torch.bfloat16)
     found = evaluate_model(g, [(x.bfloat16(), y) for x, y in batches(60)])

@@ -73,7 +73,7 @@ run_tests() { # run_tests NAME ARGUMENT...: pytest, its results in $work/NAME.xm
     -o cache_dir="$work/pytest" "${@:2}"
 }
 if wanted gpu; then # a process for each file: after a kernel that fails, its process can use the GPU no more
-  for name in on_gpu gate_step gated_pool gated_pool_transforms mis_metric mutual_info_approximate mutual_info_arguments; do
+  for name in on_gpu evaluate_model gate_step gated_pool gated_pool_transforms mis_metric mutual_info_approximate mutual_info_arguments; do
     run_tests "test_$name" "tests/test_$name.py" -k "test_on_gpu or [cuda or -cuda"
   done
 fi
