@@ -1,15 +1,16 @@
 // gated_pool's CPU kernel, forward: sums or maxima over the positions, then pooled and out. Part of gated_pool_cpu.inl.
 
-constexpr int64_t kRowBlock = 128;           // rows of one work item
-constexpr int64_t kChain = 32;               // additions one after the other, whose rounding errors add up
-constexpr int64_t kChainWide = 16;           // the same where a sum is one chain, not the sum of many
-constexpr int64_t kSumBlockWide = 128;       // positions of channels-last maps summed in one go
-constexpr int64_t kMaxBlock = 1 << 30;       // positions whose number fits a 32-bit lane
-constexpr int64_t kPrefetchBytes = 4096;     // how far ahead of strided reads, into L1
-constexpr int64_t kFarBytes = 16384;         // the same into L2, where x may not lie in the last cache:
-constexpr int64_t kFarFromBytes = 16 << 20;  // from this size on
-constexpr int64_t kRowPrefetchBytes = 8192;  // how far ahead of rows, into L1
-constexpr int64_t kCacheBytes = 40 << 20;    // such an x is larger; prefetching slows down rows that are in a cache
+constexpr int64_t kRowBlock = 128;            // most rows of one work item
+constexpr int64_t kRowBlockBytes = 64 << 10;  // what more than 32 rows hold at most: long rows for more threads
+constexpr int64_t kChain = 32;                // additions one after the other, whose rounding errors add up
+constexpr int64_t kChainWide = 16;            // the same where a sum is one chain, not the sum of many
+constexpr int64_t kSumBlockWide = 128;        // positions of channels-last maps summed in one go
+constexpr int64_t kMaxBlock = 1 << 30;        // positions whose number fits a 32-bit lane
+constexpr int64_t kPrefetchBytes = 4096;      // how far ahead of strided reads, into L1
+constexpr int64_t kFarBytes = 16384;          // the same into L2, where x may not lie in the last cache:
+constexpr int64_t kFarFromBytes = 16 << 20;   // from this size on
+constexpr int64_t kRowPrefetchBytes = 8192;   // how far ahead of rows, into L1
+constexpr int64_t kCacheBytes = 40 << 20;     // such an x is larger; prefetching slows down rows that are in a cache
 
 // pooled = sum / divisor, out = row * pooled; the row is of type T or already in the accumulator's.
 template <typename T, typename Row>
@@ -300,14 +301,14 @@ CSG_INLINE Accumulator<X> max_row(const X* x, int64_t n, int64_t* where) {
 // Rows: every channel's positions are contiguous. Work items are (sample, block of channels): which rows are added
 // together, and so the bits of their sums, does not depend on the threads.
 template <typename X>
-CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t begin, int64_t end) {
+CSG_INLINE void forward_rows(const GatedPoolForward& p, int64_t rows, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   A pooled[kRowBlock];
   const bool from_dram = p.n * p.k * p.s * int64_t(sizeof(X)) > kCacheBytes;
-  const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
+  const int64_t blocks = (p.k + rows - 1) / rows;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / blocks, k0 = item % blocks * kRowBlock;
-    const int64_t len = min64(kRowBlock, p.k - k0);
+    const int64_t n = item / blocks, k0 = item % blocks * rows;
+    const int64_t len = min64(rows, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0 * p.stride_k;
     if (p.pool == Pool::Avg) {
       sum_rows(x, p.stride_k, p.s, len, from_dram, pooled);
@@ -413,21 +414,21 @@ CSG_INLINE void max_positions(const X* x, int64_t stride, int64_t count, int64_t
 
 // Channels last: the channels of one position are contiguous. Work items are (sample, block of channels).
 template <bool far, typename X>
-CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, int64_t end) {
+CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t block, int64_t begin, int64_t end) {
   using A = Accumulator<X>;
   using Lane = decltype(typename Simd<X>::Int{}[0] + 0);
   A pooled[kWideBlock], part[kWideBlock], error[kWideBlock];
   Lane where[kWideBlock];
-  const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
+  const int64_t blocks = (p.k + block - 1) / block;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / blocks, k0 = item % blocks * kWideBlock;
-    const int64_t len = min64(kWideBlock, p.k - k0);
+    const int64_t n = item / blocks, k0 = item % blocks * block;
+    const int64_t len = min64(block, p.k - k0);
     const X* x = static_cast<const X*>(p.x) + n * p.stride_n + k0;
     if (p.pool == Pool::Avg) {
       for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
         const int64_t count = min64(kSumBlockWide, p.s - s);
         const X* at = x + s * p.stride_s;
-        const X* next = s + count < p.s ? at + count * p.stride_s : x + p.stride_n;
+        const X* next = s + count < p.s ? at + count * p.stride_s : k0 + len < p.k ? x + len : x + p.stride_n - k0;
         sum_positions<far>(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
         for (int64_t j = 0; j < len && s == 0; ++j) error[j] = 0;
         for (int64_t j = 0; j < len && s > 0; ++j) add_exactly(part[j], &pooled[j], &error[j]);
@@ -451,20 +452,25 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t begin, 
 template <typename X>
 CSG_INLINE void forward(const GatedPoolForward& p, ParallelFor parallel_for) {
   if (p.stride_k == 1 && (p.stride_s != 1 || p.s == 1)) {
-    const int64_t blocks = (p.k + kWideBlock - 1) / kWideBlock;
-    const int64_t bytes = p.s * min64(p.k, kWideBlock) * int64_t(sizeof(X));
-    parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / max64(1, bytes)),
-                    [&](int64_t begin, int64_t end) {
-                      if (p.n * p.k * p.s * int64_t(sizeof(X)) >= kFarFromBytes)
-                        forward_channels_last<true, X>(p, begin, end);
-                      else
-                        forward_channels_last<false, X>(p, begin, end);
-                    });
+    const int64_t size = p.n * p.k * p.s * int64_t(sizeof(X));
+    int64_t block = kWideBlock;
+    const auto items = [&] { return p.n * ((p.k + block - 1) / block); };
+    // Few samples: fewer channels at a time give more threads work, but narrow reads cost more.
+    while (size > kGrainBytes && items() < (block > 256 ? 8 : 4) && block > 64) block /= 2;
+    const int64_t bytes = p.s * min64(p.k, block) * int64_t(sizeof(X));
+    parallel_ranges(parallel_for, items(), max64(1, kGrainBytes / max64(1, bytes)), [&](int64_t begin, int64_t end) {
+      if (size >= kFarFromBytes)
+        forward_channels_last<true, X>(p, block, begin, end);
+      else
+        forward_channels_last<false, X>(p, block, begin, end);
+    });
   } else {
-    const int64_t blocks = (p.k + kRowBlock - 1) / kRowBlock;
-    const int64_t bytes = p.s * min64(p.k, kRowBlock) * int64_t(sizeof(X));
+    int64_t rows = kRowBlock;
+    while (rows > 32 && rows * p.s * int64_t(sizeof(X)) > kRowBlockBytes) rows /= 2;
+    const int64_t blocks = (p.k + rows - 1) / rows;
+    const int64_t bytes = p.s * min64(p.k, rows) * int64_t(sizeof(X));
     parallel_ranges(parallel_for, p.n * blocks, max64(1, kGrainBytes / bytes),
-                    [&](int64_t begin, int64_t end) { forward_rows<X>(p, begin, end); });
+                    [&](int64_t begin, int64_t end) { forward_rows<X>(p, rows, begin, end); });
   }
 }
 
