@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -438,7 +439,7 @@ def _run(arguments: dict[str, Any]) -> int:
             return "; nothing is written"
         if not (Path(output) / RUN).exists():
             return " before the run began"
-        return f"; the state is saved. Continue with: csg-ext train --resume --output {output}"
+        return f"; the state is saved. Continue with: csg-ext train --resume --output {shlex.quote(str(output))}"
 
     return _guarded(command, run, saved, "train,analysis" if command == "detect" else "train")
 

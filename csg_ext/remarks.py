@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_NAMED = 20  # classes that a sentence names
+_NAMED = 20  # filters or classes that a sentence names
 
 
 def filter_remarks(
@@ -19,7 +19,7 @@ def filter_remarks(
     """
     said = []
     if dead.any():
-        which = ", ".join(map(str, np.flatnonzero(dead)))
+        which = _first([str(k) for k in np.flatnonzero(dead)])
         are, have = ("is", "has") if dead.sum() == 1 else ("are", "have")
         said.append(
             f"{dead.sum()} of {len(dead)} filters {are} dead (one activation on all images) and {have} no class: "
@@ -27,8 +27,12 @@ def filter_remarks(
         )
     without = np.setdiff1d(np.arange(len(classes)), filter_classes)
     if len(without):
-        names = ", ".join(classes[c] for c in without[:_NAMED])
-        names += f" and {len(without) - _NAMED} more" if len(without) > _NAMED else ""
+        names = _first([classes[c] for c in without])
         have = "has" if len(without) == 1 else "have"
         said.append(f"{len(without)} of {len(classes)} classes {have} no filter by {by}: {names}.")
     return said
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -121,10 +121,21 @@ def test_few_images_have_a_difference_of_mis_without_an_interval(samples):
     def measured(seed):
         rng = np.random.default_rng(seed)
         features, logits = rng.standard_normal((samples, 3)), rng.standard_normal((samples, 2))
-        hits, nothing = {"accuracy": rng.random(samples) > 0.5}, np.zeros(0, bool)
-        numbers = {"accuracy": float(hits["accuracy"].mean()), "mis": 0.1 * seed}
-        labels = np.arange(samples) % 2
-        return evaluation.Evaluation(numbers, hits, features, logits, labels, np.eye(2), None, nothing, nothing, [])
+        hits = {"accuracy": rng.random(samples) > 0.5}
+        return evaluation.Evaluation(
+            numbers={"accuracy": float(hits["accuracy"].mean()), "mis": 0.1 * seed},
+            hits=hits,
+            features=features,
+            logits=logits,
+            labels=np.arange(samples) % 2,
+            mi=np.zeros((3, 2)),
+            gate=None,
+            owners={},
+            dead=np.zeros(3, bool),
+            confusion=np.eye(2),
+            similarity=None,
+            remarks=[],
+        )
 
     found = evaluation.evaluation_differences(measured(1), measured(2))
     assert found["accuracy"]["method"] == "paired bootstrap"

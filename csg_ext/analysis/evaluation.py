@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from csg_ext import metrics
-from csg_ext._text import aligned
+from csg_ext._text import aligned, name_list
+from csg_ext.nn.attach import AttachedModel
 from csg_ext.nn.gate import TwoPaths
 from csg_ext.nn.locate import evaluating
 from csg_ext.remarks import filter_remarks
 
 CONFIDENCE, RESAMPLES, SPLITS, PERMUTATIONS, BINS = 0.95, 2000, 100, 2000, 15
 _OWNERS = {"mi": "mutual information", "gate": "the gate"}
+_FEWEST = 4  # samples that mutual information needs: its neighbours and one more
 _LEAST = 8  # test samples from which the interval of MIS is made
-_CLOSE = 0.02  # of the largest logit: half precision, not another layer
+_CLOSE = 0.02  # of the largest score without the bias: half precision, not another layer
 _SPLIT_HALF = ("mis", "mis_normalized", "mis_ceiling")
 
 
@@ -30,11 +32,12 @@ class Evaluation:
     """One network measured on N test samples; docs/evaluation.md says what every number is.
 
     numbers: every measure by its name, NaN where it has no value. hits: whether each sample is right, (N,) bool, for
-    every measure that is an accuracy. features (N, K), logits (N, C), labels (N,): what was measured. confusion (C, C):
-    counts, true classes down. similarity (K, K) of the filters' kernels, None where no convolution makes the last map.
-    filter_classes (K,): by the gate where one was trained, else by mutual information where training samples were
-    given, else None; -1 for dead filters. dead (K,): those with one and the same feature on all test samples. remarks:
-    what is said of them, of classes without a filter and of what could not be measured.
+    every measure that is an accuracy. features (N, K), logits (N, C), labels (N,): what was measured. mi (K, C): mutual
+    information in nats, 0 for dead filters. gate (C, K), None where it was not trained. owners: the class of every
+    filter, (K,), -1 for none, by "gate" and by "mi", as far as there are a trained gate and training samples. dead
+    (K,): the filters with one and the same feature on all test samples. confusion (C, C): counts, true classes down.
+    similarity (K, K) of the filters' kernels, None where no convolution makes the map. remarks: what is said of dead
+    filters, of classes without a filter and of what could not be measured.
     """
 
     numbers: dict[str, float]
@@ -42,11 +45,18 @@ class Evaluation:
     features: NDArray[np.float32]
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
+    mi: NDArray[np.float64]
+    gate: NDArray[np.float32] | None
+    owners: dict[str, NDArray[np.int64]]
+    dead: NDArray[np.bool_]
     confusion: NDArray[np.int64]
     similarity: NDArray[np.float64] | None
-    filter_classes: NDArray[np.int64] | None
-    dead: NDArray[np.bool_]
     remarks: list[str]
+
+    @property
+    def filter_classes(self) -> NDArray[np.int64] | None:
+        """The class of every filter, (K,): by the gate, else by mutual information, else None."""
+        return self.owners.get("gate", self.owners.get("mi"))
 
 
 class Outputs(NamedTuple):
@@ -67,21 +77,22 @@ def evaluate_model(
 ) -> Evaluation:
     """Measures a gated module by its STD path: all that `csg-ext evaluate` measures, and its table.
 
-    The module is in evaluation mode meanwhile, batches go to the gate's device, nothing is computed under autocast
-    unless the caller opens one. A gate that is constant, as before training, counts as none.
+    The module is in evaluation mode meanwhile, batches go to the gate's device, the network computes in its own
+    precision, or in that of the caller's autocast. A gate that is constant, as before training, counts as none.
 
     Args:
         model: a GatedModel, or what csg_ext.attach returned.
-        test: a data loader, or any iterable of batches (x, labels), labels int64 (N,) in [0, C).
+        test: a data loader, or any iterable of batches (x, labels): what the model takes, and labels of integers (N,)
+            in [0, C).
         train: the same of training samples, from which each filter gets its class by mutual information, so that no
-            test label chooses a filter; the first batches count, as many samples as the test set has. None leaves the
+            test label chooses a filter: all of them count. Compare two networks with the same ones. None leaves the
             measures by it out.
         classes: the C classes' names for remarks; None numbers them.
-        seed: of the draws that mutual information and the permutations need.
+        seed: of the block score's permutations.
 
     Raises:
-        TypeError: a model that is not gated, batches that are not (x, labels).
-        ValueError: labels or names that do not fit, fewer than four samples, fewer than two classes.
+        TypeError: a model that is not gated, batches that are not (x, labels) of tensors, names that are none.
+        ValueError: labels or names that do not fit, values that are not finite, fewer than four samples, one class.
 
     Example:
         >>> from csg_ext.analysis import evaluate_model, evaluation_table
@@ -92,32 +103,34 @@ def evaluate_model(
         >>> len(found.features), evaluation_table({"mine": found}).splitlines()[0].split()
         (64, ['mine'])
     """
-    if not callable(getattr(model, "features_and_logits", None)):
+    if not isinstance(model, TwoPaths):
         raise TypeError(
-            f"evaluate_model: model must be a GatedModel or what csg_ext.attach returned, got {type(model).__name__}"
+            "evaluate_model: model must be a GatedModel or what csg_ext.attach returned, not what wraps it "
+            f"(DistributedDataParallel's .module, GatedTraining's .model), got {type(model).__name__}"
         )
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in (() if classes is None else classes)):
+        raise TypeError(f"evaluate_model: classes must be the classes' names or None, got {classes!r:.100}")
+    if seed < 0:
+        raise ValueError(f"evaluate_model: seed must be at least 0, got {seed}")
     measured = collect(model, test, "test")
-    training = None if train is None else collect(model, train, "train", len(measured.labels))
+    training = None if train is None else collect(model, train, "train")
     return evaluate_outputs(model, measured, training, classes, seed)
 
 
-def collect(model: TwoPaths, batches: Iterable[Any], name: str, most: int | None = None) -> Outputs:
-    """What the STD path gives for all samples of the batches (x, labels), or for the first `most`; `name` stands in
-    the errors."""
+def collect(model: TwoPaths, batches: Iterable[Any], name: str) -> Outputs:
+    """What the STD path gives for all samples of the batches (x, labels); `name` stands in the errors."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"evaluate_model: {name} must give batches (x, labels), got {type(batches).__name__}")
     features, logits, labels = [], [], []
-    device, count = model.gate.device, 0
     with evaluating(model), torch.inference_mode():
         for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
-                raise TypeError(f"evaluate_model: {name} must give batches (x, labels), got {type(batch).__name__}")
-            x, y = batch[0].to(device, non_blocking=True), batch[1]
-            if y.dim() != 1 or y.is_floating_point() or len(y) != len(x):
-                raise ValueError(
-                    f"evaluate_model: {name} must give labels of integers, ({len(x)},) like its samples, "
-                    f"got {y.dtype} {tuple(y.shape)}"
-                )
-            pooled, scores = model.features_and_logits(x)
-            if len(y) and not 0 <= int(y.min()) <= int(y.max()) < scores.shape[1]:
+            x, y = _checked(batch, name)
+            if not len(x):
+                continue
+            pooled, scores = model.features_and_logits(x.to(model.gate.device, non_blocking=True))
+            if scores.shape[1] < 2:
+                raise ValueError("evaluate_model: model must give two logits or more, got one")
+            if not 0 <= int(y.min()) <= int(y.max()) < scores.shape[1]:
                 raise ValueError(
                     f"evaluate_model: {name} must give labels in [0, {scores.shape[1]}), got {int(y.min())} to "
                     f"{int(y.max())}"
@@ -125,13 +138,33 @@ def collect(model: TwoPaths, batches: Iterable[Any], name: str, most: int | None
             features.append(pooled.float().cpu())
             logits.append(scores.float().cpu())
             labels.append(y.cpu().long())
-            count += len(y)
-            if most is not None and count >= most:
-                break
-    if not count:
-        raise ValueError(f"evaluate_model: {name} must give at least one batch, got none")
-    joined = (torch.cat(part)[:most].numpy() for part in (features, logits, labels))
-    return Outputs(*joined)
+    count = sum(map(len, labels))
+    if count < _FEWEST:
+        raise ValueError(f"evaluate_model: {name} must give at least {_FEWEST} samples, got {count}")
+    found = Outputs(*(torch.cat(part).numpy() for part in (features, logits, labels)))
+    if len(np.unique(found.labels)) < 2:
+        raise ValueError(f"evaluate_model: {name} must give two classes or more, got class {found.labels[0]} only")
+    bad = int((~np.isfinite(found.features)).sum() + (~np.isfinite(found.logits)).sum())
+    if bad:
+        raise ValueError(f"evaluate_model: model must give finite features and logits, got {bad} others on {name}")
+    return found
+
+
+def _checked(batch: Any, name: str) -> tuple[Tensor, Tensor]:
+    """The batch's x (N, ...) and labels (N,)."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2 or not all(isinstance(t, Tensor) for t in batch[:2]):
+        inside = f" of {', '.join(type(t).__name__ for t in batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"evaluate_model: {name} must give batches (x, labels) of tensors, got {type(batch).__name__}{inside}"
+        )
+    x, y = batch[:2]
+    integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if y.dim() != 1 or not integers or x.dim() < 1 or len(y) != len(x):
+        raise ValueError(
+            f"evaluate_model: {name} must give labels of integers, one for each sample of x {tuple(x.shape)}, "
+            f"got {y.dtype} {tuple(y.shape)}"
+        )
+    return x, y
 
 
 def evaluate_outputs(
@@ -146,6 +179,9 @@ def evaluate_outputs(
     if len(classes) != count:
         raise ValueError(f"evaluate_model: classes must be the names of {count} classes, got {len(classes)}")
     gate = model.gate.detach().float().cpu().numpy()
+    if not np.isfinite(gate).all():
+        raise ValueError(f"evaluate_model: model must have a finite gate, got {int((~np.isfinite(gate)).sum())} others")
+    trained = bool((gate != gate[0, 0]).any())
     linear = _classifier(model, test)
     scores, targets = torch.from_numpy(logits), torch.from_numpy(labels)
     mi = metrics.class_mutual_info(features, labels, num_classes=count)
@@ -160,17 +196,21 @@ def evaluate_outputs(
     numbers |= metrics.specificity(features, labels, mi, None if linear is None else linear[0], ceilings)
     hits = {"accuracy": logits.argmax(1) == labels}
     owners: dict[str, NDArray[np.int64]] = {}
+    said = []
     if train is not None:
         owners["mi"] = _classes_by_mi(train)
-    if (gate != gate[0, 0]).any():
+        unseen = np.setdiff1d(np.arange(count), train.labels)
+        if len(unseen):
+            names = name_list([classes[c] for c in unseen])
+            said.append(f"No filter gets these classes by mutual information, as no training sample has them: {names}.")
+    if trained:
         owners["gate"] = np.where(dead, -1, gate.argmax(0))
         numbers["l1_density"] = model.csg.density()
         numbers["class_agreement"] = metrics.class_agreement(gate, mi, features, labels)
-    said = []
     if linear is not None:
         weight, bias = linear
         hits["weight_own_accuracy"] = metrics.own_filter_predictions(features, weight, bias, weight) == labels
-        if "gate" in owners:
+        if trained:
             hits["one_hot_accuracy"] = metrics.own_filter_predictions(features, weight, bias, gate) == labels
         for key, owner in owners.items():
             for name, kept, complement in (
@@ -181,8 +221,11 @@ def evaluate_outputs(
                 found = metrics.cluster_predictions(features, weight, bias, owner, kept, complement=complement)
                 hits[f"{name}_{key}"] = found == labels
     else:
-        said.append("No accuracy of single filters: the logits are not one linear layer of the pooled features.")
-    similarity = metrics.kernel_similarity(model, gate.shape[1])
+        said.append(
+            "No accuracy of single filters: the logits are not one linear layer of the pooled features (another head, "
+            "an earlier layer, or filters that are forgotten)."
+        )
+    similarity = _kernel_similarity(model)
     for key, owner in owners.items():
         live = owner >= 0
         if similarity is not None:
@@ -191,10 +234,34 @@ def evaluate_outputs(
         numbers[f"classes_without_filter_{key}"] = count - len(np.unique(owner[live]))
     numbers |= {name: float(hit.mean()) for name, hit in hits.items()}
     confusion = multiclass_confusion_matrix(scores.argmax(1), targets, count).numpy()
-    chosen = owners.get("gate", owners.get("mi"))
-    if chosen is not None:
-        said += filter_remarks(chosen, dead, classes, _OWNERS["gate" if "gate" in owners else "mi"])
-    return Evaluation(numbers, hits, features, logits, labels, confusion, similarity, chosen, dead, said)
+    key = next((key for key in ("gate", "mi") if key in owners), "")
+    if key:
+        said += filter_remarks(owners[key], dead, classes, _OWNERS[key])
+    return Evaluation(
+        numbers=numbers,
+        hits=hits,
+        features=features,
+        logits=logits,
+        labels=labels,
+        mi=mi,
+        gate=gate if trained else None,
+        owners=owners,
+        dead=dead,
+        confusion=confusion,
+        similarity=similarity,
+        remarks=said,
+    )
+
+
+def _kernel_similarity(model: TwoPaths) -> NDArray[np.float64] | None:
+    """metrics.kernel_similarity of the convolution that makes the gated map; None for tokens, and where none makes
+    it."""
+    if not isinstance(model, AttachedModel):
+        return metrics.kernel_similarity(model, model.csg.num_filters)
+    plan = model.plan
+    if plan.channel_dim != 1:
+        return None
+    return metrics.kernel_similarity(model.model, plan.num_filters, plan.layer.name, plan.layer.side)
 
 
 def _classifier(model: TwoPaths, outputs: Outputs) -> tuple[NDArray[Any], NDArray[Any]] | None:
@@ -204,11 +271,10 @@ def _classifier(model: TwoPaths, outputs: Outputs) -> tuple[NDArray[Any], NDArra
         return None
     weight = layer.weight.detach().float().cpu().numpy()
     bias = np.zeros(len(weight), np.float32) if layer.bias is None else layer.bias.detach().float().cpu().numpy()
-    scores = outputs.features @ weight.T + bias
-    close = scores.shape == outputs.logits.shape and np.allclose(
-        scores, outputs.logits, rtol=0, atol=_CLOSE * float(np.abs(outputs.logits).max(initial=0))
-    )
-    return (weight, bias) if close else None
+    scores, said = outputs.features @ weight.T, outputs.logits - bias if len(bias) == outputs.logits.shape[1] else None
+    if said is None or np.abs(scores - said).max() > _CLOSE * np.abs(scores).max():
+        return None
+    return weight, bias
 
 
 def _calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -241,16 +307,24 @@ def _classes_by_mi(train: Outputs) -> NDArray[np.int64]:
 def evaluation_differences(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str, dict[str, Any]]:
     """second - first of every measure that both have: {name: {difference, low, high, method}}; see docs/evaluation.md.
 
-    Both must be measured on the same samples, in the same order: labels that differ raise ValueError. Measures without
-    an interval have low, high and method None.
+    Both must be measured on the same test samples, in the same order, and with the same training samples: labels that
+    differ raise ValueError, what else differs is not seen. Measures without an interval have low, high and method None.
     """
     from tqdm import tqdm
 
+    if not isinstance(first, Evaluation) or not isinstance(second, Evaluation):
+        kinds = f"{type(first).__name__} and {type(second).__name__}"
+        raise TypeError(f"evaluation_differences: first and second must be what evaluate_model returned, got {kinds}")
     labels = first.labels
-    if not np.array_equal(labels, second.labels) or first.logits.shape != second.logits.shape:
+    if not np.array_equal(labels, second.labels):
         raise ValueError(
             "evaluation_differences: first and second must be measured on the same samples in the same order, "
             f"got {len(labels)} and {len(second.labels)} samples whose labels differ"
+        )
+    if first.logits.shape != second.logits.shape:
+        raise ValueError(
+            "evaluation_differences: first and second must have as many classes, "
+            f"got {first.logits.shape[1]} and {second.logits.shape[1]}"
         )
     found: dict[str, dict[str, Any]] = {}
     for name, value in second.numbers.items():
@@ -333,7 +407,17 @@ def evaluation_table(evaluations: Mapping[str, Evaluation], difference: Mapping[
 
     difference: evaluation_differences of the first and the second, as a column more.
     """
+    if not isinstance(evaluations, Mapping):
+        raise TypeError(
+            "evaluation_table: evaluations must be a mapping from names to what evaluate_model returned, "
+            f"got {type(evaluations).__name__}"
+        )
     names = list(evaluations)
+    if not names or not all(isinstance(e, Evaluation) for e in evaluations.values()):
+        kinds = ", ".join(type(e).__name__ for e in evaluations.values()) or "none"
+        raise TypeError(f"evaluation_table: evaluations must be what evaluate_model returned, by name, got {kinds}")
+    if difference is not None and len(names) != 2:
+        raise ValueError(f"evaluation_table: difference must be that of two evaluations, got {len(names)}")
     lines = [["", *names]]
     if difference:
         lines[0].append(f"{names[1]} - {names[0]} [{CONFIDENCE:.0%} interval]")

@@ -13,19 +13,33 @@ _CHUNK_VALUES = 2**22  # similarities gathered at a time
 _BESIDE = {"downsample", "shortcut", "se"}
 
 
-def last_convolution(model: nn.Module, num_filters: int) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def last_convolution(
+    model: nn.Module, num_filters: int, layer: str | None = None, side: str = "output"
+) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
     """The last convolution of `model`, in the order of its modules, with `num_filters` output channels.
 
-    Those of a shortcut and of squeeze-and-excitation, by their names in timm and torchvision (downsample, shortcut,
-    se), stand behind the convolution that they run beside and count only where there is no other.
+    layer: the name of the module whose output (or, with side="input", input) is looked at; None for the last of all.
+    Then convolutions inside that module count where it has any, else those before it. Those of a shortcut and of
+    squeeze-and-excitation, by their names in timm and torchvision (downsample, shortcut, se), stand behind the
+    convolution that they run beside and count only where there is no other.
     Raises ValueError when there is none.
     """
-    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, _Convolution)]
+    if layer is not None:
+        names = [n for n, _ in model.named_modules()]
+        before = set(names[: names.index(layer)])
+        inside = [(n, m) for n, m in convolutions if n == layer or n.startswith(f"{layer}.")]
+        convolutions = inside if inside and side == "output" else [(n, m) for n, m in convolutions if n in before]
     every = [(n, m) for n, m in convolutions if m.out_channels == num_filters]
     found = [m for n, m in every if _BESIDE.isdisjoint(n.split("."))] or [m for _, m in every]
     if not found:
         raise ValueError(
-            f"last_convolution: model must hold a convolution with {num_filters} filters, got {type(model).__name__}"
+            f"last_convolution: model must hold a convolution with {num_filters} filters"
+            + (f" that makes the {side} of {layer}" if layer is not None else "")
+            + f", got {type(model).__name__}"
         )
     return found[-1]
 
@@ -45,10 +59,12 @@ def filter_similarity(kernels: ArrayLike) -> NDArray[np.float64]:
     return np.minimum(np.abs(rows @ rows.T), 1)
 
 
-def kernel_similarity(model: nn.Module, num_filters: int) -> NDArray[np.float64] | None:
+def kernel_similarity(
+    model: nn.Module, num_filters: int, layer: str | None = None, side: str = "output"
+) -> NDArray[np.float64] | None:
     """filter_similarity of the kernels of last_convolution; None where the model has no such convolution."""
     try:
-        kernels = last_convolution(model, num_filters).weight
+        kernels = last_convolution(model, num_filters, layer, side).weight
     except ValueError:  # a DenseNet's last map is concatenated
         return None
     return filter_similarity(kernels.detach().double().cpu().numpy())  # NumPy has no bf16

@@ -112,9 +112,11 @@ def plot_mutual_information(
     *,
     dead: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
     filter_classes: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+    titles: tuple[str, str] = ("STD", "CSG"),
     axes: Sequence[Axes] | None = None,
 ) -> tuple[Figure, NDArray[Any]]:
-    """The MI matrices (K, C) of STD and CSG on one colour scale, each sorted by its own classes; axes (2,).
+    """The MI matrices (K, C) of STD and CSG, or of two networks of other titles, on one colour scale, each sorted by
+    its own classes; axes (2,).
 
     bound, the entropy of a class in nats, is the top of the colour scale; the largest value is when not given. dead:
     bool (K,) of each, the filters with one and the same activation everywhere: they have no mutual information,
@@ -124,15 +126,15 @@ def plot_mutual_information(
     """
     name = "plot_mutual_information"
     names = class_names(name, classes)
-    matrices = {"STD": np.asarray(std).T, "CSG": np.asarray(csg).T}
-    for matrix in matrices.values():
+    matrices = [np.asarray(std).T, np.asarray(csg).T]
+    for matrix in matrices:
         check_matrix(name, matrix, names)
-    owners = [_owners(name, *given, names) for given in zip(matrices.values(), dead, filter_classes, strict=True)]
-    top = bound if bound is not None else max(float(m.max()) for m in matrices.values())
+    owners = [_owners(name, *given, names) for given in zip(matrices, dead, filter_classes, strict=True)]
+    top = bound if bound is not None else max(float(m.max()) for m in matrices)
     figure, panels = figure_and_axes(name, axes, 11, 0.2 + _height(len(names)), 2, ncols=2, sharey=True)
-    for ax, (owner, gone), (arm, matrix) in zip(panels, owners, matrices.items(), strict=True):
+    for ax, (owner, gone), title, matrix in zip(panels, owners, titles, matrices, strict=True):
         image = _draw_matrix(ax, matrix, names, (0, top), owner, gone)
-        ax.set_title(f"{arm}: MIS {_mis(matrix, owner):.3g} nats", loc="left")
+        ax.set_title(f"{title}: MIS {_mis(matrix, owner):.3g} nats", loc="left")
     figure.colorbar(image, ax=list(panels), label="mutual information, nats", pad=0.01)
     return figure, panels
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,7 +106,9 @@ def read_run(folder: str | Path, data: ImageData | None = None) -> Run:
     summary = read_summary(place / SUMMARY)
     stored = [read_checkpoint(file) for file in files]
     if data is None:
-        data = run_images(stored, f"csg-ext train --resume --output {place} --data PATH notes their new place")
+        data = run_images(
+            stored, f"csg-ext train --resume --output {shlex.quote(str(place))} --data PATH notes their new place"
+        )
         tell_skipped(data.skipped, f"and {len(data.skipped) - 10} more")
     arms = []
     for name, checkpoint in zip(ARMS, stored, strict=True):

@@ -428,7 +428,10 @@ CSG_INLINE void forward_channels_last(const GatedPoolForward& p, int64_t block, 
       for (int64_t s = 0; s < p.s; s += kSumBlockWide) {
         const int64_t count = min64(kSumBlockWide, p.s - s);
         const X* at = x + s * p.stride_s;
-        const X* next = s + count < p.s ? at + count * p.stride_s : k0 + len < p.k ? x + len : x + p.stride_n - k0;
+        const X* next = s + count < p.s  ? at + count * p.stride_s
+                        : k0 + len < p.k ? x + len
+                        : n + 1 < p.n    ? x + p.stride_n - k0
+                                         : x;
         sum_positions<far>(at, p.stride_s, count, len, next, s == 0 ? pooled : part);
         for (int64_t j = 0; j < len && s == 0; ++j) error[j] = 0;
         for (int64_t j = 0; j < len && s > 0; ++j) add_exactly(part[j], &pooled[j], &error[j]);
