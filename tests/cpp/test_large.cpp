@@ -67,10 +67,11 @@ std::string describe(const Shape& shape, Pool pool, bool channels_last) {
 }
 
 // fp16 maps under an fp32 gate; the last sample has values in its last channels, at the first and the last position.
+// Those are 32: the last piece of work has no fewer.
 void test_forward(const Shape& shape, Pool pool, bool channels_last) {
   const auto [n, k, s] = shape;
   const std::string what = "forward, " + describe(shape, pool, channels_last);
-  const int64_t stride_k = channels_last ? 1 : s, stride_s = channels_last ? k : 1, channels = k < 64 ? k : 64;
+  const int64_t stride_k = channels_last ? 1 : s, stride_s = channels_last ? k : 1, channels = k < 32 ? k : 32;
   const Reserved<Half> x(n * k * s);
   const Reserved<float> out(n * k), pooled(n * k);
   const Reserved<int64_t> index(n * k), labels(n);
