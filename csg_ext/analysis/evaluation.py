@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from csg_ext import metrics
 from csg_ext._text import aligned, name_list
 from csg_ext.nn.attach import AttachedModel
-from csg_ext.nn.gate import TwoPaths
+from csg_ext.nn.gate import GatedModel, TwoPaths
 from csg_ext.nn.locate import evaluating
 from csg_ext.remarks import filter_remarks
 
@@ -68,7 +68,7 @@ class Outputs(NamedTuple):
 
 
 def evaluate_model(
-    model: TwoPaths,
+    model: GatedModel | AttachedModel,
     test: Iterable[Any],
     train: Iterable[Any] | None = None,
     *,
