@@ -227,14 +227,22 @@ def test_ranks_share_an_epoch_without_overlap_or_loss(shards, world):
 
 
 def test_ranks_come_from_the_process_group(shards):
+    """Of the pass, as trainers initialise it after the loaders are made."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    early = _plain(shards, batch_size=4)
+    too_few = _plain(shards, batch_size=40)
+    assert len(early) == 25
     torch.distributed.init_process_group("fake", rank=2, world_size=3, store=FakeStore())
     try:
         numbers = _numbers(_plain(shards, batch_size=4))
+        assert len(early) == 8 and _numbers(early) == numbers
+        with pytest.raises(ValueError, match="^data: 100 images of the train part give rank 2 of 3 no batch of 40$"):
+            next(iter(too_few))
     finally:
         torch.distributed.destroy_process_group()
     assert numbers == _numbers(_plain(shards, batch_size=4, rank=2, world_size=3))
+    assert len(early) == 25
 
 
 def test_the_shuffle_buffer_bounds_how_far_an_image_moves(shards):

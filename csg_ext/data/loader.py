@@ -142,11 +142,13 @@ class _Order(DistributedSampler[Batch]):
         buffer: int | None,
         drop_last: bool,
         seed: int,
-        rank: int,
-        world_size: int,
+        ranks: tuple[int, int] | None,
+        part: str,
     ) -> None:
+        rank, world_size = ranks or _process_group()
         super().__init__(dataset, world_size, rank, shuffle, seed, drop_last)
         self.count, self.shard, self.batch_size, self.buffer = len(dataset), dataset.images.shard, batch_size, buffer
+        self.fixed, self.part = ranks is not None, part
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Every position once, in the order of an epoch for all ranks together."""
@@ -164,14 +166,26 @@ class _Order(DistributedSampler[Batch]):
         return np.array_split(part, self.num_replicas)[self.rank]
 
     def __len__(self) -> int:
+        if not self.fixed:  # a trainer makes the process group after the loaders
+            self.rank, self.num_replicas = _process_group()
         full, rest = divmod(self.count, self.num_replicas * self.batch_size)
         return full + (not self.drop_last and len(self._share(np.arange(rest))) > 0)
 
+    def check(self) -> int:
+        """The number of batches; raises ValueError where it is 0."""
+        batches = len(self)
+        if batches == 0:
+            raise ValueError(
+                f"data: {self.count} images of the {self.part} part give rank {self.rank} of {self.num_replicas} no "
+                f"batch of {self.batch_size}"
+            )
+        return batches
+
     def __iter__(self) -> Iterator[Batch]:
-        epoch, step = self.epoch, self.num_replicas * self.batch_size
+        batches, epoch, step = self.check(), self.epoch, self.num_replicas * self.batch_size
         self.epoch += 1  # runs when the first batch is asked for: DataLoader makes iterators that it never starts
         order = self.order(epoch)
-        for index in range(len(self)):
+        for index in range(batches):
             yield epoch, self._share(order[index * step : (index + 1) * step])
 
 
@@ -226,13 +240,18 @@ def _received(batches: Iterator[Any]) -> Iterator[Any]:
         raise RuntimeError("data: a DataLoader worker exited unexpectedly while it handed over a batch") from error
 
 
-def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _process_group() -> tuple[int, int]:
+    """(rank, world_size) of torch.distributed now."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _given(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
     if (rank is None) != (world_size is None):
         raise ValueError(f"data: rank and world_size must be given together, got {rank} and {world_size}")
     if rank is None or world_size is None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return None
     if not 0 <= rank < world_size:
         raise ValueError(f"data: rank must lie in [0, {world_size}), the world_size, got {rank}")
     return rank, world_size
@@ -344,7 +363,7 @@ def image_loader(
     shuffle, drop_last (default: for "train"): a new order every epoch; leave the incomplete last batch out.
     shuffle_buffer: shards come in random order, and their images up to this many places later. Other sets are shuffled
     as a whole. seed: of the order and the augmentation.
-    rank, world_size: by default those of torch.distributed where it is initialised. Ranks share the images without
+    rank, world_size: by default those of torch.distributed when a pass begins. Ranks share the images without
     overlap and without rest: a global batch has world_size x batch_size of them.
     num_workers (default: one per CPU, at most 4), prefetch_factor (batches per worker), pin_memory (default: where
     there is a GPU): see torch.utils.data.DataLoader. They change no result.
@@ -362,7 +381,7 @@ def image_loader(
         prefetch_factor=prefetch_factor,
     )
     check_settings(channels, image_size, test_share)
-    place, places = _ranks(rank, world_size)
+    ranks = _given(rank, world_size)
     found = find_images(path, strict=strict, progress=progress)
     packed = isinstance(found, ImageData)
     index: ImageIndex[Any] = found.index() if isinstance(found, ImageData) else found
@@ -386,13 +405,10 @@ def image_loader(
         buffer=shuffle_buffer,
         drop_last=training if drop_last is None else drop_last,
         seed=seed,
-        rank=place,
-        world_size=places,
+        ranks=ranks,
+        part=split,
     )
-    if len(order) == 0:
-        raise ValueError(
-            f"data: {len(dataset)} images of the {split} part give rank {place} of {places} no batch of {batch_size}"
-        )
+    order.check()
     if index.skipped:
         warnings.warn(f"data: {len(index.skipped)} left out while indexing, first {index.skipped[0]}", stacklevel=2)
     workers = min(_MAX_WORKERS, _cpus()) if num_workers is None else num_workers
