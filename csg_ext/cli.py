@@ -49,6 +49,8 @@ _HELP = {
     "lambda_2_ramp": "share of the run, after --warmup, over which lambda_2 rises",
     "lr_decay": "cosine, multistep (a tenth from 40, 60 and 80 %% on) or constant",
     "csg_lr": "peak learning rate of the weights on CSG steps, for --schedule steps or epochs; lr when not given",
+    "csg_lr_warmup": "as --lr-warmup, for the weights on CSG steps; that one when not given",
+    "csg_lr_decay": "as --lr-decay, for the weights on CSG steps; that one when not given",
     "label_smoothing": "label smoothing of both paths",
     "mixup": "alpha of mixup, 0 for none",
     "cutmix": "alpha of cutmix, 0 for none",

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from csg_ext.data.images import ImageData
     from csg_ext.training.config import TrainConfig
 
-_ALTERNATING = ("period", "csg_share", "csg_at", "csg_lr")  # settings of the schedules that alternate
+# Settings of the schedules that alternate.
+_ALTERNATING = ("period", "csg_share", "csg_at", "csg_lr", "csg_lr_warmup", "csg_lr_decay")
 _MOST_THREADS = 1024  # many more, and the system refuses them in words of its own
 _SKIPPED = "skipped.txt"
 _TEST_IMAGES = "test_images.txt"

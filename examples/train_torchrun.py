@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from csg_ext.data import Batches, load_images
 from csg_ext.nn import GatedModel, build_backbone
 from csg_ext.optim import ProjectedSGD
-from csg_ext.training import FiniteLoss, Objective, Schedule, load_checkpoint, save_checkpoint
+from csg_ext.training import DensityWatch, FiniteLoss, Objective, Schedule, load_checkpoint, save_checkpoint
 
 
 def train(model, batches, schedule, folder, lr=0.05, gate_lr=2.0, every=100):
@@ -25,9 +25,10 @@ def train(model, batches, schedule, folder, lr=0.05, gate_lr=2.0, every=100):
     rank, world = dist.get_rank(), dist.get_world_size()
     parallel, objective = DistributedDataParallel(model), Objective()
     finite = FiniteLoss("the loss", f"try a learning rate below lr={lr} or gate_lr={gate_lr}")
+    watch = DensityWatch(model.csg, objective.budget)
     weights_optimizer = torch.optim.SGD(model.weights(), lr=lr, momentum=0.9, weight_decay=5e-4)
     gate_optimizer = ProjectedSGD([model.gate], lr=gate_lr)
-    parts = {"model": model, "weights_optimizer": weights_optimizer, "gate_optimizer": gate_optimizer}
+    parts = {"model": model, "weights_optimizer": weights_optimizer, "gate_optimizer": gate_optimizer, "watch": watch}
     checkpoint, start = Path(folder) / "last.ckpt", 0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint)  # weights only: nothing in the file is executed
@@ -44,9 +45,11 @@ def train(model, batches, schedule, folder, lr=0.05, gate_lr=2.0, every=100):
         losses = objective(parallel, x[rank::world], labels[rank::world], path)  # leaves no parameter unused
         finite.observe(losses.total, step, schedule.total_steps)  # before the ranks share a gradient that is none
         losses.total.backward()
-        weights_optimizer.step()
+        if path != "gate":  # of a schedule with gate_warmup
+            weights_optimizer.step()
         if path != "std":  # on the STD path the gate's gradient is zero
             gate_optimizer.step()
+        watch.observe(step + 1, schedule.total_steps, moved=path != "std")
         if rank == 0 and ((step + 1) % every == 0 or step + 1 == schedule.total_steps):
             print(f"step {step}  loss {losses.total.item():.3f}  L1-density {model.csg.density():.3f}", flush=True)
             finite.check_parameters(model, step + 1, schedule.total_steps)  # else the last good checkpoint is kept

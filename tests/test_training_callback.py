@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import csg_ext
 from csg_ext.nn import GatedModel
-from csg_ext.optim import ProjectedSGD
+from csg_ext.optim import ProjectedOptimizer, ProjectedSGD
 from csg_ext.training import (
     ClassSpecificGateCallback,
     DensityWarning,
@@ -313,6 +313,49 @@ def test_a_batch_that_the_module_skips(called):
 # ---- frozen stages, soft labels
 
 
+def test_the_csg_optimizers_rate_has_its_own_course():
+    rates = []
+
+    class Records(pl.Callback):
+        def on_before_zero_grad(self, trainer, module, _):
+            callback = module.gate_callback
+            if callback.csg_optimizer is not None:
+                rates.append(callback.csg_optimizer.param_groups[0]["lr"])
+
+    schedule = Schedule("steps", period=2, csg_share=0.5, csg_lr_warmup=0.0, csg_lr_decay="multistep", final_std=0.0)
+    make = functools.partial(torch.optim.SGD, lr=0.03)
+    trainer(callbacks=[Records()]).fit(
+        GatedTraining(tiny(), schedule, OBJECTIVE, csg_optimizer=make), loader(batches())
+    )
+    # 12 steps, of which 1, 3, ... are CSG steps; each begins with what the last one has left
+    assert rates[2::2] == pytest.approx([0.03 * f for f in (1, 1, 0.1, 0.1, 0.01)])
+    with pytest.raises(ValueError, match="csg_lr_warmup and csg_lr_decay of the schedule need a csg_optimizer"):
+        ClassSpecificGateCallback(schedule)
+
+
+def test_a_gate_optimizer_that_does_not_project_is_refused():
+    adam = functools.partial(torch.optim.Adam, lr=0.1)
+    message = "gate_optimizer must project, as .* got Adam, which left a gate from 0.4 on whose columns .* not 1$"
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(GatedTraining(tiny(), Schedule(), OBJECTIVE, gate_optimizer=adam), loader(batches()))
+    projected = lambda gate: ProjectedOptimizer(adam(gate), gate)  # noqa: E731
+    trainer().fit(GatedTraining(tiny(), Schedule(), OBJECTIVE, gate_optimizer=projected), loader(batches()))
+
+
+def test_batches_that_are_no_pairs():
+    class Named(Own):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch["x"]), batch["labels"])
+
+    data = DataLoader([{"x": x, "labels": y} for x, y in batches()], batch_size=None)
+    message = "batches must be .x, labels., else labels=, .* got dict with x, labels$"
+    for options in ({}, {"mix": Mix(CLASSES, mixup=1.0)}):
+        with pytest.raises(TypeError, match=message):
+            trainer(callbacks=[ClassSpecificGateCallback(**options)]).fit(Named(tiny()), data)
+    callback = ClassSpecificGateCallback(labels=lambda batch: batch["labels"])
+    trainer(callbacks=[callback]).fit(Named(tiny()), data)
+
+
 def test_frozen_stages_do_not_move():
     model, data = tiny(norm=True), batches()
     freeze(model, ["backbone"])
@@ -329,6 +372,26 @@ def test_frozen_stages_do_not_move():
     assert not expected.backbone[1].training and expected.classifier.training
     with pytest.raises(ValueError, match="stages must be submodules of the model, got 'bakbone'; nearest: backbone"):
         freeze(model, ["bakbone"])
+
+
+@pytest.mark.parametrize("stages", [["backbone"], ["backbone.1"]], ids=["backbone", "norm alone"])
+def test_frozen_statistics_stay_whoever_is_called(stages):
+    """The module that freeze() got, one that holds it, one inside, a LightningModule that is never called itself."""
+    model, data = tiny(norm=True), batches()
+    x = data[0][0]
+    module = GatedTraining(model, Schedule(lr_warmup=0.0), OBJECTIVE)
+    freeze(module, [f"model.{stage}" for stage in stages])
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "batches" in k}
+    trainer().fit(module, loader(data))
+    copied = copy.deepcopy(model).train()
+    for call in (module.train(), model, model.features_and_logits, model.backbone, copied, copied.backbone):
+        call(x)
+    for net in (model, copied):
+        assert len(before) == 3 and all(torch.equal(net.state_dict()[k], v) for k, v in before.items())
+    assert model.training and not model.backbone[1].training
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copied).train()
+    synced.backbone(x)
+    assert isinstance(synced.backbone[1], nn.SyncBatchNorm) and not synced.backbone[1].training
 
 
 def test_gate_warm_up_leaves_the_network_and_its_statistics_alone():
@@ -392,19 +455,21 @@ def test_tensorboard_gets_losses_density_penalty_and_the_gate(tmp_path):
     assert [(i.step, i.height, i.width) for i in images] == [(6, CLASSES, 8), (12, CLASSES, 8)]
 
 
-@pytest.mark.parametrize("rate, warns", [(1e-6, 1), (2.0, 0)])
-def test_a_density_that_stalls_is_said_early_and_once(rate, warns):
-    model = GatedModel(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh()), 4, num_filters=8).double()
+@pytest.mark.parametrize("rate, warns, classes", [(1e-6, 1, 4), (2.0, 0, 4), (1e-6, 1, 2), (2.0, 0, 2)])
+def test_a_density_that_stalls_is_said_early_and_once(rate, warns, classes):
+    model = GatedModel(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh()), classes, num_filters=8).double()
     objective = Objective(lambda_2=0.5)
     gate = functools.partial(ProjectedSGD, lr=rate)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         module = GatedTraining(model, Schedule(kind="steps", period=2, csg_share=0.5), objective, gate_optimizer=gate)
-        trainer(4).fit(module, loader(batches()))
+        trainer(4).fit(module, loader([(x, y % classes) for x, y in batches()]))
     texts = [str(w.message) for w in caught if issubclass(w.category, DensityWarning)]
     assert len(texts) == warns
     if warns:
-        assert texts[0].startswith("the gate's L1-density stalls at 1.00 after 6 of 24 steps (its floor is 0.25)")
+        assert texts[0].startswith(
+            f"the gate's L1-density stalls at 1.00 after 6 of 24 steps (its floor is {1 / classes:.2f})"
+        )
 
 
 def test_a_batch_of_one_sample():

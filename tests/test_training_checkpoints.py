@@ -36,17 +36,18 @@ def test_resume_is_exact(tmp_path, kind):
     model, data = tiny(norm=True), batches()
     nets = [copy.deepcopy(model) for _ in range(3)]
     trainer(4).fit(GatedTraining(nets[0], schedule, OBJECTIVE, **options), loader(data))
-    saver = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    folder = tmp_path / "new"
+    saver = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
     fit = dict(enable_checkpointing=True, callbacks=[saver], plugins=[AtomicCheckpointIO()])
     trainer(4, **fit).fit(GatedTraining(nets[1], schedule, OBJECTIVE, **options), loader(data))
-    path = tmp_path / "epoch=1.ckpt"
+    path = folder / "epoch=1.ckpt"
     trainer(4, plugins=[AtomicCheckpointIO()]).fit(
         GatedTraining(nets[2], schedule, OBJECTIVE, **options), loader(data), ckpt_path=path
     )
     for net in nets[1:]:
         assert_same(net, nets[0], rtol=0, atol=0)
     other = tiny(norm=True)
-    load_weights(other, tmp_path / "epoch=3.ckpt")
+    load_weights(other, folder / "epoch=3.ckpt")
     assert_same(other, nets[0], rtol=0, atol=0)
 
 

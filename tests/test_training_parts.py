@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import csg_ext
 from csg_ext.nn import GatedModel
 from csg_ext.training import Mix, Objective, load_checkpoint, load_weights
 from csg_ext.training.arm import uses_bf16
@@ -165,6 +166,30 @@ def test_weights_of_this_model_another_and_damaged_ones(tmp_path, name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(FileNotFoundError):
         load_weights(model, tmp_path / f"no-{name}")
+
+
+def test_weights_of_a_part_of_what_was_saved(tmp_path):
+    """Whatever the attribute of the module that was saved, and for a model whose own names begin with "model."."""
+
+    def attached():
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+        return csg_ext.attach(net, example=torch.randn(2, 1, 6, 6))
+
+    path, other = tmp_path / "x.ckpt", {"metric": torch.zeros(1), "teacher.csg.gate": torch.ones(3, 8)}
+    for make in (tiny, attached):
+        for prefix in ("", "model.", "net.", "module.model."):
+            source, model = make(), make()
+            source.gate.data.uniform_()
+            state = {prefix + k: v for k, v in source.state_dict().items()}
+            torch.save({"state_dict": state | (other if prefix else {}), "epoch": 3}, path)
+            load_weights(model, path)
+            assert all(torch.equal(v, source.state_dict()[k]) for k, v in model.state_dict().items())
+    twice = {prefix + k: v for k, v in source.state_dict().items() for prefix in ("a.", "b.")}
+    torch.save(twice, path)
+    with pytest.raises(ValueError, match=r"x.ckpt: expected one such model, got 2: a\., b\.$"):
+        load_weights(model, path)
+    torch.save(twice | {f"model.{k}": v for k, v in source.state_dict().items()}, path)
+    load_weights(model, path)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about kinds of tensors that are going away

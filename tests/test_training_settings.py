@@ -58,6 +58,13 @@ def test_rates_follow_the_runs_clock_and_reach_zero(kind):
     assert _schedule(lr_warmup=0.0).lr_factor(0) == 1
 
 
+def test_the_rate_of_csg_steps_is_the_others_or_has_its_own_course():
+    schedule = _schedule()
+    assert all(schedule.csg_lr_factor(s) == schedule.lr_factor(s) for s in range(100))
+    own = _schedule(csg_lr_warmup=0.0, csg_lr_decay="constant")
+    assert all(own.csg_lr_factor(s) == 1 and own.lr_factor(s) == schedule.lr_factor(s) for s in range(100))
+
+
 def test_which_epochs_and_gate_warm_up():
     """The CIFAR script's epochs, epoch % 3 == 1; a warm-up of the gate alone follows the STD path's."""
     schedule = _schedule(kind="epochs", period=3, csg_at=(1,), final_std=0.0)
@@ -130,6 +137,9 @@ def test_a_schedule_needs_a_run():
     [
         ({"csg_at": (3,), "period": 3}, r"csg_at must lie in \[0, 3\), the period, got \[3\]"),
         ({"lr_decay": "linear"}, "lr_decay must be one of cosine, multistep, constant, got 'linear'"),
+        ({"schedule": "steps", "csg_lr_decay": "linear"}, "csg_lr_decay must be one of .* got 'linear'"),
+        ({"schedule": "steps", "csg_lr_warmup": 2.0}, r"csg_lr_warmup must lie in \[0, 1\], got 2.0"),
+        ({"csg_lr_warmup": 0.1}, "csg_lr_warmup must be left out with the joint schedule, .* got 0.1"),
         ({"period": 0}, "period must be at least 1, got 0"),
         ({"gate_warmup": -0.1}, r"gate_warmup must lie in \[0, 1\], got -0.1"),
         ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\], got 2.0"),

@@ -10,8 +10,9 @@ from typing import Any
 from csg_ext.training.config import TrainConfig
 from csg_ext.training.distributed import average_gradient
 from csg_ext.training.freeze import fixed_statistics, freeze
+from csg_ext.training.logs import gate_image
 from csg_ext.training.mix import Mix
-from csg_ext.training.monitor import DensityWarning, DivergedError, FiniteLoss
+from csg_ext.training.monitor import DensityWarning, DensityWatch, DivergedError, FiniteLoss
 from csg_ext.training.objective import Losses, Objective
 from csg_ext.training.schedule import Schedule
 from csg_ext.training.weights import load_checkpoint, load_weights, save_checkpoint
@@ -29,6 +30,7 @@ __all__ = [
     "AveragedGatedModel",
     "ClassSpecificGateCallback",
     "DensityWarning",
+    "DensityWatch",
     "DivergedError",
     "FiniteLoss",
     "GatedTraining",
@@ -41,6 +43,7 @@ __all__ = [
     "average_gradient",
     "fixed_statistics",
     "freeze",
+    "gate_image",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -23,11 +23,10 @@ from csg_ext.optim import ProjectedSGD
 from csg_ext.training.distributed import average_gradient
 from csg_ext.training.freeze import fixed_statistics
 from csg_ext.training.logs import gate_image
-from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
+from csg_ext.training.monitor import DensityWatch, FiniteLoss
 from csg_ext.training.objective import Objective, explain_small_batches
 from csg_ext.training.schedule import CSG, GATE, JOINT, STD, Schedule
 
-_LOOKS = 20  # at the density, during a run
 _GATE_SGD = functools.partial(ProjectedSGD, lr=2.0)
 
 
@@ -77,6 +76,12 @@ def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> Callab
 
 
 def _second(batch: Any) -> Tensor:
+    if not isinstance(batch, Sequence) or len(batch) < 2:
+        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        raise TypeError(
+            "ClassSpecificGateCallback: batches must be (x, labels), else labels=, a function of the batch, must say "
+            f"where the labels are, got {type(batch).__name__}{keys}"
+        )
     return batch[1]
 
 
@@ -103,17 +108,20 @@ class ClassSpecificGateCallback(Callback):
         schedule: which path a step takes; its total_steps and steps_per_epoch come from the trainer.
         objective: lambdas, budget, penalty; the second loss of "joint" is its cross-entropy (label_smoothing serves
             that alone), all others are the module's own loss.
-        gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does.
-        csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own; None: the
-            module's optimizer takes them too. Not with a joint schedule, whose steps take both paths at once.
+        gate_optimizer: makes the gate's optimizer from [gate]; it must project, as ProjectedSGD does, which is checked
+            after its first step.
+        csg_optimizer: makes an optimizer of its own for the weights on CSG steps, with a state of its own and the rate
+            of schedule.csg_lr_factor; None: the module's optimizer takes them too. Not with a joint schedule, whose
+            steps take both paths at once.
         labels: gives the labels of a batch: int64 (N,) or float (N, C); default: its second entry.
         mix: makes a batch (x, labels) into (x, soft labels), such as csg_ext.training.Mix.
         gate_clip_norm: largest norm of the gate's gradient.
         model: the gated module's name inside the LightningModule; needed when there are several.
 
-    Raises ValueError for a csg_optimizer in a joint schedule, and when fitting begins: manual optimization or several
-    optimizers, no gated module, a sharded gate, a run of unknown length or without a CSG step, an optimizer that
-    unscales gradients by itself under fp16.
+    Raises ValueError for a csg_optimizer in a joint schedule, for its rate's settings without it, and when fitting
+    begins: manual optimization or several optimizers, no gated module, a sharded gate, a run of unknown length or
+    without a CSG step, an optimizer that unscales gradients by itself under fp16; in its first step of the gate, a
+    gate_optimizer that does not project. Raises TypeError for batches that are no (x, labels) without labels=.
     Source: Liang et al., ECCV 2020, algorithm 1.
     """
 
@@ -135,6 +143,11 @@ class ClassSpecificGateCallback(Callback):
                 "ClassSpecificGateCallback: csg_optimizer must be None in a joint schedule, which has no CSG steps, "
                 "got one: take Schedule(kind='steps') or 'epochs'"
             )
+        if csg_optimizer is None and (self.schedule.csg_lr_warmup, self.schedule.csg_lr_decay) != (None, None):
+            raise ValueError(
+                "ClassSpecificGateCallback: csg_lr_warmup and csg_lr_decay of the schedule need a csg_optimizer, whose "
+                "rate they are, got None"
+            )
         self.make_gate_optimizer, self.make_csg_optimizer = gate_optimizer, csg_optimizer
         self.labels, self.mix, self.gate_clip_norm, self.model = labels, mix, gate_clip_norm, model
         self.gate_optimizer: Optimizer | None = None
@@ -146,8 +159,8 @@ class ClassSpecificGateCallback(Callback):
         self._held: dict[str, dict[nn.Parameter, Tensor]] = {}  # gradients kept for the gate's and the CSG optimizer
         self._undo: list[Callable[[], None]] = []
         self._restored: dict[str, Any] = {}
-        self._density: float | None = None  # at the last look
-        self._moved = self._warned = False
+        self._watch: DensityWatch | None = None  # until fit begins
+        self._moved = self._projects = False  # whether the gate has stepped; that its optimizer projects is seen
 
     # ---- beginning and end
 
@@ -156,10 +169,11 @@ class ClassSpecificGateCallback(Callback):
         if stage != "fit":
             return
         self.finite.reset()
-        self._density, self._moved, self._warned = None, False, False
         if not pl_module.automatic_optimization:
             raise ValueError("ClassSpecificGateCallback: expected automatic optimization, got a module with manual one")
         self.gated = find_gated(pl_module, self.model)
+        self._watch, self._moved = DensityWatch(self.gated.csg, self.objective.budget), False
+        self._projects = False
         original = pl_module.training_step
 
         @functools.wraps(original)
@@ -263,6 +277,7 @@ class ClassSpecificGateCallback(Callback):
     ) -> Any:
         path, gate, step = self._path, self.gated.gate, trainer.global_step
         if self.mix is not None:
+            _second(batch)  # its error
             batch = self.mix(*batch)
         labels = self.labels(batch)
         self._pass = _Pass(path, labels)
@@ -326,12 +341,25 @@ class ClassSpecificGateCallback(Callback):
                 clip_grad_norm_([gate], self.gate_clip_norm)
             self._step(self.gate_optimizer, self.schedule.gate_lr_factor(step))
             self._moved = True
+            if not self._projects:
+                self._projects = self._check_projection(gate)
         if self._held["csg"]:
             for parameter, gradient in self._held["csg"].items():
                 parameter.grad = gradient
             trainer.lightning_module.clip_gradients(cast(Optimizer, self.csg_optimizer))
-            self._step(self.csg_optimizer, self.schedule.lr_factor(step))
+            self._step(self.csg_optimizer, self.schedule.csg_lr_factor(step))
         self._held = {}
+
+    def _check_projection(self, gate: Tensor) -> bool:
+        """ValueError where the gate's optimizer has left V_G; the columns' largest entries are 1 in it."""
+        low, top = gate.detach().amin().item(), gate.detach().amax(0)
+        if low < 0 or bool((top - 1).abs().gt(1e-3).any()):
+            raise ValueError(
+                "ClassSpecificGateCallback: gate_optimizer must project, as ProjectedSGD does, or "
+                f"ProjectedOptimizer(optimizer, [gate]), got {type(self.gate_optimizer).__name__}, which left a gate "
+                f"from {low:.3g} on whose columns have a largest entry of {top.min():.3g} to {top.max():.3g}, not 1"
+            )
+        return True
 
     @staticmethod
     def _step(optimizer: Optimizer | None, factor: float) -> None:
@@ -351,16 +379,9 @@ class ClassSpecificGateCallback(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Looks at the density now and then."""
-        step, total = trainer.global_step, self.schedule.total_steps
-        if not self._moved or self._warned or step % max(1, total // _LOOKS):
-            return
-        density, self._moved = float(l1_density(self.gated.gate.detach())), False
-        if self._density is not None:
-            csg = self.gated.csg
-            floor = density_floor(csg.num_classes, csg.num_filters, self.objective.budget)
-            advice = "raise the gate's learning rate or lambda_2"
-            self._warned = warn_if_stalled(density, self._density, floor, step, total, advice)
-        self._density = density
+        assert self._watch is not None
+        self._watch.observe(trainer.global_step, self.schedule.total_steps, self._moved)
+        self._moved = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the losses and draws the gate."""
@@ -387,11 +408,12 @@ class ClassSpecificGateCallback(Callback):
         """The optimizers that the callback owns, and what it has seen of the density."""
         optimizers = {"gate_optimizer": self.gate_optimizer, "csg_optimizer": self.csg_optimizer}
         states = {name: o.state_dict() for name, o in optimizers.items() if o is not None}
-        return states | {"density": self._density, "moved": self._moved, "warned": self._warned}
+        return states | ({} if self._watch is None else {"watch": self._watch.state_dict()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores state_dict()'s; the optimizers when training starts, as their parameters may still move."""
-        self._density, self._moved, self._warned = (state_dict[k] for k in ("density", "moved", "warned"))
+        if self._watch is not None and "watch" in state_dict:
+            self._watch.load_state_dict(state_dict["watch"])
         self._restored = {k: v for k, v in state_dict.items() if k.endswith("optimizer")}
 
 

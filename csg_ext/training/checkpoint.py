@@ -17,6 +17,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes the checkpoint; raises OSError with one sentence and keeps the old file when that fails."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # callers leave that to it
         save_checkpoint(checkpoint, path)
 
     def load_checkpoint(

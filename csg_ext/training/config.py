@@ -55,7 +55,8 @@ class TrainConfig:
     - Loss CE(STD) + lambda_1 CE(CSG) + lambda_2 psi(ReLU(||G||_1 - budget)): lambda_1, lambda_2, budget (None: K),
       penalty (psi) and label_smoothing.
     - Optimisers: lr, momentum and weight_decay of the weights' SGD, whose rate rises over the first lr_warmup of the
-      run and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr); gate_lr of the gate's projected SGD, which
+      run and falls with lr_decay; csg_lr, its rate on CSG steps (None: lr), with
+      csg_lr_warmup and csg_lr_decay (None: as the other steps); gate_lr of the gate's projected SGD, which
       falls with lr_decay. All follow the run's own clock, whatever path a step takes. clip_norm and gate_clip_norm:
       largest norms of the weights' and of the gate's gradient (None: any). projection: how the gate is kept in V_G,
       "scale" or "euclidean" (see csg_ext.project_gate). gate_init: "half", 0.5 everywhere, or "one-hot", filter k for
@@ -103,6 +104,8 @@ class TrainConfig:
     projection: str = "scale"
     weights: str | None = None
     gate_init: str = "half"
+    csg_lr_warmup: float | None = None
+    csg_lr_decay: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -16,14 +16,14 @@ def _batch_norms(module: nn.Module) -> list[nn.Module]:
 
 
 class _KeepStatistics:
-    """A pre-forward hook of the model: it outlives train() and the conversion to SyncBatchNorm, and can be copied."""
+    """A pre-forward hook: it outlives train() and the conversion to SyncBatchNorm, and can be copied."""
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __call__(self, model: nn.Module, _: Any) -> None:
-        for name in self.names:
-            for norm in _batch_norms(model.get_submodule(name)):
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        for norm in _batch_norms(module.get_submodule(self.name)):
+            if norm.training:
                 norm.eval()
 
 
@@ -40,8 +40,16 @@ def freeze(model: nn.Module, stages: Iterable[str]) -> None:
         if name not in known:
             near = ", ".join(difflib.get_close_matches(name, known)) or ", ".join(known[:5])
             raise ValueError(f"freeze: stages must be submodules of the model, got {name!r}; nearest: {near}")
-        model.get_submodule(name).requires_grad_(False)
-    model.register_forward_pre_hook(_KeepStatistics(names))
+    for name in names:
+        stage, parts = model.get_submodule(name), name.split(".")
+        stage.requires_grad_(False)
+        # Whichever module is called: one that holds the stage (LightningModules call theirs), or one inside.
+        for depth in range(len(parts)):
+            outer = model.get_submodule(".".join(parts[:depth]))
+            outer.register_forward_pre_hook(_KeepStatistics(".".join(parts[depth:])))
+        for inner in stage.modules():
+            if _batch_norms(inner):
+                inner.register_forward_pre_hook(_KeepStatistics(""))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,7 +15,6 @@ from csg_ext.data.batches import Batches, derive_seed
 from csg_ext.nn.gate import GatedModel
 from csg_ext.optim import ProjectedSGD
 from csg_ext.training.config import TrainConfig
-from csg_ext.training.freeze import fixed_statistics
 from csg_ext.training.mix import Mix
 from csg_ext.training.monitor import FiniteLoss, density_floor, warn_if_stalled
 from csg_ext.training.objective import Losses
@@ -100,13 +98,15 @@ class AlternateTraining(pl.LightningModule):
         if self.mix is not None:
             x, labels = self.mix(x, labels)
         weights_optimizer, gate_optimizer = cast(list[LightningOptimizer], self.optimizers())
-        lr = c.lr if c.csg_lr is None or path != CSG else c.csg_lr
-        self._set_lr(weights_optimizer, lr * self.schedule.lr_factor(step))
+        if path == CSG:
+            lr = (c.lr if c.csg_lr is None else c.csg_lr) * self.schedule.csg_lr_factor(step)
+        else:
+            lr = c.lr * self.schedule.lr_factor(step)
+        self._set_lr(weights_optimizer, lr)
         self._set_lr(gate_optimizer, c.gate_lr * self.schedule.gate_lr_factor(step))
         weights_optimizer.zero_grad()
         gate_optimizer.zero_grad()
-        with fixed_statistics(self.model) if path == GATE else contextlib.nullcontext():
-            losses = self.objective(self.model, x, labels, path, self.schedule.lambda_factors(step))
+        losses = self.objective(self.model, x, labels, path, self.schedule.lambda_factors(step))
         self.finite.observe(losses.total, step, self.schedule.total_steps)
         self._count(losses, labels)
         self.manual_backward(losses.total)

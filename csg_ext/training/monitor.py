@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from csg_ext.nn.gate import ClassSpecificGate
+
+_LOOKS = 20  # at the density, during a run
 _CHECK_EVERY = 20  # steps between looks at the losses of a GPU: reading one waits for it
 
 
@@ -86,7 +90,8 @@ def warn_if_stalled(density: float, before: float, floor: float, step: int, tota
 
     density, before: the L1-density now and at the look before it, with steps of the gate in between.
     """
-    if step < total_steps / 4 or density <= 2 * floor or density <= 0.95 * before:
+    dense = min(2 * floor, (1 + floor) / 2)  # twice the floor of two classes is more than any density
+    if step < total_steps / 4 or density <= dense or density <= 0.95 * before:
         return False
     warnings.warn(
         f"the gate's L1-density stalls at {density:.2f} after {step} of {total_steps} steps (its floor is "
@@ -95,3 +100,45 @@ def warn_if_stalled(density: float, before: float, floor: float, step: int, tota
         stacklevel=3,
     )
     return True
+
+
+class DensityWatch:
+    """Warns once (DensityWarning) when a quarter of a run is over and its gate is still dense and hardly moves.
+
+    csg: the gate's module; budget: of the penalty, as Objective has it. The density is looked at 20 times a run, for
+    which a GPU is waited for.
+
+    Example:
+        >>> csg = ClassSpecificGate(num_classes=10, num_filters=8)
+        >>> watch = DensityWatch(csg)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     for step in range(100):  # in which the gate never moves
+        ...         watch.observe(step + 1, total_steps=100)
+        >>> print(str(caught[0].message).partition(":")[0])
+        the gate's L1-density stalls at 0.50 after 25 of 100 steps (its floor is 0.10)
+    """
+
+    def __init__(self, csg: ClassSpecificGate, budget: float | None = None) -> None:
+        self.csg, self.floor = csg, density_floor(csg.num_classes, csg.num_filters, budget)
+        self.density: float | None = None  # at the last look
+        self.moved = self.warned = False
+
+    def observe(self, step: int, total_steps: int, moved: bool = True) -> None:
+        """To be called when `step` steps of total_steps are done; moved: whether the gate took part in the last one."""
+        self.moved |= moved
+        if not self.moved or self.warned or step % max(1, total_steps // _LOOKS):
+            return
+        density, self.moved = self.csg.density(), False
+        if self.density is not None:
+            advice = "raise the gate's learning rate or lambda_2"
+            self.warned = warn_if_stalled(density, self.density, self.floor, step, total_steps, advice)
+        self.density = density
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has seen, for a checkpoint."""
+        return {"density": self.density, "moved": self.moved, "warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what state_dict() gave."""
+        self.density, self.moved, self.warned = (state[k] for k in ("density", "moved", "warned"))

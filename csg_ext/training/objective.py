@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from csg_ext.nn.gate import gate_penalty
+from csg_ext.training.freeze import fixed_statistics
 from csg_ext.training.schedule import CSG, GATE, JOINT, STD
 
 PENALTIES = ("l1", "l2", "smooth_l1")
@@ -63,7 +64,8 @@ class Objective:
     def __call__(
         self, model: nn.Module, x: Tensor, labels: Tensor, path: str, factors: tuple[float, float] = (1.0, 1.0)
     ) -> Losses:
-        """The losses of a batch on `path`: "std", "csg", "gate" (the CSG path) or "joint" (both).
+        """The losses of a batch on `path`: "std", "csg", "joint" (both), or "gate": the CSG path with fixed
+        BatchNorm statistics, after which the gate alone is to step.
 
         model: a gated module, or one in DistributedDataParallel, compiled or not. labels: int64 (N,), or float rows
         (N, C) as mixup and cutmix make them. factors: of lambda_1 and lambda_2, see Schedule.lambda_factors.
@@ -72,8 +74,11 @@ class Objective:
         with explain_small_batches(len(labels)):
             if path == STD:
                 std_logits = model(x)
-            elif path in (CSG, GATE):
+            elif path == CSG:
                 csg_logits = model(x, labels)
+            elif path == GATE:
+                with fixed_statistics(model):
+                    csg_logits = model(x, labels)
             elif path == JOINT:
                 std_logits, csg_logits = model(x, labels, path="both")
             else:

@@ -15,6 +15,7 @@ SCHEDULES = ("steps", "epochs", "joint")
 LR_DECAYS = ("cosine", "multistep", "constant")
 _MILESTONES, _GAMMA = (0.4, 0.6, 0.8), 0.1
 _SHARES = ("csg_share", "warmup", "gate_warmup", "final_std", "lr_warmup", "lambda_1_ramp", "lambda_2_ramp")
+_OF_CSG_STEPS = ("csg_lr_warmup", "csg_lr_decay")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Schedule:
 
     lr_decay: "cosine" (to 0), "multistep" (a tenth of it from 40, 60 and 80 % of the run on) or "constant".
     lr_warmup: the share of the run over which the weights' learning rate rises.
+    csg_lr_warmup, csg_lr_decay: the same of the weights' rate on CSG steps, where that is another one; None: as for the
+    other steps.
     lambda_1_ramp, lambda_2_ramp: the share of the run, counted from the end of `warmup`, over which a lambda rises
     linearly.
 
@@ -54,16 +57,25 @@ class Schedule:
     lambda_1_ramp: float = 0.0
     lambda_2_ramp: float = 0.0
     lr_decay: str = "cosine"
+    csg_lr_warmup: float | None = None
+    csg_lr_decay: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.kind!r}")
-        if self.lr_decay not in LR_DECAYS:
-            raise ValueError(f"lr_decay must be one of {', '.join(LR_DECAYS)}, got {self.lr_decay!r}")
+        given = [name for name in _OF_CSG_STEPS if getattr(self, name) is not None]
+        if given and self.kind == "joint":
+            raise ValueError(
+                f"{given[0]} must be left out with the joint schedule, which takes both paths in every step, got "
+                f"{getattr(self, given[0])}"
+            )
+        for name in ("lr_decay", *given):
+            if name.endswith("decay") and getattr(self, name) not in LR_DECAYS:
+                raise ValueError(f"{name} must be one of {', '.join(LR_DECAYS)}, got {getattr(self, name)!r}")
         if self.period < 1:
             raise ValueError(f"period must be at least 1, got {self.period}")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
+        for name in (*_SHARES, *given):
+            if not name.endswith("decay") and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         if self.csg_at is not None and not all(0 <= i < self.period for i in self.csg_at):
             raise ValueError(f"csg_at must lie in [0, {self.period}), the period, got {list(self.csg_at)}")
@@ -115,21 +127,18 @@ class Schedule:
 
     def lr_factor(self, step: int) -> float:
         """Factor of the weights' learning rate: 1/25 up to 1 along a cosine over lr_warmup, then down with lr_decay."""
-        t = step / self.total_steps
-        if t < self.lr_warmup:
-            return 1 - 0.96 * (1 + math.cos(math.pi * t / self.lr_warmup)) / 2
-        if self.lr_decay != "cosine":
-            return self._decay(t)
-        return (1 + math.cos(math.pi * (t - self.lr_warmup) / max(1 - self.lr_warmup, 1e-9))) / 2
+        return _factor(step / self.total_steps, self.lr_warmup, self.lr_decay)
+
+    def csg_lr_factor(self, step: int) -> float:
+        """The same factor on CSG steps, of csg_lr_warmup and csg_lr_decay."""
+        warmup = self.lr_warmup if self.csg_lr_warmup is None else self.csg_lr_warmup
+        return _factor(step / self.total_steps, warmup, self.csg_lr_decay or self.lr_decay)
 
     def gate_lr_factor(self, step: int) -> float:
         """Factor of the gate's learning rate: from 1 down with lr_decay."""
         if self.lr_decay != "cosine":
-            return self._decay(step / self.total_steps)
+            return _factor(step / self.total_steps, 0.0, self.lr_decay)
         return (1 + math.cos(math.pi * step / self.total_steps)) / 2
-
-    def _decay(self, t: float) -> float:
-        return 1.0 if self.lr_decay == "constant" else _GAMMA ** sum(t >= milestone for milestone in _MILESTONES)
 
     def lambda_factors(self, step: int) -> tuple[float, float]:
         """Factors of lambda_1 and lambda_2."""
@@ -139,3 +148,12 @@ class Schedule:
             for ramp in (self.lambda_1_ramp, self.lambda_2_ramp)
         )
         return first, second
+
+
+def _factor(t: float, warmup: float, decay: str) -> float:
+    """The factor of a learning rate when the share t of the run is over."""
+    if t < warmup:
+        return 1 - 0.96 * (1 + math.cos(math.pi * t / warmup)) / 2
+    if decay == "cosine":
+        return (1 + math.cos(math.pi * (t - warmup) / max(1 - warmup, 1e-9))) / 2
+    return 1.0 if decay == "constant" else _GAMMA ** sum(t >= milestone for milestone in _MILESTONES)

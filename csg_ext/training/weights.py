@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read_state(path: str | Path, what: str = "a checkpoint of csg-ext") -> Mapping[str, Any]:
-    """The state dict in a file of safetensors or torch; of a Lightning checkpoint, what begins with "model."."""
+    """The state dict in a file of safetensors or torch, a Lightning checkpoint's as it is."""
     state: Any
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -110,10 +110,30 @@ def _read_state(path: str | Path, what: str = "a checkpoint of csg-ext") -> Mapp
         state = load_checkpoint(path, what=what)
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
             state = state["state_dict"]
-            state = {k.removeprefix("model."): v for k, v in state.items() if str(k).startswith("model.")} or state
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
     return state
+
+
+def _below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
+
+
+def _part(state: Mapping[str, Any], own: Iterable[str]) -> Mapping[str, Any]:
+    """The part of a whole module's state dict that has all of the names `own`, without what they begin with there.
+
+    The state dict as it is where it has them itself, or where no part has; what begins with "model." before others.
+    Raises ValueError for several others.
+    """
+    names = set(own)
+    if not names or names <= state.keys():
+        return state
+    first = min(names)
+    prefixes = sorted({str(k).removesuffix(first) for k in state if str(k).endswith(f".{first}")})
+    parts = {prefix: part for prefix in prefixes if names <= (part := _below(state, prefix)).keys()}
+    if "model." not in parts and len(parts) > 1:
+        raise ValueError(f"expected one such model, got {len(parts)}: {', '.join(parts)}")
+    return parts.get("model.") or next(iter(parts.values()), None) or _below(state, "model.") or state
 
 
 def load_backbone(backbone: nn.Module, path: str | Path, name: str) -> None:
@@ -122,8 +142,8 @@ def load_backbone(backbone: nn.Module, path: str | Path, name: str) -> None:
     Nothing in the file is executed. Raises OSError, or ValueError with one sentence, as load_weights does.
     """
     state, own = _read_state(path, "a state dict"), backbone.state_dict()
-    of_run = {k.removeprefix("backbone."): v for k, v in state.items() if str(k).startswith("backbone.")}
-    if of_run:
+    state = _below(state, "model.") or state
+    if of_run := _below(state, "backbone."):
         state = of_run
     elif isinstance(backbone, TimmBackbone):
         state = backbone.own_weights(state)
@@ -134,15 +154,17 @@ def load_backbone(backbone: nn.Module, path: str | Path, name: str) -> None:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads the weights of `model` from model.safetensors, or from a checkpoint of torch or Lightning.
 
-    A Lightning checkpoint gives the part of its state dict that begins with "model.". Nothing in the file is executed.
-    Raises ValueError, with one sentence, for a damaged file, the weights of another model, or NaN and infinity among
-    them (of a run that diverged); the model stays as it was.
+    Where the model is a part of what was saved, as in a Lightning checkpoint, the other parts are left out: it is what
+    begins with "model.", else with the one attribute that fits. Nothing in the file is executed.
+    Raises ValueError, with one sentence, for a damaged file, the weights of another model or of several, or NaN and
+    infinity among them (of a run that diverged); the model stays as it was.
     """
     _load(model, _read_state(path), path)
 
 
 def _load(model: nn.Module, state: Mapping[str, Any], path: str | Path, what: str = "") -> None:
     try:
+        state = _part(state, model.state_dict())
         check_state(model, state, what)
         check_finite(state)
     except ValueError as error:
