@@ -36,7 +36,21 @@ std::atomic<int>& current() {
   return level;
 }
 
+std::atomic<bool>& amd() {
+#if CSG_X86
+  __builtin_cpu_init();
+  static std::atomic<bool> value{__builtin_cpu_is("amd") != 0};
+#else
+  static std::atomic<bool> value{false};
+#endif
+  return value;
+}
+
 }  // namespace
+
+bool cpu_is_amd() { return amd().load(std::memory_order_relaxed); }
+
+void set_cpu_is_amd(bool value) { amd().store(value, std::memory_order_relaxed); }
 
 CpuLevel cpu_level_available() {
   static const CpuLevel best = detect();

@@ -13,6 +13,9 @@ CpuLevel cpu_level_available();      // the best that this processor runs
 CpuLevel cpu_level();                // the one in use: available, unless CSG_EXT_CPU_LEVEL or set_cpu_level lowered it
 void set_cpu_level(CpuLevel level);  // at most the available one
 
+bool cpu_is_amd();                // whose processors want other data fetched ahead; it changes no result
+void set_cpu_is_amd(bool value);  // for tests
+
 // How a kernel runs its ranges: body(begin, end, context) over [0, total) in parts of at least `grain`.
 // The binding passes torch's own thread pool; tests pass a plain loop or threads.
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);

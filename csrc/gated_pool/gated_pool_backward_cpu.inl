@@ -146,22 +146,28 @@ CSG_INLINE void backward_shared(const GatedPoolBackward& p, int64_t begin, int64
   }
 }
 
-// Work items are samples: positions [s, channel] of one sample are one stream.
+// Work items are (sample, span of positions): positions [s, channel] of one sample are one stream, cut where there are
+// few samples.
 template <typename X>
-CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t begin, int64_t end) {
+CSG_INLINE void backward_channels_last(const GatedPoolBackward& p, int64_t span, int64_t begin, int64_t end) {
   X value[kWideBlock];
-  for (int64_t n = begin; n < end; ++n) {
-    X* grad_x = static_cast<X*>(p.grad_x) + n * p.s * p.k;
-    X* row = p.k <= kWideBlock ? value : grad_x;  // what every position receives; in position 0 where it is too wide
-    if (p.pool == Pool::Max) __builtin_memset(grad_x, 0, size_t(p.s * p.k) * sizeof(X));
+  X other_span{};  // takes what belongs to other spans
+  const int64_t spans = (p.s + span - 1) / span;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t n = item / spans, first = item % spans * span, count = min64(span, p.s - first);
+    X* grad_x = static_cast<X*>(p.grad_x) + (n * p.s + first) * p.k;
+    X* row = p.k <= kWideBlock ? value : grad_x;  // what every position receives; in the first where it is too wide
+    if (p.pool == Pool::Max) __builtin_memset(grad_x, 0, size_t(count * p.k) * sizeof(X));
     for (int64_t k0 = 0; k0 < p.k; k0 += kChannelBlock) {
       const int64_t len = min64(kChannelBlock, p.k - k0);
       position_gradient(p, n, k0, len, p.pool == Pool::Max ? value : row + k0);
-      if (p.pool == Pool::Max) {
-        for (int64_t j = 0; j < len; ++j) grad_x[p.index[n * p.k + k0 + j] * p.k + k0 + j] = value[j];
+      for (int64_t j = 0; j < len && p.pool == Pool::Max; ++j) {
+        const int64_t s = p.index[n * p.k + k0 + j] - first;
+        X* to = uint64_t(s) < uint64_t(count) ? grad_x + s * p.k + k0 + j : &other_span;  // a branch would be guessed
+        *to = value[j];
       }
     }
-    if (p.pool == Pool::Avg) copy_row(row == value ? grad_x : grad_x + p.k, row == value ? p.s : p.s - 1, row, p.k);
+    if (p.pool == Pool::Avg) copy_row(row == value ? grad_x : grad_x + p.k, row == value ? count : count - 1, row, p.k);
   }
 }
 
@@ -277,7 +283,12 @@ CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
   const bool shared = p.stride_s == 0;
   const bool channels_last = !shared && p.stride_k == 1 && (p.stride_s != 1 || p.s == 1);
   const bool fill = p.grad_x && p.n > 0;
-  const int64_t items = !fill ? p.k : channels_last ? p.n : p.n * p.k;
+  int64_t span = p.s;  // few large samples: cut, for more threads, into positions enough to repay the row's computation
+  const auto spans = [&] { return (p.s + span - 1) / span; };
+  if (channels_last && fill && p.n * p.k * p.s * int64_t(sizeof(X)) > kGrainBytes) {
+    while (p.n * spans() < 8 && span > (p.pool == Pool::Avg ? 32 : 256)) span = (span + 1) / 2;
+  }
+  const int64_t items = !fill ? p.k : p.n * (channels_last ? spans() : p.k);
   const int64_t gate_bytes = p.grad_gate ? (p.rows.rows + 2 * p.n) * p.k * int64_t(sizeof(X)) : 0;
   const int64_t bytes = gate_bytes + (fill ? p.n * p.k * (shared ? 1 : p.s) * int64_t(sizeof(X)) : 0);
   const bool zeroed = zero_gate_gradient(p, parallel_for);
@@ -289,7 +300,7 @@ CSG_INLINE void backward(const GatedPoolBackward& p, ParallelFor parallel_for) {
                     if (p.grad_gate) backward_gate(p, first_channel(begin), first_channel(end), zeroed);
                     if (!fill) return;
                     if (shared) return backward_shared<X>(p, begin, end);
-                    if (channels_last) return backward_channels_last<X>(p, begin, end);
+                    if (channels_last) return backward_channels_last<X>(p, span, begin, end);
                     backward_rows<X>(p, begin, end);
                   });
 }

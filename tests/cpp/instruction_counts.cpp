@@ -135,6 +135,7 @@ int main(int count, char** arguments) {
     std::printf("compiler %s\noptions %s\nlibc %s\n", CSG_COMPILER, CSG_OPTIONS, gnu_get_libc_version());
     return 0;
   }
+  set_cpu_is_amd(false);  // the same on every machine
   using enum ScalarType;
   const char* levels[] = {"baseline", "avx2", "avx512"};
   std::printf("%s\n", levels[int(cpu_level())]);

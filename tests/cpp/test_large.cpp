@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "array.h"
+#include "common/cpu.h"
 #include "gate_step/gate_step_cpu.h"
 #include "gated_pool/gated_pool_cpu.h"
 #include "mutual_info/mutual_info_cpu.h"
@@ -219,7 +220,10 @@ int main() {
   for (const Pool pool : {Pool::Avg, Pool::Max})
     for (const bool channels_last : {false, true}) {
       for (const Shape& shape : {many_samples, many_rows, many_pooled, long_sample})
-        test_forward(shape, pool, channels_last);
+        for (const bool amd : {false, true}) {
+          set_cpu_is_amd(amd);
+          test_forward(shape, pool, channels_last);
+        }
       for (const Shape& shape : {many_samples, many_rows, many_pooled}) test_backward_x(shape, pool, channels_last);
     }
   for (const Pool pool : {Pool::Avg, Pool::Max}) test_backward_x(long_sample, pool, false);
