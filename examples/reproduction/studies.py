@@ -41,7 +41,7 @@ def _ablation(name: str, text: str, settings: dict[str, Any] | None = None, arms
 
 STUDIES = [
     Study("demo", "12 epochs, the default", arms=("std", "csg"), seeds=MAIN_SEEDS, hold_out=None),
-    Study("long", "24 epochs", {"epochs": 24}, seeds=MAIN_SEEDS, hold_out=None, std="long-low"),
+    Study("long", "24 epochs", {"epochs": 24}, ("std", "csg"), MAIN_SEEDS, hold_out=None),
     Study(
         "fixed",
         "12 epochs, a fixed gate",

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,10 @@ class Job:
     def keep(self, folder: Path) -> None:
         """Stores the numbers of a finished run, and which images it had right (as hexadecimal digits)."""
         import numpy as np
+        import torch
         from safetensors.numpy import load_file
+
+        from csg_ext.info import processor
 
         result = json.loads((folder / "result.json").read_text())
         weights = load_file(folder / "model.safetensors")
@@ -93,6 +97,7 @@ class Job:
                     arrays["features"], arrays["labels"], arrays["mi"], int(self.study.data[-1])
                 )
         result |= {"seed": self.seed, "images": len(right), "right": np.packbits(right).tobytes().hex()}
+        result |= {"date": str(date.today()), "torch": str(torch.__version__), "processor": processor()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -156,7 +156,7 @@ def summary_table(studies: list[Study]) -> list[str]:
 def ablation_table(studies: list[Study]) -> list[str]:
     """One row for every setting: means over the seeds that are there, against the same seeds' STD arm."""
     rows = [
-        [study.text, ", ".join(str(p.seed) for p in of), *(c.mean(of) for c in ABLATION)]
+        [f"{study.text} (`{study.name}`)", ", ".join(str(p.seed) for p in of), *(c.mean(of) for c in ABLATION)]
         for study in studies
         if (of := pairs(study))
     ]
