@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -348,8 +349,10 @@ def test_batches_that_are_no_pairs():
             return F.cross_entropy(self.net(batch["x"]), batch["labels"])
 
     data = DataLoader([{"x": x, "labels": y} for x, y in batches()], batch_size=None)
-    message = "batches must be .x, labels., else labels=, .* got dict with x, labels$"
-    for options in ({}, {"mix": Mix(CLASSES, mixup=1.0)}):
+    for options, message in (
+        ({}, "batches must be .x, labels., else labels=, .* got dict with x, labels$"),
+        ({"mix": Mix(CLASSES, mixup=1.0)}, "mix needs batches .x, labels., got dict$"),
+    ):
         with pytest.raises(TypeError, match=message):
             trainer(callbacks=[ClassSpecificGateCallback(**options)]).fit(Named(tiny()), data)
     callback = ClassSpecificGateCallback(labels=lambda batch: batch["labels"])
@@ -392,6 +395,20 @@ def test_frozen_statistics_stay_whoever_is_called(stages):
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copied).train()
     synced.backbone(x)
     assert isinstance(synced.backbone[1], nn.SyncBatchNorm) and not synced.backbone[1].training
+    copied.backbone = nn.Conv2d(1, 8, 3).double()  # what was frozen is no more
+    copied(x)
+
+
+@pytest.mark.skipif(os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="compiling is switched off")
+def test_a_compiled_copy_of_an_attached_model_trains_as_the_model_does():
+    nets, data = [attached_twin(tiny())], loader(batches())
+    nets.append(copy.deepcopy(nets[0]))
+    torch.compiler.reset()
+    modules = [Own(nets[0]), Own(torch.compile(nets[1], backend="eager"))]
+    for module in modules:
+        callback = ClassSpecificGateCallback(Schedule(lr_warmup=0.0), OBJECTIVE)
+        trainer(callbacks=[callback]).fit(module, data)
+    assert_same(*nets)
 
 
 def test_gate_warm_up_leaves_the_network_and_its_statistics_alone():

@@ -16,10 +16,12 @@ from csg_ext.ops import gated_pool
 class _Call(threading.local):
     """The gated pass that a thread is in: other threads may run the model on other paths meanwhile."""
 
-    labels: Tensor | None = None
-    path = "std"
-    runs = 0
-    recorded = False
+    def __init__(self) -> None:
+        # The instance's, as torch.compile guards on what its dictionary holds.
+        self.labels: Tensor | None = None
+        self.path = "std"
+        self.runs = 0
+        self.recorded = False
 
 
 class _GateHook:

@@ -76,7 +76,7 @@ def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> Callab
 
 
 def _second(batch: Any) -> Tensor:
-    if not isinstance(batch, Sequence) or len(batch) < 2:
+    if isinstance(batch, Mapping | Tensor) or not hasattr(batch, "__getitem__"):
         keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise TypeError(
             "ClassSpecificGateCallback: batches must be (x, labels), else labels=, a function of the batch, must say "
@@ -277,7 +277,11 @@ class ClassSpecificGateCallback(Callback):
     ) -> Any:
         path, gate, step = self._path, self.gated.gate, trainer.global_step
         if self.mix is not None:
-            _second(batch)  # its error
+            if not isinstance(batch, Sequence) or len(batch) != 2:
+                raise TypeError(
+                    f"ClassSpecificGateCallback: mix needs batches (x, labels), got {type(batch).__name__}"
+                    + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
+                )
             batch = self.mix(*batch)
         labels = self.labels(batch)
         self._pass = _Pass(path, labels)

@@ -22,7 +22,11 @@ class _KeepStatistics:
         self.name = name
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        for norm in _batch_norms(module.get_submodule(self.name)):
+        try:
+            stage = module.get_submodule(self.name)
+        except AttributeError:  # taken out since
+            return
+        for norm in _batch_norms(stage):
             if norm.training:
                 norm.eval()
 

@@ -91,7 +91,7 @@ def check_finite(state: Mapping[str, torch.Tensor]) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"({', '.join(map(str, names[:3]))}{', ...' if len(names) > 3 else ''})"
 
 
 def _read_state(path: str | Path, what: str = "a checkpoint of csg-ext") -> Mapping[str, Any]:
