@@ -329,7 +329,8 @@ def test_damaged_images_are_left_out_named_once_and_counted(damaged, workers):
     loader = image_loader(damaged, batch_size=5, image_size=8, num_workers=workers)
     with pytest.warns(UserWarning, match="an image is left out: dog/1.png: cannot identify image file") as seen:
         sizes = [sorted(len(y) for _, y in loader) for _ in range(2)]
-    assert sizes == [[4, 5, 5]] * 2 and len(seen) == 1 and len(loader.skipped) == 1
+    told = [w for w in seen if "is left out" in str(w.message)]  # Python 3.12 and newer also warn of forking
+    assert sizes == [[4, 5, 5]] * 2 and len(told) == 1 and len(loader.skipped) == 1
     strict = image_loader(damaged, batch_size=5, image_size=8, num_workers=workers, strict=True)
     with pytest.raises(ValueError, match="^data: with strict every image must decode, got dog/1.png: [^\n]*$"):
         list(strict)

@@ -236,6 +236,19 @@ def transformed(kind, f, x, gate):
         return list(forward_ad.unpack_dual(f(*map(forward_ad.make_dual, (x, gate), tangents))))
 
 
+def torch_compiles(kind, x, gate):
+    """Whether torch compiles a transform of its own operators: 2.10 does not compile jacfwd."""
+
+    def own(x, gate):
+        return transformed(kind, lambda x, gate: x.mean((2, 3)) * gate[0], x, gate)
+
+    try:
+        return bool(torch.compile(own, backend="aot_eager", fullgraph=kind != "dual")(x, gate))
+    except RuntimeError:
+        assert torch.__version__ < "2.13", "of newer ones none is known"
+        return False
+
+
 @pytest.mark.parametrize("kind", ["grad", "vmap", "jvp", "jacfwd", "dual"])
 def test_transforms_give_the_same_compiled(device, kind):
     """Neither zeros nor None in place of a derivative."""
@@ -257,7 +270,10 @@ def test_transforms_give_the_same_compiled(device, kind):
         def ours(x, gate, call=call):
             return transformed(kind, lambda x, gate: call(csg_ext, x, gate), x, gate)
 
-        for f in (ours, torch.compile(ours, backend="aot_eager", fullgraph=kind != "dual")):
+        forms = [ours]
+        if torch_compiles(kind, x, gate):
+            forms.append(torch.compile(ours, backend="aot_eager", fullgraph=kind != "dual"))
+        for f in forms:
             got = f(x, gate)
             assert len(got) == len(want)
             for a, b in zip(got, want, strict=True):

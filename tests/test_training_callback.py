@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
 import warnings
 
 import lightning.pytorch as pl
@@ -399,7 +398,6 @@ def test_frozen_statistics_stay_whoever_is_called(stages):
     copied(x)
 
 
-@pytest.mark.skipif(os.environ.get("TORCHDYNAMO_DISABLE") == "1", reason="compiling is switched off")
 def test_a_compiled_copy_of_an_attached_model_trains_as_the_model_does():
     nets, data = [attached_twin(tiny())], loader(batches())
     nets.append(copy.deepcopy(nets[0]))

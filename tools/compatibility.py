@@ -3,10 +3,10 @@
     python tools/compatibility.py [--wheels DIR] PYTHON:TORCH ...      e.g. python3.10:2.10.0 python3.13:2.14.1
 
 For each pair: a fresh environment, that torch, the wheel for that Python that tools/build_wheels.py put into DIR, or
-without --wheels one built there (CPU kernels), then the operators' tests run from outside the source tree, so that the
-installed package is what is tested. Results are kept in benchmarks/results/compatibility.json, one per pair; the page
-lists all that is there. A pair that cannot be installed is listed with the reason. Folders are removed again: a CUDA
-build of torch takes several GB.
+without --wheels one built there (CPU kernels), then tests of operators, training, data and measures run from outside
+the source tree, so that the installed package is what is tested. Results are kept in
+benchmarks/results/compatibility.json, one per pair; the page lists all that is there. A pair that cannot be installed
+is listed with the reason. Folders are removed again: a CUDA build of torch takes several GB.
 """
 
 from __future__ import annotations
@@ -33,13 +33,26 @@ TESTS = (
     "test_mutual_info_arguments.py",
     "test_mutual_info_classif.py",
     "test_info.py",
+    "test_data_loader.py",
+    "test_data_select.py",
+    "test_training_callback.py",
+    "test_training_checkpoints.py",
+    "test_training_parts.py",
+    "test_training_precision.py",
+    "test_training_settings.py",
+    "test_mis_metric.py",
+    "test_evaluate_model.py",
+    "test_evaluation_measures.py",
 )
 HELPERS = (
     "conftest.py",
     "browser_page.py",
+    "example_scripts.py",
     "gated_pool_inputs.py",
+    "meta_tensors.py",
     "mutual_info_inputs.py",
     "short_run.py",
+    "tiny_training.py",
     "tolerances.py",
 )
 TOOLS = ("pytest", "hypothesis", "expecttest", "scikit-learn", "numpy", "setuptools>=77")
@@ -58,6 +71,7 @@ def run(step: str, *command: str | Path, cwd: Path, **environment: str) -> str:
     if done.returncode:
         lines = [line for line in output.splitlines() if line.strip()]
         told = [line for line in lines if "(constraint)" in line]  # of pip, which ends with "for help visit"
+        told = told or [line for line in lines if line.startswith(("E   ", "ERROR ", "FAILED "))][:1]  # of pytest
         told = told or [line for line in lines if re.search(r"error|failed", line, re.IGNORECASE)]
         raise Failed(f"{step}: {(told or lines or ['no output'])[-1].strip()[:300]}")
     return output
@@ -98,7 +112,8 @@ def measure(python: str, torch: str, wheels: Path | None) -> dict[str, str]:
         run("install torch", *pip, "install", f"torch=={torch}", *TOOLS, cwd=folder)
         result["torch"] = run("torch", own, "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
         wheel = build(pip, folder) if wheels is None else given(wheels, result["python"])
-        run("install wheel", *pip, "install", "--no-deps", wheel, cwd=folder)
+        run("install wheel", *pip, "install", f"{wheel}[train]", f"torch=={torch}", cwd=folder)
+        shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("results"))
         tests = folder / "tests"
         tests.mkdir()
         for name in (*TESTS, *HELPERS):
@@ -119,8 +134,10 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "# Compatibility",
         "",
         "Written by `python tools/compatibility.py [--wheels DIR] PYTHON:TORCH ...`; do not edit. Each line: a fresh",
-        "environment with that Python and torch, a wheel installed, and the operators' tests run on what is installed",
-        f"from outside the source tree ({', '.join(TESTS)}).",
+        "environment with that Python and torch, a wheel with its extra [train] installed, and tests of operators,",
+        "training, data and measures run on what is installed from outside the source tree",
+        f"({', '.join(TESTS)});",
+        "until 29 November 2026 without the extra, the operators' tests alone.",
         "A wheel tagged manylinux is one of `make wheels`, compiled against one torch and run under another; a wheel",
         "tagged linux was built in that environment (CPU kernels).",
         "The CUDA kernels are compiled in CI against the torch there; nothing on this page ran on a GPU.",
