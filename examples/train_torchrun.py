@@ -25,7 +25,7 @@ def train(model, batches, schedule, folder, lr=0.05, gate_lr=2.0, every=100):
     rank, world = dist.get_rank(), dist.get_world_size()
     parallel, objective = DistributedDataParallel(model), Objective()
     finite = FiniteLoss("the loss", f"try a learning rate below lr={lr} or gate_lr={gate_lr}")
-    watch = DensityWatch(model.csg, objective.budget)
+    watch = DensityWatch(model.csg)
     weights_optimizer = torch.optim.SGD(model.weights(), lr=lr, momentum=0.9, weight_decay=5e-4)
     gate_optimizer = ProjectedSGD([model.gate], lr=gate_lr)
     parts = {"model": model, "weights_optimizer": weights_optimizer, "gate_optimizer": gate_optimizer, "watch": watch}
