@@ -23,6 +23,7 @@ import functools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -195,6 +196,16 @@ def peak_bytes(f: Call) -> int:
     return peak
 
 
+def device_name() -> str:
+    """The GPU's or the processor's name."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else info.processor()
+
+
+def results_name() -> str:
+    """What the results of this device are called: cpu_amd_epyc, cuda_nvidia_h200."""
+    return "_".join([DEVICE, *re.findall("[a-z0-9]+", device_name().lower().replace("(r)", ""))])
+
+
 def machine() -> dict[str, str]:
     """What was measured on what."""
     commit = os.environ.get("COMMIT", "")[:7]
@@ -203,9 +214,7 @@ def machine() -> dict[str, str]:
         commit = commit or subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"{info.processor()}, {info.cpu_kernels()} kernels",
+        "device": device_name() + ("" if DEVICE == "cuda" else f", {info.cpu_kernels()} kernels"),
         "threads": str(torch.get_num_threads()),
         "Python": platform.python_version(),
         "torch": torch.__version__,

@@ -208,24 +208,29 @@ def machine_lines(about: dict[str, str]) -> list[str]:
     return [", ".join(f"{key} {value}" if key != "device" else value for key, value in about.items()) + ".", ""]
 
 
-def pool_section(part: dict, device: str, image: str) -> list[str]:
-    """gated_pool: how, summary, picture, a table per direction."""
+def pool_method(part: dict, device: str) -> str:
+    """What the columns of gated_pool are."""
     rows = part["rows"]
     few = sorted({row["layer"] for row in rows if "eager autotuned" in row["pairs"]["forward"]})
-    method = POOL.format(
+    return POOL.format(
         copy="" if device == "cpu" else " (a copy of x)",
         layers="; ".join(dict.fromkeys(f"{row['layer']} ({', '.join(map(str, row['shape']))})" for row in rows)),
         few="few cases, since compiling takes seconds each: " + ", ".join(few),
         others="" if device == "cpu" else "- triton: benchmarks/triton_peer.py\n",
     )
-    lines = ["### gated_pool", "", *machine_lines(part["machine"]), method, pool_summary(rows), ""]
+
+
+def pool_section(part: dict, method: list[str], image: str) -> list[str]:
+    """gated_pool: how, summary, picture, a table per direction."""
+    rows = part["rows"]
+    lines = ["### gated_pool", "", *machine_lines(part["machine"]), *method, pool_summary(rows), ""]
     lines += [f"![share of the limit per case]({image})", ""]
     for direction, title in DIRECTIONS.items():
         lines += [f"#### {title}", "", *pool_table(rows, direction)]
     return lines
 
 
-def gate_section(part: dict) -> list[str]:
+def gate_section(part: dict, method: list[str]) -> list[str]:
     """gate_step: a row per size."""
     rows = part["rows"]
     peers = [name for name in rows[0]["pairs"] if name != "limit"]
@@ -243,7 +248,7 @@ def gate_section(part: dict) -> list[str]:
             ]
         )
     head = ["C x K", "bytes moved (MB)", "csg_ext (ms)", "share of the limit", "memory", *peers]
-    return ["### gate_step", "", *machine_lines(part["machine"]), GATE, *table(head, lines)]
+    return ["### gate_step", "", *machine_lines(part["machine"]), *method, *table(head, lines)]
 
 
 def _overhead(row: dict) -> str:
@@ -258,7 +263,7 @@ def _overhead(row: dict) -> str:
     )
 
 
-def end_to_end_section(part: dict) -> list[str]:
+def end_to_end_section(part: dict, method: list[str]) -> list[str]:
     """Training steps: a row per network and form."""
     lines = []
     for row in part["rows"]:
@@ -276,22 +281,32 @@ def end_to_end_section(part: dict) -> list[str]:
             )
     head = ["network", "step", "ms", "over std", "turns", "peak memory (MB)"]
     summary = [_overhead(row) for row in part["rows"]]
-    return ["### End to end", "", *machine_lines(part["machine"]), END_TO_END, *summary, "", *table(head, lines)]
+    return ["### End to end", "", *machine_lines(part["machine"]), *method, *summary, "", *table(head, lines)]
 
 
 def write(results: dict[str, dict], output: Path) -> None:
-    """The page and its pictures (in images/ beside it) from the results of every device: "cpu", "cuda"."""
+    """The page and its pictures (in images/ beside it) from the results of every device: cpu_*, then cuda_*."""
     lines = [HEAD]
-    if "cuda" not in results:
+    if not any(name.startswith("cuda") for name in results):
         lines += ["The CUDA kernels and the Triton peer (benchmarks/triton_peer.py): not measured on a GPU.", ""]
-    for device, parts in results.items():
-        lines += [f"## {'CPU' if device == 'cpu' else 'GPU'}", ""]
+    told: set[str] = set()
+
+    def method(text: str) -> list[str]:
+        """What a table's columns are, once a page."""
+        lines = [] if text in told else [text]
+        told.add(text)
+        return lines
+
+    for name, parts in results.items():
+        device = name.partition("_")[0]
+        lines += [f"## {next(iter(parts.values()))['machine']['device']}", ""]
         if "gated_pool" in parts:
-            image = Path("images", f"performance_{device}.png")
-            picture(parts["gated_pool"]["rows"], output.parent / image)
-            lines += pool_section(parts["gated_pool"], device, image.as_posix())
+            part = parts["gated_pool"]
+            image = Path("images", f"performance_{name}.png")
+            picture(part["rows"], output.parent / image)
+            lines += pool_section(part, method(pool_method(part, device)), image.as_posix())
         if "gate_step" in parts:
-            lines += gate_section(parts["gate_step"])
+            lines += gate_section(parts["gate_step"], method(GATE))
         if "end_to_end" in parts:
-            lines += end_to_end_section(parts["end_to_end"])
+            lines += end_to_end_section(parts["end_to_end"], method(END_TO_END))
     output.write_text("\n".join(lines).rstrip() + "\n")

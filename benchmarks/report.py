@@ -3,8 +3,9 @@
     python benchmarks/report.py [gated_pool] [gate_step] [end_to_end]     (default: all three)
     python benchmarks/report.py --from-json                               writes the page again without measuring
 
-Each part goes to benchmarks/results/DEVICE.json as soon as a row is measured and replaces that part only; the page has
-what the folder holds. How it is measured: benchmarks/measure.py. CSG_BENCH_QUICK=1: a few sizes, to try the report.
+Each part goes to benchmarks/results/ as soon as a row is measured, into a file of the device's name (cpu_*.json or
+cuda_*.json), and replaces that part only; the page has what the folder holds, a section for each device. How it is
+measured: benchmarks/measure.py. CSG_BENCH_QUICK=1: a few sizes, to try the report.
 """
 
 from __future__ import annotations
@@ -107,9 +108,9 @@ PARTS = {"gated_pool": pool_rows, "gate_step": gate_rows, "end_to_end": step_row
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """The results of every device that the folder has."""
-    found = {device: folder / f"{device}.json" for device in ("cpu", "cuda")}
-    return {device: json.loads(path.read_text()) for device, path in found.items() if path.exists()}
+    """The results of every device that the folder has, processors first."""
+    paths = [*sorted(folder.glob("cpu_*.json")), *sorted(folder.glob("cuda_*.json"))]
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def save(parts: dict[str, dict], path: Path) -> None:
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}; default: all")
     parser.add_argument("--from-json", action="store_true", help="measure nothing")
     parser.add_argument("--output", type=Path, default=measure.ROOT / "docs" / "performance.md")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of DEVICE.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the measured JSON")
     options = parser.parse_args(arguments)
     unknown = sorted(set(options.parts) - set(PARTS))
     if unknown or (options.from_json and options.parts):
@@ -137,17 +138,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.from_json:
         measure.steady_memory()
         torch.manual_seed(0)
-        parts = results.setdefault(measure.DEVICE, {})
+        path = options.results / f"{measure.results_name()}.json"
+        parts = results.setdefault(path.stem, {})
         for name in options.parts or PARTS:
             parts[name] = {"machine": measure.machine(), "rows": []}
             for row in PARTS[name]():
                 parts[name]["rows"].append(rounded(row))
-                save(parts, options.results / f"{measure.DEVICE}.json")
+                save(parts, path)
                 print(f"{name}: {row.get('case') or row.get('network') or row.get('size')}", flush=True)
                 gc.collect()
     if not results:
-        sys.exit(f"report.py: {options.results} has no cpu.json or cuda.json")
-    page.write(results, options.output)
+        sys.exit(f"report.py: {options.results} has no cpu_*.json or cuda_*.json")
+    page.write(load(options.results), options.output)
 
 
 if __name__ == "__main__":

@@ -51,16 +51,26 @@ def test_report_measures_and_writes_the_same_page_again(bench, monkeypatch, tmp_
     assert f"\n- A peer was faster than csg_ext in {slower} of 24 comparisons" in text
     assert "tiny (4, 8, 3, 3)." in text  # what a layer's name stands for
     assert re.search(r"\n- resnet20, over std's step: csg [+-].* released [+-].*; std beside itself [+-]", text)
-    picture = tmp_path / "images" / f"performance_{cases.DEVICE}.png"
+    name = bench("measure").results_name()
+    picture = tmp_path / "images" / f"performance_{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
-    rows = json.loads((tmp_path / f"{cases.DEVICE}.json").read_text())["gated_pool"]["rows"]
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["gated_pool"]["rows"]
     masked = rows[0]["peak_bytes"]["both"]["masked"]
     assert masked >= 2 * rows[0]["bytes"]  # a map of x's size, and its gradient
     assert rows[0]["peak_bytes"]["both"]["csg_ext"] < masked
     page.unlink()
     report.main(["--from-json", "--output", str(page), "--results", str(tmp_path)])
     assert page.read_text() == text
+
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    for part in results.values():
+        part["machine"]["device"] = "Another processor"
+    (tmp_path / "cpu_another_processor.json").write_text(json.dumps(results))
+    report.main(["--from-json", "--output", str(page), "--results", str(tmp_path)])
+    both = page.read_text()
+    assert all(both.count(f"| {case.id} |") == 8 for case in grid) and "\n## Another processor\n" in both
+    assert both.count("- viewed: ") == 1  # what the columns are is said once
 
 
 def test_wrong_results_are_not_measured(bench):

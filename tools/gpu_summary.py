@@ -115,7 +115,7 @@ def markdown(summary: dict[str, Any]) -> str:
             [[name, "yes" if r["passed"] else "no", r["summary"]] for name, r in summary["sanitizers"].items()],
         )
     if summary["benchmarks"]:
-        lines += ["Benchmarks: [performance.md](performance.md), from benchmarks/cuda.json.", ""]
+        lines += ["Benchmarks: [performance.md](performance.md), from the JSON in benchmarks/.", ""]
     if summary["mutual_info"]:
         lines += [summary["mutual_info"], ""]
     return "\n".join(lines)
