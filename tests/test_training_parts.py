@@ -207,11 +207,14 @@ def test_weights_of_a_part_of_what_was_saved(tmp_path):
     ],
     ids=["sparse", "csr", "quantised", "complex", "integer", "meta", "nested", "list"],
 )
-def test_weights_of_another_kind(tmp_path, make):
+def test_weights_of_another_kind(request, tmp_path, make):
     model = tiny()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.save(before | {"classifier.weight": make(torch.ones(3, 8).double())}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x.pt: expected dense real .* got .* for 1 of them \(classifier.weight\)"):
+    told = r"expected dense real .* got .* for 1 of them \(classifier.weight\)"
+    if request.node.callspec.id == "nested":  # from 2.15 on torch itself reads none with weights_only
+        told += "|expected a checkpoint of csg-ext, got one that holds more than tensors"
+    with pytest.raises(ValueError, match=f"x.pt: ({told})"):
         load_weights(model, tmp_path / "x.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
