@@ -5,8 +5,8 @@
 For each pair: a fresh environment, that torch, the wheel for that Python that tools/build_wheels.py put into DIR, or
 without --wheels one built there (CPU kernels), then tests of operators, training, data and measures run from outside
 the source tree, so that the installed package is what is tested. Results are kept in
-benchmarks/results/compatibility.json, one per pair; the page lists all that is there. A pair that cannot be installed
-is listed with the reason. Folders are removed again: a CUDA build of torch takes several GB.
+benchmarks/results/compatibility.json, one per pair, with and without --wheels; the page lists all that is there. A pair
+that cannot be installed is listed with the reason. Folders are removed again: a CUDA build of torch takes several GB.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Written by `python tools/compatibility.py [--wheels DIR] PYTHON:TORCH ...`; do not edit. Each line: a fresh",
         "environment with that Python and torch, a wheel with its extra [train] installed, and tests of operators,",
         "training, data and measures run on what is installed from outside the source tree",
-        f"({', '.join(TESTS)}).",
+        f"({', '.join(TESTS)});",
+        "until 29 November 2026 without the extra, the operators' tests alone.",
         "A wheel tagged manylinux is one of `make wheels`, compiled against one torch and run under another; a wheel",
         "tagged linux was built in that environment (CPU kernels).",
         "The CUDA kernels are compiled in CI against the torch there; nothing on this page ran on a GPU.",
@@ -145,7 +146,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "|---|---|---|---|---|",
     ]
     for pair, result in sorted(results.items()):
-        python, torch = pair.split(":")
+        python, torch, *_ = pair.split(":")
         outcome = result.get("tests") or f"failed: {result['failure']}"
         lines.append(
             f"| {result.get('python', python)} | {result.get('torch', torch)} | {result.get('wheel', '')} | {outcome} "
@@ -166,7 +167,7 @@ def main() -> None:
     results = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for pair in pairs:
         python, torch = pair.split(":")
-        name = f"{Path(python).name}:{torch}"
+        name = f"{Path(python).name}:{torch}" + (":wheels" if arguments.wheels else "")
         results[name] = measure(python, torch, arguments.wheels)
         print(name, results[name], flush=True)
         KEPT.parent.mkdir(parents=True, exist_ok=True)
