@@ -212,9 +212,9 @@ def test_weights_of_another_kind(request, tmp_path, make):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     torch.save(before | {"classifier.weight": make(torch.ones(3, 8).double())}, tmp_path / "x.pt")
     told = r"expected dense real .* got .* for 1 of them \(classifier.weight\)"
-    if request.node.callspec.id == "nested":  # from 2.15 on torch itself reads none with weights_only
-        told += "|expected a checkpoint of csg-ext, got one that holds more than tensors"
-    with pytest.raises(ValueError, match=f"x.pt: ({told})"):
+    if request.node.callspec.id == "nested" and torch.__version__ >= (2, 15):  # torch itself reads none any more
+        told = "expected a checkpoint of csg-ext, got one that holds more than tensors"
+    with pytest.raises(ValueError, match=f"x.pt: {told}"):
         load_weights(model, tmp_path / "x.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
