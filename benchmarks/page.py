@@ -223,7 +223,7 @@ def pool_method(part: dict, device: str) -> str:
 def pool_section(part: dict, method: list[str], image: str) -> list[str]:
     """gated_pool: how, summary, picture, a table per direction."""
     rows = part["rows"]
-    lines = ["### gated_pool", "", *machine_lines(part["machine"]), *method, pool_summary(rows), ""]
+    lines = ["### gated_pool", "", *machine_lines(part["machine"]), *method, "In short:", "", pool_summary(rows), ""]
     lines += [f"![share of the limit per case]({image})", ""]
     for direction, title in DIRECTIONS.items():
         lines += [f"#### {title}", "", *pool_table(rows, direction)]
@@ -293,7 +293,7 @@ def write(results: dict[str, dict], output: Path) -> None:
 
     def method(text: str) -> list[str]:
         """What a table's columns are, once a page."""
-        lines = [] if text in told else [text]
+        lines = ["What the columns are stands above.", ""] if text in told else [text]
         told.add(text)
         return lines
 
